@@ -1,0 +1,56 @@
+# Everything a newcomer needs: `make demo` and `make test`. The environment is made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEEDS ?= 0 1 2
+export MPLBACKEND := Agg
+
+.PHONY: demo demo-seeds test test-all bench gpu style types clean env
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+env: $(VENV)/.installed
+
+# torch first and pinned, so that no later requirement can pull another build of it.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+## make demo        train K-Means and two learned routers side by side, print the table, write the report
+demo: env
+	$(BIN)/kmeans-route demo
+
+## make demo-seeds  the same over seeds 0, 1, 2, with means
+demo-seeds: env
+	$(BIN)/kmeans-route demo --seeds "$(SEEDS)" --out demo-report-seeds
+
+## make test        the fast lane
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow"
+
+## make test-all    the slow lane too: long properties, long runs
+test-all: env
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+## make bench       CPU benchmarks: ratios against the baselines, one run
+bench: env
+	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc
+
+## make style       ruff: lint and format check
+style: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+## make types       mypy --strict on an installed copy (type checkers cannot follow the editable mapping)
+types: env
+	rm -rf build/check
+	$(BIN)/pip install --quiet --no-deps --target build/check .
+	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p kmeans_route
+
+## make clean       remove what was built, not the environment
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-report*

@@ -1,0 +1,1 @@
+"""Triton kernels of kmeans_route: imported lazily, only where Triton is installed."""

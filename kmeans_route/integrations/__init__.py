@@ -1,0 +1,1 @@
+"""Adapters to training frameworks, one file a framework, each imported lazily."""

@@ -1,0 +1,51 @@
+"""Package metadata; the one thing pyproject.toml cannot say is that `kernels/triton` is `kmeans_route.kernels`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "kmeans_route" / "__init__.py").read_text(encoding="utf-8"))
+assert VERSION is not None
+
+TRITON = ["triton>=3.6; platform_system == 'Linux'"]
+CLI = ["typer>=0.12", "rich>=13", "safetensors>=0.4", "numpy>=1.26"]
+VIZ = ["matplotlib>=3.8", "numpy>=1.26"]
+HF = ["transformers>=5.21"]
+BENCH = ["pytest>=8", "pytest-benchmark>=4", "numpy>=1.26"]
+DEV = [
+    *BENCH,
+    *CLI,
+    *VIZ,
+    "hypothesis>=6.100",
+    "pytest-cov>=5",
+    "pytest-xdist>=3.5",
+    "ruff>=0.6",
+    "mypy>=1.11",
+]
+
+setup(
+    name="kmeans_route",
+    version=VERSION.group(1),
+    description="Route tokens to mixture-of-experts experts by online K-Means: no router weights, no auxiliary loss.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["kmeans_route", "kmeans_route.cli", "kmeans_route.integrations", "kmeans_route.kernels"],
+    package_dir={"kmeans_route": "kmeans_route", "kmeans_route.kernels": "kernels/triton"},
+    package_data={"kmeans_route": ["py.typed"]},
+    # No lower or upper bound: an install must never replace the torch that the user has.
+    install_requires=["torch"],
+    extras_require={
+        "triton": TRITON,
+        "cli": CLI,
+        "viz": VIZ,
+        "hf": HF,
+        "bench": BENCH,
+        "dev": DEV,
+        "all": sorted({*TRITON, *CLI, *VIZ, *HF, *DEV}),
+    },
+    entry_points={"console_scripts": ["kmeans-route = kmeans_route.cli:main"]},
+)
