@@ -1,0 +1,176 @@
+"""Argument checks and their messages: argument, expected, got, remedy.
+
+Options are checked at construction, tensors at the call. ValueError for shape and range, TypeError for dtype,
+RuntimeError for device and state.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GATES = ("softmax", "sigmoid", "cosine", "uniform")
+GROUP_SCORES = ("top2", "max")
+BACKENDS = ("auto", "reference", "torch", "triton")
+ACCUMULATES = ("unit", "raw")
+
+
+class RouteOptions(NamedTuple):
+    """The options of one routing, checked. Without groups, n_group = topk_group = 1."""
+
+    top_k: int
+    gate: str
+    tau: float
+    normalize: bool
+    scaling: float
+    n_group: int
+    topk_group: int
+    group_score: str
+
+    @property
+    def grouped(self) -> bool:
+        """Whether selection is limited to some of the groups."""
+        return self.topk_group < self.n_group
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}: choose one of these")
+
+
+def check_positive_int(name: str, value: int) -> None:
+    """Raise unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: pass a whole number")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}: pass a positive number")
+
+
+def check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    """Raise ValueError unless low <= value < high (low < value with `low_open`); NaN never passes."""
+    inside = (low < value if low_open else low <= value) and value < high
+    if not inside:
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g})"
+        raise ValueError(f"{name} must be in {interval}, got {value}: choose a value in that range")
+
+
+def check_route_options(
+    num_experts: int,
+    top_k: int,
+    *,
+    gate: str = "softmax",
+    tau: float = 0.05,
+    normalize: bool = True,
+    scaling: float = 1.0,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+    group_score: str = "top2",
+) -> RouteOptions:
+    """Check the options of a routing over `num_experts` experts and fill in the absent groups."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}: pass a whole number")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be in [1, {num_experts}], got {top_k}: lower top_k or raise num_experts")
+    check_choice("gate", gate, GATES)
+    check_choice("group_score", group_score, GROUP_SCORES)
+    check_range("tau", tau, 0.0, math.inf, low_open=True)
+    check_range("scaling", scaling, 0.0, math.inf, low_open=True)
+    if (n_group is None) != (topk_group is None):
+        raise ValueError(
+            f"n_group and topk_group must be given together, got n_group={n_group}, topk_group={topk_group}: "
+            "pass both, or neither for a selection over all experts"
+        )
+    groups, kept = (1, 1) if n_group is None or topk_group is None else (n_group, topk_group)
+    if groups < 1 or num_experts % groups:
+        raise ValueError(f"n_group must divide num_experts={num_experts}, got {groups}: choose a divisor")
+    if not 1 <= kept <= groups:
+        raise ValueError(f"topk_group must be in [1, {groups}], got {kept}: lower topk_group or raise n_group")
+    if kept * (num_experts // groups) < top_k:
+        raise ValueError(
+            f"topk_group * num_experts / n_group must be at least top_k={top_k}, got "
+            f"{kept * (num_experts // groups)}: raise topk_group or lower top_k"
+        )
+    return RouteOptions(top_k, gate, float(tau), bool(normalize), float(scaling), groups, kept, group_score)
+
+
+def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
+    """Check hidden states (..., D) and return them as (T, D)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: convert it first")
+    if x.dim() < 1 or x.shape[-1] != hidden_size:
+        raise ValueError(
+            f"x must have shape (..., {hidden_size}), got {tuple(x.shape)}: "
+            f"its last dimension must equal the {hidden_size} columns of the centroids"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
+    return x.reshape(-1, hidden_size)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, owner: str) -> None:
+    """Raise RuntimeError unless `tensor` is on `device`, where `owner` lives."""
+    if tensor.device != device:
+        raise RuntimeError(
+            f"{name} is on {tensor.device} but {owner} is on {device}: move one of them with .to({str(device)!r})"
+        )
+
+
+def flatten_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Check a mask of shape x.shape[:-1] (or (T,)) and return it as (T,) bool."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {got}: convert it with mask.bool(), true for real tokens")
+    num_tokens = math.prod(x.shape[:-1])
+    if tuple(mask.shape) not in (tuple(x.shape[:-1]), (num_tokens,)):
+        raise ValueError(
+            f"mask must have shape {tuple(x.shape[:-1])}, the shape of x without its last dimension, "
+            f"got {tuple(mask.shape)}: reshape the mask"
+        )
+    check_device("mask", mask, x.device, "x")
+    return mask.reshape(-1)
+
+
+def check_indices(indices: Tensor | None, x: Tensor, top_k: int) -> Tensor | None:
+    """Check the shape and dtype of given expert ids and return them as (T, K); values are checked in the op."""
+    if indices is None:
+        return None
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices must be an int64 tensor, got {got}: convert it with indices.long()")
+    num_tokens = math.prod(x.shape[:-1])
+    if tuple(indices.shape) not in ((num_tokens, top_k), (*x.shape[:-1], top_k)):
+        raise ValueError(
+            f"indices must have shape {(num_tokens, top_k)}, got {tuple(indices.shape)}: one row of top_k ids a token"
+        )
+    check_device("indices", indices, x.device, "x")
+    return indices.reshape(num_tokens, top_k)
+
+
+def check_index_values(indices: Tensor, num_experts: int) -> None:
+    """Raise ValueError unless ids (T, K) are in range and distinct in each row.
+
+    On CPU at once; elsewhere as a device assertion, because reading the answer back would stall the device.
+    """
+    in_range = ((indices >= 0) & (indices < num_experts)).all()
+    ordered = indices.sort(dim=1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).all()
+    if indices.device.type != "cpu":
+        torch._assert_async(in_range & distinct)
+        return
+    if not in_range:
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(
+            f"indices must be in [0, {num_experts - 1}], got values from {low} to {high}: "
+            "replay ids that were recorded with this number of experts"
+        )
+    if not distinct:
+        row = int((ordered[:, 1:] == ordered[:, :-1]).any(1).nonzero()[0])
+        raise ValueError(
+            f"indices must be distinct in each row, got {indices[row].tolist()} in row {row}: "
+            "a token goes to an expert once"
+        )

@@ -1,0 +1,276 @@
+"""The definition: plain PyTorch twins of every kernel, any device, fp64-capable, gradients by autograd.
+
+Nothing here is tuned. Everything else in the package is held against it. The method is arXiv 2605.12476 (Ahrac,
+Hochwald, Geva 2026): centroids are running averages of the hidden states routed to each expert, a token goes to the
+K experts of largest cosine plus a small balance bias.
+
+Legend: T tokens, D hidden size, E experts, K top_k. x_t hidden state, c_e centroid, d_e direction, b_e bias,
+s_te score, g_te gate weight. Computation is in fp32, or fp64 when x is fp64.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kmeans_route.checks import RouteOptions
+from kmeans_route.types import Dispatch, Routing
+
+MIN_SQUARED_NORM = 1e-30  # below it a row carries no direction
+MAX_SQUARED_NORM = torch.finfo(torch.float32).max
+MIN_CENTROID_NORM = 1e-12
+MIN_COSINE_GATE = 1e-3
+NUM_MARGIN_BINS = 1024
+MARGIN_RANGE = 2.0  # margins are binned over [-2, 2]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; everything else is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stable_topk(values: Tensor, k: int) -> Tensor:
+    """Ids (..., k) of the k largest along the last dimension, by decreasing value, ties to the lower id."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_e = c_e / ||c_e|| rounded to `dtype`; 0 where ||c_e|| < 1e-12 or is not finite. (E, D), no gradient."""
+    c = weight.detach().to(compute_dtype(weight.dtype))
+    norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
+    usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
+    return torch.where(usable, c / torch.where(usable, norm, 1.0), 0.0).to(dtype)
+
+
+def validity_reference(x: Tensor, mask: Tensor | None) -> Tensor:
+    """A token counts when its mask is true and 1e-30 <= sum of x_t^2 < inf in fp32; NaN fails both. (T,) bool."""
+    squared_norm = x.detach().to(compute_dtype(x.dtype)).square().sum(1)
+    valid = (squared_norm >= MIN_SQUARED_NORM) & (squared_norm <= MAX_SQUARED_NORM)
+    return valid if mask is None else valid & mask
+
+
+def candidates_reference(ranking: Tensor, options: RouteOptions) -> Tensor:
+    """The experts that a token may choose: those of its topk_group best groups. (T, E) bool."""
+    num_tokens, num_experts = ranking.shape
+    size = num_experts // options.n_group
+    grouped = ranking.view(num_tokens, options.n_group, size)
+    best = min(2, size) if options.group_score == "top2" else 1
+    group_score = grouped.topk(best, dim=2).values.sum(2)
+    kept = torch.zeros_like(group_score, dtype=torch.bool)
+    kept.scatter_(1, stable_topk(group_score, options.topk_group), True)
+    return kept.repeat_interleave(size, dim=1)
+
+
+def gates_reference(s_TK: Tensor, s_TE: Tensor, candidates: Tensor, options: RouteOptions) -> Tensor:
+    """Gate weights (T, K) of the selected scores, before validity: the table of gates, times `scaling`."""
+    tau, normalize = options.tau, options.normalize
+    if options.gate == "softmax":
+        if normalize:
+            g = (s_TK / tau).softmax(1)
+        else:
+            over_all = (s_TE / tau).masked_fill(~candidates, -torch.inf)
+            g = (s_TK / tau - over_all.logsumexp(1, keepdim=True)).exp()
+    elif options.gate == "sigmoid":
+        # p / sum p, taken in logs: for a small tau every sigmoid of a negative cosine underflows to 0.
+        g = F.logsigmoid(s_TK / tau).softmax(1) if normalize else (s_TK / tau).sigmoid()
+    elif options.gate == "cosine":
+        g = s_TK.clamp_min(MIN_COSINE_GATE)
+        g = g / g.sum(1, keepdim=True) if normalize else g
+    else:
+        g = torch.full_like(s_TK, 1.0 / options.top_k)
+    return g * options.scaling
+
+
+def route_reference(
+    x: Tensor,
+    directions: Tensor,
+    expert_bias: Tensor | None,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    options: RouteOptions,
+) -> Routing:
+    """Route x (T, D) by directions (E, D) in x's dtype; `scores` is always filled. See ROUTING in the docs."""
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = compute_dtype(x.dtype)
+        num_experts = directions.shape[0]
+        valid = validity_reference(x, mask)
+        rows = torch.where(valid[:, None], x, 0.0).to(dtype)
+        squared_norm = torch.where(valid, rows.square().sum(1), 1.0)
+        inv_norm = torch.where(valid, squared_norm.rsqrt(), 0.0)
+        s_TE = (rows @ directions.to(dtype).T) * inv_norm[:, None]
+
+        ranking = s_TE.detach() if expert_bias is None else s_TE.detach() + expert_bias.to(dtype)
+        candidates = candidates_reference(ranking, options)
+        if indices is None:
+            indices = stable_topk(ranking.masked_fill(~candidates, -torch.inf), options.top_k)
+        first_ids = torch.arange(options.top_k, device=x.device)
+        indices = torch.where(valid[:, None], indices, first_ids)
+        candidates = candidates.scatter(1, indices, True)  # replayed ids count as candidates
+
+        s_TK = s_TE.gather(1, indices)
+        g_TK = gates_reference(s_TK, s_TE, candidates, options)
+        weights = torch.where(valid[:, None], g_TK, 0.0)
+        counts = F.one_hot(indices, num_experts).sum(1)[valid].sum(0)
+        return Routing(indices, weights, s_TK, s_TE, counts, inv_norm.detach(), valid)
+
+
+def score_std_reference(scores: Tensor) -> Tensor:
+    """Population standard deviation over experts of s_te, summed over tokens; rows that are not valid are 0. ()."""
+    return scores.detach().std(1, unbiased=False).sum()
+
+
+def margins_reference(
+    scores: Tensor, expert_bias: Tensor | None, valid: Tensor, options: RouteOptions
+) -> tuple[Tensor, Tensor]:
+    """Margins m_te = alpha_t - (s_te + b_e) of valid tokens and whether each expert was a candidate. (V, E) both.
+
+    alpha_t is the (K+1)-th largest s + b among the token's candidates (quantile balancing: Kimi K3 report 2.3.3).
+    """
+    ranking = scores.detach()[valid]
+    ranking = ranking if expert_bias is None else ranking + expert_bias.to(ranking.dtype)
+    candidates = candidates_reference(ranking, options)
+    among = ranking.masked_fill(~candidates, -torch.inf)
+    alpha = among.sort(dim=1, descending=True).values[:, options.top_k : options.top_k + 1]
+    return alpha - ranking, candidates
+
+
+def margin_hist_reference(margins: Tensor, candidates: Tensor) -> Tensor:
+    """Histogram of margins per expert: 1024 bins over [-2, 2], ends clamped, no candidate in the last. (E, 1024)."""
+    num_experts = margins.shape[1]
+    bins = ((margins + MARGIN_RANGE) * (NUM_MARGIN_BINS / (2 * MARGIN_RANGE))).floor()
+    bins = bins.clamp(0, NUM_MARGIN_BINS - 1).long().masked_fill(~candidates, NUM_MARGIN_BINS - 1)
+    flat = bins + torch.arange(num_experts, device=bins.device) * NUM_MARGIN_BINS
+    hist = torch.zeros(num_experts * NUM_MARGIN_BINS, dtype=torch.int64, device=bins.device)
+    hist.index_add_(0, flat.flatten(), torch.ones_like(flat.flatten()))
+    return hist.view(num_experts, NUM_MARGIN_BINS).int()
+
+
+def dispatch_reference(x: Tensor, routing: Routing) -> Dispatch:
+    """Copy each valid token to the rows of its K experts, in expert order; the others to zero rows at the end."""
+    indices, valid = routing.indices, routing.valid
+    num_tokens, top_k = indices.shape
+    num_experts = routing.tokens_per_expert.shape[0]
+    key = torch.where(valid[:, None], indices, num_experts).flatten()
+    order = key.sort(stable=True).indices
+    token_of_row = order // top_k
+    positions = torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=x.device))
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
+    offsets[1:] = routing.tokens_per_expert.cumsum(0)
+    x_sorted = torch.where(valid[:, None], x, 0.0)[token_of_row]
+    return Dispatch(x_sorted, positions.view(num_tokens, top_k), token_of_row, offsets)
+
+
+def combine_reference(y_sorted: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
+    """y_t = sum over k of g_tk y_sorted[positions_tk], accumulated in fp32, in y_sorted's dtype; 0 if not valid."""
+    dtype = compute_dtype(y_sorted.dtype)
+    inside = torch.arange(y_sorted.shape[0], device=y_sorted.device) < dispatch.offsets[-1]
+    rows = torch.where(inside[:, None], y_sorted, 0.0).to(dtype)  # a row past the end may hold anything
+    y = (rows[dispatch.positions] * routing.weights.to(dtype)[..., None]).sum(1)
+    return y.to(y_sorted.dtype)
+
+
+def centroid_sums_reference(x: Tensor, routing: Routing, accumulate: str = "unit") -> tuple[Tensor, Tensor]:
+    """sums_e = sum of x_t / ||x_t|| ("unit") or x_t ("raw") over valid t with e in sel_t, (E, D); counts (E,)."""
+    dtype = compute_dtype(x.dtype)
+    rows = torch.where(routing.valid[:, None], x.detach(), 0.0).to(dtype)
+    rows = rows * routing.inv_norm[:, None] if accumulate == "unit" else rows
+    num_experts = routing.tokens_per_expert.shape[0]
+    member = F.one_hot(routing.indices, num_experts).sum(1).to(dtype) * routing.valid[:, None]
+    return member.T @ rows, routing.tokens_per_expert
+
+
+class CommitOptions(NamedTuple):
+    """Options of a commit, checked by the router: see `KMeansRouter`."""
+
+    top_k: int
+    decay: float
+    average: str
+    balance: str
+    bias_rate: float
+
+
+class State(NamedTuple):
+    """What a commit reads and writes: c (E, D), b (E,), sigma (), steps () int64, N (E,) int64 or None."""
+
+    weight: Tensor
+    expert_bias: Tensor
+    score_std: Tensor
+    steps: Tensor
+    tokens_seen: Tensor | None
+
+
+def balance_bias(
+    bias: Tensor, counts: Tensor, sigma: Tensor, margin_hist: Tensor | None, options: CommitOptions
+) -> Tensor:
+    """The bias after one step of the balance rule, centred and clamped to [-2, 2]. (E,)."""
+    num_experts = bias.shape[0]
+    if options.balance == "none" or options.top_k == num_experts:
+        return bias
+    total = counts.sum()
+    load = counts.to(bias.dtype) * (num_experts / total.clamp_min(1).to(bias.dtype))  # E f_e, 1 when balanced
+    if options.balance == "proportional":
+        bias = bias + options.bias_rate * sigma * (1 - load).clamp(-1, 1)
+    elif options.balance == "sign":  # of integers, so that an exactly balanced expert stays
+        bias = bias + options.bias_rate * torch.sign(total - counts * num_experts).to(bias.dtype)
+    else:
+        assert margin_hist is not None
+        target = bias + hist_quantile(margin_hist, options.top_k / num_experts).to(bias.dtype)
+        bias = (1 - options.bias_rate) * bias + options.bias_rate * target
+    return (bias - bias.mean()).clamp(-2, 2)
+
+
+def hist_quantile(hist: Tensor, q: float) -> Tensor:
+    """The q-quantile of each row of a margin histogram (E, 1024), interpolated inside its bin. (E,) fp64.
+
+    Within one bin width (1/256) of torch.quantile on the margins themselves, clamped to the histogram's range.
+    """
+    total = hist.sum(1).to(torch.float64)
+    below = hist.cumsum(1, dtype=torch.int64).to(torch.float64)
+    rank = q * (total - 1).clamp_min(0)
+    index = (below <= rank[:, None]).sum(1).clamp_max(NUM_MARGIN_BINS - 1)[:, None]
+    inside = hist.gather(1, index).squeeze(1).to(torch.float64).clamp_min(1)
+    before = below.gather(1, index).squeeze(1) - inside
+    fraction = ((rank - before + 0.5) / inside).clamp(0, 1)
+    width = 2 * MARGIN_RANGE / NUM_MARGIN_BINS
+    return -MARGIN_RANGE + (index.squeeze(1) + fraction) * width
+
+
+def commit_reference(
+    state: State,
+    sums: Tensor,
+    counts: Tensor,
+    std_sum: Tensor,
+    num_tokens: Tensor,
+    margin_hist: Tensor | None,
+    options: CommitOptions,
+) -> State:
+    """The state after one optimizer step: running average, scale of the scores, balance bias.
+
+    With num_tokens = 0 the state comes back unchanged, decided on the device.
+    """
+    some = num_tokens > 0
+    c, dtype = state.weight, state.weight.dtype
+    sd = std_sum.to(dtype) / num_tokens.clamp_min(1).to(dtype)
+    first = state.score_std == 0  # no scale yet; `steps` cannot tell, since given centroids start it high
+    sigma = torch.where(first, sd, 0.99 * state.score_std + 0.01 * sd)
+
+    mean = sums.to(dtype) / counts.clamp_min(1)[:, None].to(dtype)
+    if options.average == "cumulative":
+        assert state.tokens_seen is not None
+        seen = state.tokens_seen + counts
+        beta = (state.tokens_seen.to(dtype) / seen.clamp_min(1).to(dtype))[:, None]
+    else:
+        seen = None
+        steps = state.steps.to(dtype)
+        beta = (steps / (steps + 1)).clamp_max(options.decay)
+    moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
+    bias = balance_bias(state.expert_bias, counts, sigma, margin_hist, options)
+
+    return State(
+        torch.where(some, moved, c),
+        torch.where(some, bias, state.expert_bias),
+        torch.where(some, sigma, state.score_std),
+        state.steps + some.long(),
+        None if seen is None or state.tokens_seen is None else torch.where(some, seen, state.tokens_seen),
+    )
