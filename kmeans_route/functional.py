@@ -1,0 +1,259 @@
+"""Pure routing functions: they check, choose a backend and call it.
+
+Backends: "torch" runs anywhere and is tuned for CPU; "reference" is the definition, slow and plain; "triton" is not in
+this version. "auto" takes "torch".
+"""
+
+import torch
+from torch import Tensor
+
+from kmeans_route import ops, reference
+from kmeans_route.checks import (
+    ACCUMULATES,
+    BACKENDS,
+    RouteOptions,
+    check_choice,
+    check_device,
+    check_index_values,
+    check_indices,
+    check_route_options,
+    flatten_hidden_states,
+    flatten_mask,
+)
+from kmeans_route.types import Dispatch, Routing
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs: "reference" or "torch". ValueError for an unknown name, RuntimeError for an absent one."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        raise RuntimeError(
+            f"backend must be one that this version ships, got 'triton' for a tensor on {device}: "
+            "use backend='torch', or 'auto'"
+        )
+    return "torch" if backend == "auto" else backend
+
+
+def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit rows of the centroids, rounded to the dtype of the hidden states.
+
+    Args:
+        weight: (E, D) centroids, floating point, any scale.
+        dtype: dtype of the hidden states that will be scored.
+
+    Returns:
+        (E, D) in `dtype`: c_e / ||c_e||, or 0 where ||c_e|| < 1e-12 or not finite. No gradient.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be a floating point (E, D) matrix, got {weight.dtype} {tuple(weight.shape)}: "
+            "pass one centroid a row"
+        )
+    return reference.directions_reference(weight, dtype)
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    expert_bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    indices: Tensor | None = None,
+    directions: Tensor | None = None,
+    gate: str = "softmax",
+    tau: float = 0.05,
+    normalize: bool = True,
+    scaling: float = 1.0,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+    group_score: str = "top2",
+    return_scores: bool = False,
+    backend: str = "auto",
+) -> Routing:
+    """Choose the top_k experts whose centroids have the largest cosine with each hidden state.
+
+    The method is arXiv 2605.12476. The gradient reaches x through `weights`, `selected_scores` and `scores`; none
+    reaches the centroids or the bias.
+
+    Args:
+        x: hidden states (..., D), floating point; T is the product of the leading dimensions.
+        weight: centroids (E, D), any scale; only their directions matter.
+        top_k: experts a token, in [1, E].
+        expert_bias: (E,) added to the scores for selection only, never for the gates; None for 0.
+        mask: bool, shape x.shape[:-1]; false leaves a token out (weights 0, no gradient, not counted).
+        indices: (T, K) int64 ids to replay instead of choosing, in [0, E), distinct in each row.
+        directions: (E, D) in x's dtype, what `directions(weight, x.dtype)` returns, to save that step.
+        gate: "softmax", "sigmoid", "cosine" or "uniform" over the selected scores.
+        tau: temperature of the softmax and sigmoid gates, > 0, in units of cosine.
+        normalize: True: gates sum to `scaling` over the selected experts. False: softmax over all candidates, the
+            others without the division.
+        scaling: factor on the gates, > 0.
+        n_group, topk_group: choose from the `topk_group` best of `n_group` equal groups of experts; None for all.
+        group_score: a group's score: "top2", the sum of its two largest s + b, or "max".
+        return_scores: also return all scores (T, E).
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        Routing, flattened to T rows; weights and scores in fp32 (fp64 for fp64 x).
+
+    Raises:
+        ValueError: a shape or a value is out of range. TypeError: a wrong dtype. RuntimeError: tensors on different
+            devices, or a backend that is not there.
+
+    Example:
+        >>> import torch, kmeans_route
+        >>> x, centroids = torch.eye(4)[:3], torch.eye(4)
+        >>> kmeans_route.route(x, centroids, top_k=1).indices.flatten().tolist()
+        [0, 1, 2]
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be a floating point (E, D) matrix, got {weight.dtype} {tuple(weight.shape)}: "
+            "pass one centroid a row"
+        )
+    num_experts = weight.shape[0]
+    options = check_route_options(
+        num_experts,
+        top_k,
+        gate=gate,
+        tau=tau,
+        normalize=normalize,
+        scaling=scaling,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,
+    )
+    x_TD = flatten_hidden_states(x, weight.shape[1])
+    check_device("x", x, weight.device, "weight")
+    if expert_bias is not None:
+        if tuple(expert_bias.shape) != (num_experts,):
+            raise ValueError(
+                f"expert_bias must have shape {(num_experts,)}, got {tuple(expert_bias.shape)}: one value an expert"
+            )
+        check_device("expert_bias", expert_bias, x.device, "x")
+    if directions is None:
+        directions = reference.directions_reference(weight, x.dtype)
+    elif directions.shape != weight.shape or directions.dtype != x.dtype:
+        raise ValueError(
+            f"directions must be {tuple(weight.shape)} in {x.dtype}, got {tuple(directions.shape)} in "
+            f"{directions.dtype}: pass kmeans_route.directions(weight, x.dtype)"
+        )
+    return route_checked(
+        x_TD,
+        directions,
+        expert_bias,
+        flatten_mask(mask, x),
+        check_indices(indices, x, top_k),
+        options,
+        return_scores=return_scores,
+        backend=choose_backend(backend, x.device),
+    )
+
+
+def route_checked(
+    x: Tensor,
+    directions: Tensor,
+    expert_bias: Tensor | None,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    options: RouteOptions,
+    *,
+    return_scores: bool,
+    backend: str,
+) -> Routing:
+    """`route` after its checks, for callers that have made them: x (T, D), a chosen backend."""
+    if backend == "reference":
+        if indices is not None:
+            check_index_values(indices, directions.shape[0])
+        routing = reference.route_reference(x, directions, expert_bias, mask, indices, options)
+        return routing if return_scores else routing._replace(scores=None)
+    return ops.route_with_stats(
+        x, directions, expert_bias, mask, indices, options, want_scores=return_scores, want_std=False, want_hist=False
+    )[0]
+
+
+def _check_routing(x: Tensor, routing: Routing) -> Tensor:
+    x_TD = flatten_hidden_states(x, x.shape[-1] if x.dim() else 0)
+    if x_TD.shape[0] != routing.indices.shape[0]:
+        raise ValueError(
+            f"x must have the {routing.indices.shape[0]} tokens of the routing, got {x_TD.shape[0]}: "
+            "pass the hidden states that were routed"
+        )
+    check_device("x", x, routing.indices.device, "the routing")
+    return x_TD
+
+
+def dispatch(x: Tensor, routing: Routing, *, backend: str = "auto") -> Dispatch:
+    """Copy each token to the rows of its experts, so that each expert's rows are contiguous.
+
+    Args:
+        x: (..., D) hidden states, the same tokens as `routing`, any floating dtype.
+        routing: from `route`.
+
+    Returns:
+        Dispatch: x_sorted (T*K, D) in x's dtype, differentiable in x; positions (T, K); token_of_row (T*K,);
+        offsets (E+1,) int32. Rows of tokens that are not valid lie after offsets[E] and are zero.
+
+    Raises:
+        ValueError: x has another number of tokens than the routing. RuntimeError: another device.
+    """
+    x_TD = _check_routing(x, routing)
+    if choose_backend(backend, x.device) == "reference":
+        return reference.dispatch_reference(x_TD, routing)
+    return Dispatch(*ops.dispatch(x_TD, routing.indices, routing.tokens_per_expert, routing.valid))
+
+
+def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: str = "auto") -> Tensor:
+    """Weighted sum of each token's expert outputs, back in token order.
+
+    Args:
+        y_sorted: (T*K, D) expert outputs in the order of `dispatch.x_sorted`; rows at offsets[E] and after are never
+            read, whatever they hold.
+        routing: from `route`; its weights get a gradient.
+        dispatch: from `dispatch`.
+
+    Returns:
+        (T, D) in y_sorted's dtype: y_t = sum over k of g_tk y_sorted[positions_tk], accumulated in fp32; 0 for tokens
+        that are not valid.
+
+    Raises:
+        ValueError: y_sorted has not T*K rows. RuntimeError: another device.
+    """
+    rows = routing.indices.numel()
+    if y_sorted.dim() != 2 or y_sorted.shape[0] != rows:
+        raise ValueError(
+            f"y_sorted must have shape ({rows}, D), got {tuple(y_sorted.shape)}: one row for each row of x_sorted"
+        )
+    check_device("y_sorted", y_sorted, routing.indices.device, "the routing")
+    if choose_backend(backend, y_sorted.device) == "reference":
+        return reference.combine_reference(y_sorted, routing, dispatch)
+    return ops.combine(
+        y_sorted, routing.weights, dispatch.positions, dispatch.token_of_row, dispatch.offsets, routing.valid
+    )
+
+
+def centroid_sums(
+    x: Tensor, routing: Routing, *, accumulate: str = "unit", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Sum of the hidden states routed to each expert, and how many they are.
+
+    Args:
+        x: (..., D) hidden states, the same tokens as `routing`.
+        routing: from `route`.
+        accumulate: "unit" sums x_t / ||x_t||, "raw" sums x_t.
+
+    Returns:
+        sums (E, D) fp32 (fp64 for fp64 x), no gradient; counts (E,) int64. Tokens that are not valid add nothing.
+        The same input gives the same bits.
+
+    Raises:
+        ValueError: an unknown `accumulate`, or x has another number of tokens than the routing.
+    """
+    check_choice("accumulate", accumulate, ACCUMULATES)
+    x_TD = _check_routing(x, routing)
+    if choose_backend(backend, x.device) == "reference":
+        return reference.centroid_sums_reference(x_TD, routing, accumulate)
+    num_experts = routing.tokens_per_expert.shape[0]
+    sums = ops.centroid_sums(x_TD, routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate)
+    return sums, routing.tokens_per_expert

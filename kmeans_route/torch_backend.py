@@ -1,0 +1,397 @@
+"""Backend "torch": the bodies of the operators in plain PyTorch, tuned for CPU, correct on any device.
+
+No autograd here and no argument checks; `ops.py` adds the first, `functional.py` the second. Rows are taken in chunks
+that stay in cache, which also bounds the fp32 copy that 16-bit inputs need. On CPU a branch on data costs nothing and
+saves passes (are all tokens valid? is there a tie?); on other devices it would stall the stream, so there the general
+path always runs.
+
+Legend: T tokens, D hidden size, E experts, K top_k.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kmeans_route.checks import RouteOptions, check_index_values
+from kmeans_route.reference import (
+    MARGIN_RANGE,
+    MAX_SQUARED_NORM,
+    MIN_COSINE_GATE,
+    MIN_SQUARED_NORM,
+    NUM_MARGIN_BINS,
+    candidates_reference,
+    compute_dtype,
+    gates_reference,
+    stable_topk,
+)
+
+CHUNK_BYTES = 4 << 20  # of x in the compute dtype: a chunk read twice comes from cache the second time
+BAG_BYTES = 8 << 20  # of partial centroid sums held at once
+
+
+def chunks(x: Tensor) -> list[slice]:
+    rows = max(1, CHUNK_BYTES // max(1, x.shape[1] * compute_dtype(x.dtype).itemsize))
+    rows = rows if x.device.type == "cpu" else 16 * rows
+    return [slice(i, min(i + rows, x.shape[0])) for i in range(0, x.shape[0], rows)]
+
+
+def _all_true(flags: Tensor) -> bool:
+    """Whether a shortcut may be taken: known on CPU, never assumed where asking would stall the device."""
+    return flags.device.type == "cpu" and bool(flags.all())
+
+
+def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """s (T, E), 1 / ||x|| (T,) and validity (T,), reading each chunk of x from memory once."""
+    dtype = compute_dtype(x.dtype)
+    scores = x.new_empty(x.shape[0], directions.shape[0], dtype=dtype)
+    norm = x.new_empty(x.shape[0], dtype=dtype)
+    d_DE = directions.to(dtype).T
+    for c in chunks(x):
+        x_c = x[c].to(dtype)
+        torch.linalg.vector_norm(x_c, dim=1, out=norm[c])
+        torch.mm(x_c, d_DE, out=scores[c])
+    valid = (norm >= MIN_SQUARED_NORM**0.5) & (norm <= MAX_SQUARED_NORM**0.5)
+    if mask is not None:
+        valid &= mask
+    inv_norm = norm.reciprocal_()
+    scores.mul_(inv_norm[:, None])
+    if not _all_true(valid):
+        scores.masked_fill_(~valid[:, None], 0.0)
+        inv_norm.masked_fill_(~valid, 0.0)
+    return scores, inv_norm, valid
+
+
+def exact_topk(ranking: Tensor, k: int) -> Tensor:
+    """Ids (T, k) of the k largest, by decreasing value, ties to the lower id.
+
+    torch.topk prefers no id among equals. It is right wherever the k + 1 largest values of a row differ; only the
+    other rows are sorted.
+    """
+    if ranking.device.type != "cpu" or k == ranking.shape[1]:
+        return stable_topk(ranking, k)
+    values, ids = ranking.topk(k + 1, dim=1)
+    ids = ids[:, :k].contiguous()
+    tied = values[:, 1:] == values[:, :-1]
+    if tied.any():
+        rows = tied.any(1).nonzero().squeeze(1)
+        ids[rows] = stable_topk(ranking[rows], k)
+    return ids
+
+
+def route_fwd(
+    x: Tensor,
+    directions: Tensor,
+    expert_bias: Tensor | None,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    options: RouteOptions,
+    *,
+    want_scores: bool,
+    want_std: bool,
+    want_hist: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """indices, weights, selected, scores, candidates, counts, inv_norm, valid, std sum (), margin histogram.
+
+    scores and candidates are (T, E), or (0, E) where neither the caller nor the backward needs them.
+    """
+    num_experts, top_k = directions.shape[0], options.top_k
+    scores, inv_norm, valid = cosine_scores(x, directions, mask)
+    all_valid = _all_true(valid)
+    ranking = scores if expert_bias is None else scores + expert_bias.to(scores.dtype)
+    among = ranking
+    if options.grouped:
+        among = ranking.masked_fill(~candidates_reference(ranking, options), -torch.inf)
+    if indices is None:
+        indices = exact_topk(among, top_k)
+    else:
+        check_index_values(indices, num_experts)
+        indices = indices.clone()
+    if not all_valid:
+        indices = torch.where(valid[:, None], indices, torch.arange(top_k, device=x.device))
+
+    selected = scores.gather(1, indices)
+    candidates = candidate_mask(ranking, indices, options)
+    weights = gates_reference(selected, scores, candidates, options)
+    if not all_valid:
+        weights.masked_fill_(~valid[:, None], 0.0)
+    std_sum = _std_sum(scores) if want_std else scores.new_zeros(())
+    hist = margin_hist(ranking, among, valid, top_k) if want_hist else indices.new_zeros(0, NUM_MARGIN_BINS).int()
+    counts = count_experts(indices, valid, num_experts, all_valid=all_valid)
+    if not want_scores and not candidates.numel():
+        scores = scores.new_zeros(0, num_experts)
+    return indices, weights, selected, scores, candidates, counts, inv_norm, valid, std_sum, hist
+
+
+def candidate_mask(ranking: Tensor, indices: Tensor, options: RouteOptions) -> Tensor:
+    """Which experts the softmax over all candidates runs over, (T, E); empty where no gate needs it."""
+    if options.gate != "softmax" or options.normalize:
+        return ranking.new_zeros(0, ranking.shape[1], dtype=torch.bool)
+    if not options.grouped:
+        return torch.ones_like(ranking, dtype=torch.bool)
+    return candidates_reference(ranking, options).scatter(1, indices, True)
+
+
+def count_experts(indices: Tensor, valid: Tensor, num_experts: int, *, all_valid: bool) -> Tensor:
+    """(E,) int64: valid tokens that chose each expert. bincount would synchronise a GPU, so there it is a scatter."""
+    if indices.device.type == "cpu":
+        counts = torch.bincount(indices.flatten(), minlength=num_experts)
+        if not all_valid:  # rows that are not valid hold ids 0..K-1
+            counts[: indices.shape[1]] -= (~valid).sum()
+        return counts
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=indices.device)
+    return counts.scatter_add_(0, indices.flatten(), valid[:, None].expand_as(indices).flatten().long())
+
+
+def _std_sum(scores: Tensor) -> Tensor:
+    """Sum over rows of the population standard deviation; the mean is subtracted first: cosines share an offset."""
+    centered = scores - scores.mean(1, keepdim=True)
+    return torch.linalg.vector_norm(centered, dim=1).sum() / scores.shape[1] ** 0.5
+
+
+def margin_hist(ranking: Tensor, among: Tensor, valid: Tensor, top_k: int) -> Tensor:
+    """Histogram (E, 1024) int32 of alpha_t - (s_te + b_e) over valid tokens; `among` is -inf where no candidate."""
+    num_experts = ranking.shape[1]
+    alpha = among.topk(top_k + 1, dim=1).values[:, top_k:]
+    scale = NUM_MARGIN_BINS / (2 * MARGIN_RANGE)
+    bins = ((alpha - among + MARGIN_RANGE) * scale).floor_().clamp_(0, NUM_MARGIN_BINS - 1).long()
+    bins += torch.arange(num_experts, device=ranking.device) * NUM_MARGIN_BINS
+    flat = torch.where(valid[:, None], bins, num_experts * NUM_MARGIN_BINS).flatten()
+    size = num_experts * NUM_MARGIN_BINS
+    if ranking.device.type == "cpu":
+        hist = torch.bincount(flat, minlength=size + 1)
+    else:
+        hist = torch.zeros(size + 1, dtype=torch.int64, device=ranking.device)
+        hist.scatter_add_(0, flat, torch.ones_like(flat))
+    return hist[:size].view(num_experts, NUM_MARGIN_BINS).int()
+
+
+def gates_bwd(d_weights: Tensor, selected: Tensor, options: RouteOptions) -> Tensor:
+    """ds (T, K) from dg (T, K), for the gates that look at the selected scores only."""
+    tau, normalize = options.tau, options.normalize
+    dg = d_weights * options.scaling
+    if options.gate == "softmax":
+        p = (selected / tau).softmax(1)
+        return p * (dg - (p * dg).sum(1, keepdim=True)) / tau
+    if options.gate == "sigmoid":
+        z = selected / tau
+        if normalize:
+            p = F.logsigmoid(z).softmax(1)
+            return p * (dg - (p * dg).sum(1, keepdim=True)) * (-z).sigmoid() / tau
+        q = z.sigmoid()
+        return dg * q * (1 - q) / tau
+    if options.gate == "cosine":
+        free = selected >= MIN_COSINE_GATE
+        if normalize:
+            q = selected.clamp_min(MIN_COSINE_GATE)
+            total = q.sum(1, keepdim=True)
+            dg = (dg - (q * dg).sum(1, keepdim=True) / total) / total
+        return torch.where(free, dg, 0.0)
+    return torch.zeros_like(selected)
+
+
+def route_bwd(
+    x: Tensor,
+    directions: Tensor,
+    indices: Tensor,
+    selected: Tensor,
+    inv_norm: Tensor,
+    valid: Tensor,
+    scores: Tensor,
+    candidates: Tensor,
+    d_weights: Tensor | None,
+    d_selected: Tensor | None,
+    d_scores: Tensor | None,
+    options: RouteOptions,
+) -> Tensor:
+    """dx_t = inv_norm_t (sum over e of ds_te d_e - x_t inv_norm_t sum over e of ds_te s_te), 0 if not valid.
+
+    `scores` and `candidates` (T, E) are read only when ds covers all experts, and may be empty otherwise.
+    """
+    over_all = options.gate == "softmax" and not options.normalize
+    ds_TK: Tensor | None = d_selected
+    ds_TE = None if d_scores is None else d_scores.to(selected.dtype)
+    if d_weights is not None:
+        dg = d_weights.to(selected.dtype)
+        if over_all:
+            p = (scores / options.tau).masked_fill_(~candidates, -torch.inf).softmax(1)
+            ds = p.gather(1, indices) * dg * (options.scaling / options.tau)
+            through_sum = p.mul_(ds.sum(1, keepdim=True))
+            ds_TE = -through_sum if ds_TE is None else ds_TE - through_sum
+        else:
+            ds = gates_bwd(dg, selected, options)
+        ds_TK = ds if ds_TK is None else ds_TK + ds
+    return _dx(x, directions, indices, selected, inv_norm, valid, scores, ds_TK, ds_TE)
+
+
+def _dx(
+    x: Tensor,
+    directions: Tensor,
+    indices: Tensor,
+    selected: Tensor,
+    inv_norm: Tensor,
+    valid: Tensor,
+    scores: Tensor,
+    ds_TK: Tensor | None,
+    ds_TE: Tensor | None,
+) -> Tensor:
+    """dx from ds of the selected experts, of all experts, or their sum.
+
+    With ds_TK alone, a CPU gathers K direction rows a token (embedding_bag) instead of multiplying by all E: 0.65 to
+    0.9 of the time. dx in fp32 is written by one whole-tensor call: page faults of the fresh tensor cost more than
+    its arithmetic, and chunks make them collide.
+    """
+    d_ED = directions.to(selected.dtype)
+    along = torch.zeros_like(inv_norm)  # sum over e of ds_te s_te
+    if ds_TK is not None:
+        along += (ds_TK * selected).sum(1)
+    if ds_TE is not None:
+        along += (ds_TE * scores).sum(1)
+    coef = (along * inv_norm * inv_norm).neg_()[:, None]
+    sparse = ds_TE is None and x.device.type == "cpu"
+    if not sparse:
+        ds_TE = torch.zeros_like(inv_norm)[:, None].repeat(1, d_ED.shape[0]) if ds_TE is None else ds_TE.clone()
+        ds_TE = ds_TE if ds_TK is None else ds_TE.scatter_add_(1, indices, ds_TK)
+    ds = ds_TK if sparse else ds_TE
+    assert ds is not None
+    ds = ds * inv_norm[:, None]
+
+    def rows(c: slice) -> Tensor:
+        if sparse:
+            return F.embedding_bag(indices[c], d_ED, per_sample_weights=ds[c], mode="sum")
+        return ds[c] @ d_ED
+
+    if x.dtype == selected.dtype:
+        dx = rows(slice(None)).addcmul_(x, coef)
+    else:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for c in chunks(x):
+            dx[c] = rows(c).addcmul_(x[c].to(selected.dtype), coef[c])
+    return _zero_rows(dx, valid)
+
+
+def _zero_rows(rows: Tensor, valid: Tensor) -> Tensor:
+    """Zero what is not valid in place: a factor 0 would leave the NaN of a bad row standing."""
+    return rows if _all_true(valid) else rows.masked_fill_(~valid[:, None], 0.0)
+
+
+def add_centroid_sums_(
+    sums: Tensor, x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, accumulate: str
+) -> Tensor:
+    """sums (E, D) += sum of x_t / ||x_t|| ("unit") or x_t ("raw") over valid t with e in sel_t, in a fixed order."""
+    factor = inv_norm.to(sums.dtype) if accumulate == "unit" else valid.to(sums.dtype)
+    if x.device.type == "cpu":
+        return _add_sums_by_bags_(sums, x, indices, factor, valid)
+    member = factor.new_zeros(x.shape[0], sums.shape[0])
+    member.scatter_(1, indices, factor[:, None].expand_as(indices))
+    for c in chunks(x):
+        clean = x[c].masked_fill(~valid[c][:, None], 0.0)
+        sums.addmm_(member[c].T, clean.to(sums.dtype))
+    return sums
+
+
+def _add_sums_by_bags_(sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor, valid: Tensor) -> Tensor:
+    """The sums on CPU: one bag for each (chunk of tokens, expert), then the chunks in order.
+
+    A one-hot product does E / K times the arithmetic: 1.4 to 3 times the time at the benchmarked shapes. A chunk of
+    512 tokens stays in cache while its bags are read; a token that is not valid is in no bag, so its NaN meets nothing.
+    """
+    (num_tokens, top_k), (num_experts, hidden_size) = indices.shape, sums.shape
+    chunk = max(512, 32 * num_experts // top_k)
+    together = max(1, BAG_BYTES // (num_experts * hidden_size * sums.element_size()))
+    together = together if x.dtype == sums.dtype else 1
+    all_valid = bool(valid.all())
+    for start in range(0, num_tokens, chunk * together):
+        span = slice(start, min(start + chunk * together, num_tokens))
+        rows = span.stop - span.start
+        num_bags = -(-rows // chunk) * num_experts
+        key = indices[span] + (torch.arange(rows) // chunk * num_experts)[:, None]
+        if not all_valid:
+            key = torch.where(valid[span, None], key, num_bags)
+        narrow = torch.int16 if num_bags < 2**15 else torch.int32  # the radix sort reads fewer bytes
+        in_bags = torch.bincount(key.flatten(), minlength=num_bags)[:num_bags]
+        token = key.flatten().to(narrow).sort(stable=True).indices // top_k
+        if not all_valid:
+            token = token[: int(in_bags.sum())]
+        if token.numel() == 0:
+            continue
+        bags = F.embedding_bag(
+            token,
+            x[span].to(sums.dtype),
+            in_bags.cumsum(0) - in_bags,
+            mode="sum",
+            per_sample_weights=factor[span].index_select(0, token),
+        )
+        sums += bags.view(-1, num_experts, hidden_size).sum(0)
+    return sums
+
+
+def dispatch_fwd(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_sorted, positions, token_of_row, offsets: a stable sort by expert, tokens that are not valid last."""
+    num_experts = counts.shape[0]
+    all_valid = _all_true(valid)
+    key = indices if all_valid else torch.where(valid[:, None], indices, num_experts)
+    small = torch.int16 if num_experts < 2**15 else torch.int64  # a radix sort reads fewer bytes
+    order = key.flatten().to(small).sort(stable=True).indices
+    token_of_row = order // indices.shape[1]
+    positions = torch.empty_like(order)
+    positions[order] = torch.arange(order.numel(), device=x.device)
+    offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
+    offsets[1:] = counts.cumsum(0)
+    x_sorted = x.index_select(0, token_of_row)
+    if not all_valid:
+        zero_past_end_(x_sorted, offsets)
+    return x_sorted, positions.view_as(indices), token_of_row, offsets
+
+
+def zero_past_end_(rows: Tensor, offsets: Tensor) -> Tensor:
+    """Zero the rows at offsets[E] and after, in place."""
+    if rows.device.type == "cpu":
+        rows[int(offsets[-1]) :] = 0.0
+        return rows
+    past = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+    return rows.masked_fill_(past[:, None], 0.0)
+
+
+def gather_sum(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
+    """y_t = sum over k of weights_tk rows[positions_tk] in fp32, in the dtype of rows; 0 if not valid. (T, D).
+
+    This is combine forward, and with weights None the backward of dispatch.
+    """
+    dtype = compute_dtype(rows.dtype)
+    y = rows.new_empty(positions.shape[0], rows.shape[1])
+    if rows.dtype == dtype and rows.device.type == "cpu":
+        factor = None if weights is None else weights.to(dtype)
+        return _zero_rows(F.embedding_bag(positions, rows.contiguous(), per_sample_weights=factor, mode="sum"), valid)
+    for c in chunks(y):
+        total = rows.new_zeros(y[c].shape, dtype=dtype)
+        for k in range(positions.shape[1]):
+            row = rows.index_select(0, positions[c, k]).to(dtype)
+            total = total + row if weights is None else total.addcmul_(row, weights[c, k : k + 1].to(dtype))
+        y[c] = total
+    return _zero_rows(y, valid)
+
+
+def combine_bwd(
+    dy: Tensor,
+    y_sorted: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    token_of_row: Tensor,
+    offsets: Tensor,
+    valid: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """d y_sorted (T*K, D), zero at offsets[E] and after, and d weights (T, K), zero where not valid."""
+    dtype = compute_dtype(y_sorted.dtype)
+    weight_of_row = weights.new_empty(positions.numel(), dtype=dtype)
+    weight_of_row[positions.flatten()] = weights.flatten().to(dtype)
+    d_rows = torch.empty_like(y_sorted, memory_format=torch.contiguous_format)
+    dot_of_row = torch.empty_like(weight_of_row)
+    for c in chunks(d_rows):
+        dy_c = dy.index_select(0, token_of_row[c]).to(dtype)
+        dot_of_row[c] = torch.linalg.vecdot(dy_c, y_sorted[c].to(dtype))
+        d_rows[c] = dy_c.mul_(weight_of_row[c][:, None])
+    d_weights = dot_of_row[positions].to(weights.dtype)
+    if not _all_true(valid):
+        zero_past_end_(d_rows, offsets)
+        d_weights.masked_fill_(~valid[:, None], 0.0)
+    return d_rows, d_weights
