@@ -1,0 +1,418 @@
+"""The K-Means router: centroids as buffers, routing in forward, learning in commit.
+
+Source of the method: arXiv 2605.12476 (Ahrac, Hochwald, Geva 2026).
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kmeans_route import metrics, ops, reference
+from kmeans_route.checks import (
+    ACCUMULATES,
+    check_choice,
+    check_device,
+    check_indices,
+    check_positive_int,
+    check_range,
+    check_route_options,
+    flatten_hidden_states,
+    flatten_mask,
+)
+from kmeans_route.functional import choose_backend, directions, route_checked
+from kmeans_route.reservoir import EMPTY_HASH, kmeans_pp
+from kmeans_route.state import Pending, StatefulRouter, seed_for
+from kmeans_route.types import RouterOutput, Routing
+
+AVERAGES = ("ema", "cumulative")
+BALANCES = ("proportional", "sign", "quantile", "none")
+INITS = ("tokens", "kmeans++", "normal")
+BIAS_RATES = {"proportional": 0.05, "sign": 0.001, "quantile": 0.1, "none": 0.0}
+
+
+class KMeansRouter(StatefulRouter):
+    """Route each hidden state to the top_k experts whose running-average centroids have the largest cosine with it.
+
+    No parameters: a training forward gathers statistics, and `commit` (once per optimizer step, see
+    `kmeans_route.attach`) moves the centroids and the balance bias. All state is fp32, however the model is cast.
+
+    Args:
+        hidden_size: D, at least 1.
+        num_experts: E, at least 1.
+        top_k: K, experts a token, in [1, E].
+        decay: of the running average, in [0, 1): beta = min(decay, steps / (steps + 1)), a plain mean at first.
+        average: "ema", or "cumulative", the mean over all tokens ever seen: it stops following a drifting model.
+        accumulate: "unit" averages x_t / ||x_t||, "raw" averages x_t.
+        balance: how the selection bias learns: "proportional" to the excess load in units of the score's spread,
+            "sign" (the paper's), "quantile" (Kimi K3 report 2.3.3), or "none".
+        bias_rate: step of that rule, >= 0; None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile).
+        gate, tau, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
+        init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
+            "normal" (Gaussian directions, moved by the first averages).
+        detach_gates: stop the gradient from the gates to x.
+        return_scores: fill `scores` in the output.
+        seed, name: seed of the router's private generator; give each layer its own name.
+        backend: "auto", "torch" or "reference".
+
+    Shape:
+        x: (..., D). weights, indices: (T, K), T the product of the leading dimensions. scores: (T, E).
+
+    Raises:
+        ValueError, TypeError: an option or a tensor is out of its range, see the message.
+
+    Example:
+        >>> import torch, kmeans_route
+        >>> router = kmeans_route.KMeansRouter(hidden_size=16, num_experts=4, top_k=2)
+        >>> weights, indices, _ = router.eval()(torch.randn(2, 5, 16))
+        >>> weights.shape, indices.shape
+        (torch.Size([10, 2]), torch.Size([10, 2]))
+    """
+
+    weight: Tensor
+    score_std: Tensor
+    dropped_total: Tensor
+    steps: Tensor
+    initialized: Tensor
+    tokens_seen: Tensor | None
+    FP32_STATE = ("weight", "expert_bias", "score_std")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        decay: float = 0.999,
+        average: str = "ema",
+        accumulate: str = "unit",
+        balance: str = "proportional",
+        bias_rate: float | None = None,
+        gate: str = "softmax",
+        tau: float = 0.05,
+        normalize: bool = True,
+        scaling: float = 1.0,
+        n_group: int | None = None,
+        topk_group: int | None = None,
+        group_score: str = "top2",
+        init: str = "tokens",
+        detach_gates: bool = False,
+        return_scores: bool = False,
+        seed: int = 0,
+        name: str = "",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_positive_int("hidden_size", hidden_size)
+        check_positive_int("num_experts", num_experts)
+        check_choice("average", average, AVERAGES)
+        check_choice("accumulate", accumulate, ACCUMULATES)
+        check_choice("balance", balance, BALANCES)
+        check_choice("init", init, INITS)
+        check_range("decay", decay, 0.0, 1.0)
+        bias_rate = BIAS_RATES[balance] if bias_rate is None else bias_rate
+        check_range("bias_rate", bias_rate, 0.0, math.inf)
+        super().__init__(hidden_size, num_experts, seed=seed, name=name)
+        self.options = check_route_options(
+            num_experts,
+            top_k,
+            gate=gate,
+            tau=tau,
+            normalize=normalize,
+            scaling=scaling,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_score=group_score,
+        )
+        self.top_k = top_k
+        self.average, self.accumulate, self.init = average, accumulate, init
+        self.detach_gates, self.return_scores = detach_gates, return_scores
+        self.commit_options = reference.CommitOptions(top_k, decay, average, balance, bias_rate)
+        self._want_hist = balance == "quantile" and top_k < num_experts
+        candidates = self.options.topk_group * num_experts // self.options.n_group
+        if self._want_hist and candidates == top_k:
+            raise ValueError(
+                f"balance='quantile' must have more candidates than top_k={top_k}, got {candidates}: raise topk_group "
+                "or choose another balance"
+            )
+        self.backend = backend
+        choose_backend(backend, torch.device("cpu"))
+
+        self.register_buffer("weight", torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device))
+        self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32, device=device))
+        self.register_buffer("score_std", torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("steps", torch.empty((), dtype=torch.int64, device=device))
+        self.register_buffer("dropped_total", torch.empty((), dtype=torch.int64, device=device))
+        self.register_buffer("initialized", torch.empty((), dtype=torch.bool, device=device))
+        seen = torch.empty(num_experts, dtype=torch.int64, device=device) if average == "cumulative" else None
+        self.register_buffer("tokens_seen", seen)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gaussian unit rows from the private generator, no bias, nothing pending. Call it after `to_empty`."""
+        self._initialized = False
+        self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        self._new_pending()
+        self.centroid_drift = torch.zeros(self.num_experts, device=self.weight.device)
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            rows = torch.randn(
+                self.num_experts, self.hidden_size, generator=self._private_generator(), dtype=torch.float32
+            )
+            self.weight.copy_(rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+            for buffer in (self.expert_bias, self.score_std, self.steps, self.dropped_total, self.initialized):
+                buffer.zero_()
+            if self.tokens_seen is not None:
+                self.tokens_seen.zero_()
+
+    def _new_pending(self) -> None:
+        self.pending = Pending(
+            self.num_experts,
+            self.hidden_size,
+            self.weight.device,
+            with_hist=self._want_hist,
+            with_reservoir=not self._initialized and self.init != "normal",
+        )
+        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
+
+    def extra_repr(self) -> str:
+        """The options that matter, as the constructor names them."""
+        o, c = self.options, self.commit_options
+        groups = f", n_group={o.n_group}, topk_group={o.topk_group}" if o.grouped else ""
+        name = f", name={self.name!r}" if self.name else ""
+        return (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, gate={o.gate!r}, "
+            f"tau={o.tau:g}, balance={c.balance!r}, bias_rate={c.bias_rate:g}, decay={c.decay:g}, "
+            f"average={c.average!r}, init={self.init!r}{groups}{name}"
+        )
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, indices: Tensor | None = None, *, details: bool = False
+    ) -> RouterOutput | Routing:
+        """Route x, and in training gather its statistics.
+
+        Args:
+            x: hidden states (..., D), floating point.
+            mask: bool, x.shape[:-1], false for padding.
+            indices: (T, K) ids to replay.
+            details: return the whole `Routing` (which `dispatch` and `combine` take) instead of `RouterOutput`.
+        """
+        routing = self._route(x, mask, indices, gather=self.counts_now())
+        if details:
+            return routing
+        return RouterOutput(routing.weights, routing.indices, routing.scores)
+
+    def route(self, x: Tensor, mask: Tensor | None = None, indices: Tensor | None = None) -> Routing:
+        """Route x with the state as it is and gather nothing, in training too."""
+        return self._route(x, mask, indices, gather=False)
+
+    def _route(self, x: Tensor, mask: Tensor | None, indices: Tensor | None, *, gather: bool) -> Routing:
+        x_TD = flatten_hidden_states(x, self.hidden_size)
+        check_device("x", x, self.weight.device, "the router's state")
+        mask = flatten_mask(mask, x)
+        indices = check_indices(indices, x, self.top_k)
+        backend = choose_backend(self.backend, x.device)
+        d = self._directions(x.dtype)
+        rows = x_TD.detach() if self.detach_gates else x_TD
+        if not gather:
+            return route_checked(
+                rows, d, self.expert_bias, mask, indices, self.options,
+                return_scores=self.return_scores, backend=backend,
+            )  # fmt: skip
+        if backend == "reference":
+            return self._gather_reference(rows, d, mask, indices)
+        routing, std_sum, hist = ops.route_with_stats(
+            rows, d, self.expert_bias, mask, indices, self.options,
+            want_scores=self.return_scores, want_std=True, want_hist=self._want_hist,
+        )  # fmt: skip
+        self._gather(x_TD, routing, mask, std_sum, hist)
+        return routing
+
+    def _gather(self, x: Tensor, routing: Routing, mask: Tensor | None, std_sum: Tensor, hist: Tensor) -> None:
+        p, x = self.pending, x.detach()
+        ops.accumulate(
+            x, routing.indices, routing.inv_norm, routing.valid, mask,
+            routing.tokens_per_expert, std_sum, hist, self.accumulate,
+            p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist,
+        )  # fmt: skip
+        if not self._initialized and self.init != "normal":
+            factor = routing.inv_norm if self.accumulate == "unit" else routing.valid.float()
+            ops.reservoir(x, factor, routing.valid, seed_for(self.seed, "reservoir"), p.hashes, p.rows)
+
+    def _gather_reference(self, x: Tensor, d: Tensor, mask: Tensor | None, indices: Tensor | None) -> Routing:
+        routing = reference.route_reference(x, d, self.expert_bias, mask, indices, self.options)
+        assert routing.scores is not None
+        hist = self.pending.margin_hist
+        if self._want_hist:
+            hist = reference.margin_hist_reference(
+                *reference.margins_reference(routing.scores, self.expert_bias, routing.valid, self.options)
+            )
+        self._gather(x, routing, mask, reference.score_std_reference(routing.scores), hist)
+        return routing if self.return_scores else routing._replace(scores=None)
+
+    def _directions(self, dtype: torch.dtype) -> Tensor:
+        """Directions in the dtype of the hidden states; kept in eval until the centroids change."""
+        if self.training or torch.compiler.is_compiling():
+            return directions(self.weight, dtype)
+        key = (self.weight.data_ptr(), self.weight._version, dtype)
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, directions(self.weight, dtype))
+        return self._cached[1]
+
+    @torch.no_grad()
+    def commit(self, skip: Tensor | None = None) -> None:
+        """Fold what forward has gathered into centroids and bias. Once per optimizer step; idempotent.
+
+        Args:
+            skip: () bool on the router's device; true leaves state and pending as they are, for a step that a
+                gradient scaler skipped. Read on the device, without a sync.
+
+        With nothing pending the state does not change. Until the first data, one value is read back to the host.
+        """
+        self._commits_by_hand = True
+        if self.frozen:
+            return
+        if not self._initialized:
+            if int(self.pending.num_tokens) == 0 or (skip is not None and bool(skip)):
+                return
+            if self.init != "normal":
+                self._commit_first_data()
+                return
+            self._mark_initialized()
+        self._commit_step(skip)
+
+    def _commit_first_data(self) -> None:
+        """Set the centroids from the reservoir and nothing else: steps, bias and sigma stay 0."""
+        self._set_from_reservoir(self.pending.hashes, self.pending.rows)
+        self.dropped_total.add_(self.pending.num_dropped)
+        self.tokens_per_expert = self.pending.counts.clone()
+        self.pending.clear_()
+        self._mark_initialized()
+
+    def _commit_step(self, skip: Tensor | None) -> None:
+        p = self.pending
+        go = p.num_tokens > 0 if skip is None else (p.num_tokens > 0) & ~skip
+        old = reference.State(self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen)
+        new = reference.commit_reference(
+            old, p.sums, p.counts, p.std_sum, p.num_tokens * go, p.margin_hist, self.commit_options
+        )
+        self.centroid_drift.copy_(torch.where(go, metrics.centroid_drift(old.weight, new.weight), self.centroid_drift))
+        for buffer, value in zip(old, new, strict=True):
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+        self.dropped_total.add_(p.num_dropped if skip is None else p.num_dropped * ~skip)
+        self.tokens_per_expert.copy_(torch.where(go, p.counts, self.tokens_per_expert))
+        p.clear_(skip)
+
+    def _mark_initialized(self) -> None:
+        self.initialized.fill_(True)
+        self._initialized = True
+        self.pending.drop_reservoir()
+
+    def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
+        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian rows stay."""
+        chosen = torch.arange(self.num_experts, device=rows.device)
+        if self.init == "kmeans++":
+            chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
+        found = hashes[chosen] != EMPTY_HASH
+        self.weight.copy_(torch.where(found[:, None], rows[chosen], self.weight))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Set the centroids from the tokens of x (..., D) now, instead of at the first commit.
+
+        With init="normal" they come from one step of averaging over x. What was pending is dropped, and steps, bias
+        and score scale start anew.
+
+        Raises:
+            ValueError: no token of x is valid.
+        """
+        x_TD = flatten_hidden_states(x, self.hidden_size)
+        check_device("x", x, self.weight.device, "the router's state")
+        frozen, self.frozen = self.frozen, False
+        self.reset_parameters()
+        self._gather_from(x_TD, flatten_mask(mask, x))
+        if int(self.pending.num_tokens) == 0:
+            self.frozen = frozen
+            raise ValueError("x must hold at least one valid token, got none: check the mask and for NaN or zero rows")
+        self.commit()
+        self.frozen = frozen
+
+    def _gather_from(self, x: Tensor, mask: Tensor | None) -> None:
+        routing, std_sum, hist = ops.route_with_stats(
+            x, directions(self.weight, x.dtype), self.expert_bias, mask, None, self.options,
+            want_scores=False, want_std=True, want_hist=self._want_hist,
+        )  # fmt: skip
+        self._gather(x, routing, mask, std_sum, hist)
+
+    @torch.no_grad()
+    def set_centroids(self, weight: Tensor) -> None:
+        """Take given centroids (E, D): unit rows, as many steps as keep the first commit from erasing them.
+
+        Raises:
+            ValueError: another shape, or a row that is zero or not finite.
+        """
+        if tuple(weight.shape) != (self.num_experts, self.hidden_size):
+            raise ValueError(
+                f"weight must have shape {(self.num_experts, self.hidden_size)}, got {tuple(weight.shape)}: "
+                "one row an expert"
+            )
+        unit = directions(weight.detach().to(device=self.weight.device, dtype=torch.float32), torch.float32)
+        if not bool((unit != 0).any(1).all()):
+            raise ValueError("weight must have a direction in every row, got a zero or non-finite one: replace it")
+        self.reset_parameters()
+        self.weight.copy_(unit)
+        decay = self.commit_options.decay
+        self.steps.fill_(round(decay / (1 - decay)))
+        self._mark_initialized()
+
+    def metrics(self) -> dict[str, float]:
+        """Flat scalars of the last committed step, for any logger. Reads values back: not for the routing path."""
+        counts = self.tokens_per_expert
+        bias = self.expert_bias
+        values = {
+            "maxvio": metrics.max_vio(counts),
+            "load_std": metrics.load_std(counts),
+            "load_entropy": metrics.load_entropy(counts),
+            "load_gini": metrics.gini(counts),
+            "dead_experts": metrics.dead_experts(counts),
+            "bias_abs_max": bias.abs().max(),
+            "score_std": self.score_std,
+            "direction_cosine": metrics.mean_pairwise_cosine(self.weight),
+            "centroid_drift": self.centroid_drift.mean(),
+            "steps": self.steps,
+            "dropped_total": self.dropped_total,
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "KMeansRouter":
+        super()._apply(fn, recurse)
+        self._cached = None
+        if self.centroid_drift.device != self.weight.device:
+            meta = self.centroid_drift.is_meta
+            zeros = torch.zeros(self.num_experts, device=self.weight.device)
+            self.centroid_drift = zeros if meta else self.centroid_drift.to(self.weight.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        was = self._initialized
+        self._initialized = not self.initialized.is_meta and bool(self.initialized)
+        self._cached = None
+        if was != self._initialized or (not self.pending.num_tokens.is_meta and int(self.pending.num_tokens)):
+            if int(self.pending.num_tokens):
+                warnings.warn(
+                    f"router {self.name!r} drops {int(self.pending.num_tokens)} pending tokens: they belong to the "
+                    "state that is replaced",
+                    stacklevel=2,
+                )
+            self._new_pending()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.__dict__.copy()
+        state["_cached"], state["_scope"] = None, None  # a copy is not attached
+        return state
