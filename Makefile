@@ -15,6 +15,7 @@ env: $(VENV)/.installed
 
 # torch first and pinned, so that no later requirement can pull another build of it.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	@echo "making the environment in $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -16,7 +16,6 @@ class Attachment:
         self._scope = CountingScope()
         for router in routers.values():
             router._scope = self._scope
-        self._root = model
         self._handles = [
             model.register_forward_pre_hook(self._enter, prepend=True),
             model.register_forward_hook(self._leave, always_call=True),

@@ -228,9 +228,10 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
     check_device("y_sorted", y_sorted, routing.indices.device, "the routing")
     if choose_backend(backend, y_sorted.device) == "reference":
         return reference.combine_reference(y_sorted, routing, dispatch)
-    return ops.combine(
+    y: Tensor = ops.combine(
         y_sorted, routing.weights, dispatch.positions, dispatch.token_of_row, dispatch.offsets, routing.valid
     )
+    return y
 
 
 def centroid_sums(
@@ -255,5 +256,5 @@ def centroid_sums(
     if choose_backend(backend, x.device) == "reference":
         return reference.centroid_sums_reference(x_TD, routing, accumulate)
     num_experts = routing.tokens_per_expert.shape[0]
-    sums = ops.centroid_sums(x_TD, routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate)
+    sums = ops.centroid_sums(x_TD.detach(), routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate)
     return sums, routing.tokens_per_expert

@@ -59,8 +59,9 @@ def _route(
 
 
 @_route.register_fake
-def _(x, directions, expert_bias, mask, indices, top_k, gate, tau, normalize, scaling, n_group, topk_group,
-      group_score, want_scores, want_std, want_hist):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(x: Tensor, directions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    top_k, gate, _tau, normalize = args[3:7]
+    want_scores, _want_std, want_hist = args[-3:]
     (num_tokens, num_experts), dtype = (x.shape[0], directions.shape[0]), compute_dtype(x.dtype)
     over_all = gate == "softmax" and not normalize
     by_expert = (num_tokens, num_experts)
@@ -106,7 +107,7 @@ def _route_bwd(
 
 
 @_route_bwd.register_fake
-def _(x, *_args, **_kwargs):  # type: ignore[no-untyped-def]
+def _(x: Tensor, *_args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -154,12 +155,12 @@ def route_with_stats(
 
 
 @torch.library.custom_op("kmeans_route::dispatch", mutates_args=())
-def _dispatch(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dispatch(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return body.dispatch_fwd(x, indices, counts, valid)
 
 
-@_dispatch.register_fake
-def _(x, indices, counts, valid):  # type: ignore[no-untyped-def]
+@dispatch.register_fake
+def _(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
     rows = indices.numel()
     return (
         x.new_empty(rows, x.shape[1]),
@@ -176,7 +177,7 @@ def _gather_sum(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: 
 
 
 @_gather_sum.register_fake
-def _(rows, positions, weights, valid):  # type: ignore[no-untyped-def]
+def _(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
     return rows.new_empty(positions.shape[0], rows.shape[1])
 
 
@@ -192,24 +193,19 @@ def _dispatch_backward(ctx: Any, d_x_sorted: Tensor | None, *_: Any) -> tuple[Te
     return _gather_sum(d_x_sorted, positions, None, valid), None, None, None
 
 
-_dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
-
-
-def dispatch(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_sorted (T*K, D), positions (T, K), token_of_row (T*K,), offsets (E+1,)."""
-    return _dispatch(x, indices, counts, valid)
+dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 
 
 @torch.library.custom_op("kmeans_route::combine", mutates_args=())
-def _combine(
+def combine(
     y_sorted: Tensor, weights: Tensor, positions: Tensor, token_of_row: Tensor, offsets: Tensor, valid: Tensor
 ) -> Tensor:
     with _no_autocast(y_sorted):
         return body.gather_sum(y_sorted, positions, weights, valid)
 
 
-@_combine.register_fake
-def _(y_sorted, weights, positions, token_of_row, offsets, valid):  # type: ignore[no-untyped-def]
+@combine.register_fake
+def _(y_sorted: Tensor, weights: Tensor, positions: Tensor, *_args: Any) -> Tensor:
     return y_sorted.new_empty(positions.shape[0], y_sorted.shape[1])
 
 
@@ -228,7 +224,7 @@ def _combine_bwd(
 
 
 @_combine_bwd.register_fake
-def _(dy, y_sorted, weights, positions, token_of_row, offsets, valid):  # type: ignore[no-untyped-def]
+def _(dy: Tensor, y_sorted: Tensor, weights: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_sorted, memory_format=torch.contiguous_format), torch.empty_like(
         weights, memory_format=torch.contiguous_format
     )
@@ -243,18 +239,11 @@ def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return d_rows, d_weights, None, None, None, None
 
 
-_combine.register_autograd(_combine_backward, setup_context=_combine_setup)
-
-
-def combine(
-    y_sorted: Tensor, weights: Tensor, positions: Tensor, token_of_row: Tensor, offsets: Tensor, valid: Tensor
-) -> Tensor:
-    """(T, D): the gate-weighted sum of each token's rows of y_sorted."""
-    return _combine(y_sorted, weights, positions, token_of_row, offsets, valid)
+combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 
 @torch.library.custom_op("kmeans_route::centroid_sums", mutates_args=())
-def _centroid_sums(
+def centroid_sums(
     x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str
 ) -> Tensor:
     sums = x.new_zeros(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
@@ -262,22 +251,15 @@ def _centroid_sums(
         return body.add_centroid_sums_(sums, x, indices, inv_norm, valid, accumulate)
 
 
-@_centroid_sums.register_fake
-def _(x, indices, inv_norm, valid, num_experts, accumulate):  # type: ignore[no-untyped-def]
+@centroid_sums.register_fake
+def _(x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str) -> Tensor:
     return x.new_empty(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
-
-
-def centroid_sums(
-    x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str
-) -> Tensor:
-    """(E, D) sums of the hidden states routed to each expert; no gradient."""
-    return _centroid_sums(x.detach(), indices, inv_norm, valid, num_experts, accumulate)
 
 
 @torch.library.custom_op(
     "kmeans_route::accumulate", mutates_args=("sums", "counts", "std_sum", "num_tokens", "num_dropped", "margin_hist")
 )
-def _accumulate(
+def accumulate(
     x: Tensor,
     indices: Tensor,
     inv_norm: Tensor,
@@ -308,24 +290,18 @@ def _accumulate(
             margin_hist.add_(batch_hist)
 
 
-@_accumulate.register_fake
-def _(*_args, **_kwargs):  # type: ignore[no-untyped-def]
+@accumulate.register_fake
+def _(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-accumulate = _accumulate
-
-
 @torch.library.custom_op("kmeans_route::reservoir", mutates_args=("hashes", "rows"))
-def _reservoir(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
+def reservoir(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
     if not in_backward():
         with _no_autocast(x):
             keep_smallest_hashes_(x, inv_norm, valid, seed, hashes, rows)
 
 
-@_reservoir.register_fake
-def _(*_args, **_kwargs):  # type: ignore[no-untyped-def]
+@reservoir.register_fake
+def _(*_args: Any, **_kwargs: Any) -> None:
     return None
-
-
-reservoir = _reservoir

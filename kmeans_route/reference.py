@@ -90,7 +90,7 @@ def route_reference(
     indices: Tensor | None,
     options: RouteOptions,
 ) -> Routing:
-    """Route x (T, D) by directions (E, D) in x's dtype; `scores` is always filled. See ROUTING in the docs."""
+    """Route x (T, D) by directions (E, D) in x's dtype; `scores` is always filled."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = compute_dtype(x.dtype)
         num_experts = directions.shape[0]

@@ -4,8 +4,6 @@ Source of the method: arXiv 2605.12476 (Ahrac, Hochwald, Geva 2026).
 """
 
 import math
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -398,19 +396,11 @@ class KMeansRouter(StatefulRouter):
             self.centroid_drift = zeros if meta else self.centroid_drift.to(self.weight.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        was = self._initialized
+    def _after_load(self) -> None:
+        super()._after_load()
         self._initialized = not self.initialized.is_meta and bool(self.initialized)
         self._cached = None
-        if was != self._initialized or (not self.pending.num_tokens.is_meta and int(self.pending.num_tokens)):
-            if int(self.pending.num_tokens):
-                warnings.warn(
-                    f"router {self.name!r} drops {int(self.pending.num_tokens)} pending tokens: they belong to the "
-                    "state that is replaced",
-                    stacklevel=2,
-                )
-            self._new_pending()
+        self._new_pending()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = self.__dict__.copy()

@@ -105,6 +105,10 @@ class StatefulRouter(nn.Module):
         """Fold what forward has gathered into the state, once per optimizer step. See the subclasses."""
         raise NotImplementedError
 
+    def metrics(self) -> dict[str, float]:
+        """Flat scalars of the last committed step. See the subclasses."""
+        raise NotImplementedError
+
     def freeze(self, frozen: bool = True) -> "StatefulRouter":
         """Stop (or with False, resume) gathering and committing; routing goes on with the state as it is."""
         self.frozen = frozen
@@ -143,7 +147,7 @@ class StatefulRouter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulRouter":
         """Moves go through; casts do not: a bf16 average stalls (99% of the gap is left after 2000 steps)."""
         before = {name: self._buffers[name] for name in self.FP32_STATE}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             assert old is not None
@@ -204,3 +208,16 @@ class StatefulRouter(nn.Module):
             buffer = self._buffers[name]
             if buffer is not None and buffer.dtype != torch.float32:
                 self._buffers[name] = buffer.float()
+        if any(prefix + name in state_dict for name in self.FP32_STATE):
+            self._after_load()
+
+    def _after_load(self) -> None:
+        """Called when state of this module has been loaded: what is pending belongs to the state that is gone."""
+        pending = self.pending.num_tokens
+        if not pending.is_meta and int(pending):
+            warnings.warn(
+                f"router {self.name!r} drops {int(pending)} pending tokens: they belong to the state that is replaced",
+                stacklevel=2,
+            )
+        if not pending.is_meta:
+            self.pending.clear_()

@@ -8,6 +8,8 @@ path always runs.
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -145,7 +147,7 @@ def count_experts(indices: Tensor, valid: Tensor, num_experts: int, *, all_valid
 def _std_sum(scores: Tensor) -> Tensor:
     """Sum over rows of the population standard deviation; the mean is subtracted first: cosines share an offset."""
     centered = scores - scores.mean(1, keepdim=True)
-    return torch.linalg.vector_norm(centered, dim=1).sum() / scores.shape[1] ** 0.5
+    return torch.linalg.vector_norm(centered, dim=1).sum() / math.sqrt(scores.shape[1])
 
 
 def margin_hist(ranking: Tensor, among: Tensor, valid: Tensor, top_k: int) -> Tensor:
