@@ -36,7 +36,7 @@ class Attachment:
     def commit(self, skip: torch.Tensor | None = None) -> None:
         """Commit every router now; the optimizer's hook does this after each step."""
         for router in self.routers.values():
-            router.commit(None if skip is None else skip.to(router.expert_bias.device))
+            router.commit_pending(None if skip is None else skip.to(router.expert_bias.device))
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars of all routers, named `<router's name in the model>/<metric>`, as any logger takes them."""

@@ -51,6 +51,8 @@ def check_positive_int(name: str, value: int) -> None:
 
 def check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     """Raise ValueError unless low <= value < high (low < value with `low_open`); NaN never passes."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a float")
     inside = (low < value if low_open else low <= value) and value < high
     if not inside:
         interval = f"{'(' if low_open else '['}{low:g}, {high:g})"

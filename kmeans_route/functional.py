@@ -190,6 +190,7 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str = "auto") -> Dispatch:
     Args:
         x: (..., D) hidden states, the same tokens as `routing`, any floating dtype.
         routing: from `route`.
+        backend: "auto", "torch" or "reference".
 
     Returns:
         Dispatch: x_sorted (T*K, D) in x's dtype, differentiable in x; positions (T, K); token_of_row (T*K,);
@@ -212,6 +213,7 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
             read, whatever they hold.
         routing: from `route`; its weights get a gradient.
         dispatch: from `dispatch`.
+        backend: "auto", "torch" or "reference".
 
     Returns:
         (T, D) in y_sorted's dtype: y_t = sum over k of g_tk y_sorted[positions_tk], accumulated in fp32; 0 for tokens
@@ -243,6 +245,7 @@ def centroid_sums(
         x: (..., D) hidden states, the same tokens as `routing`.
         routing: from `route`.
         accumulate: "unit" sums x_t / ||x_t||, "raw" sums x_t.
+        backend: "auto", "torch" or "reference".
 
     Returns:
         sums (E, D) fp32 (fp64 for fp64 x), no gradient; counts (E,) int64. Tokens that are not valid add nothing.

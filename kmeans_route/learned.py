@@ -22,6 +22,7 @@ from kmeans_route.checks import (
     flatten_hidden_states,
     flatten_mask,
 )
+from kmeans_route.reference import stable_topk
 from kmeans_route.state import Pending, StatefulRouter
 from kmeans_route.torch_backend import count_experts, exact_topk, margin_hist
 from kmeans_route.types import RouterOutput, Routing
@@ -51,6 +52,7 @@ class LearnedRouter(StatefulRouter):
     """
 
     aux_loss: Tensor
+    PLAIN_TENSORS = ("tokens_per_expert", "aux_loss")
 
     def __init__(
         self,
@@ -123,6 +125,8 @@ class LearnedRouter(StatefulRouter):
         x_TD = flatten_hidden_states(x, self.hidden_size)
         check_device("x", x, self.weight.device, "the router's state")
         mask = flatten_mask(mask, x)
+        if mask is not None:  # 0 * NaN of padding would reach the weight's gradient
+            x_TD = torch.where(mask[:, None], x_TD, 0.0)
         logits = F.linear(x_TD, self.weight).float()
         probabilities = logits.softmax(1) if self.kind == "softmax" else logits.sigmoid()
         return x_TD, mask, probabilities, self._select(logits, probabilities, mask)
@@ -131,7 +135,8 @@ class LearnedRouter(StatefulRouter):
         num_tokens = logits.shape[0]
         valid = logits.new_ones(num_tokens, dtype=torch.bool) if mask is None else mask
         if self.balance in ("sign", "quantile"):
-            indices = exact_topk(probabilities.detach() + self.expert_bias, self.top_k)
+            choose = stable_topk if torch.compiler.is_compiling() else exact_topk  # the latter branches on data
+            indices = choose(probabilities.detach() + self.expert_bias, self.top_k)
             selected = probabilities.gather(1, indices)
         else:
             selected, indices = probabilities.topk(self.top_k, dim=1)
@@ -165,9 +170,8 @@ class LearnedRouter(StatefulRouter):
         )  # fmt: skip
 
     @torch.no_grad()
-    def commit(self, skip: Tensor | None = None) -> None:
-        """Move the selection bias by its rule, once per optimizer step; see `KMeansRouter.commit`."""
-        self._commits_by_hand = True
+    def commit_pending(self, skip: Tensor | None = None) -> None:
+        """Move the selection bias by its rule; see `commit`."""
         if self.frozen:
             return
         p = self.pending

@@ -3,68 +3,16 @@
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kmeans_route.checks import check_choice, check_positive_int, flatten_hidden_states, flatten_mask
+from kmeans_route.experts import Experts, SharedExpert
 from kmeans_route.functional import combine, dispatch
 from kmeans_route.learned import LearnedRouter
 from kmeans_route.router import KMeansRouter
 from kmeans_route.types import Dispatch, MoEDetails, Routing
 
 ROUTERS = ("kmeans", "softmax", "sigmoid")
-
-
-class Experts(nn.Module):
-    """E SwiGLU feed-forward networks over rows sorted by expert: y = (silu(x G_e) * x U_e) O_e.
-
-    Args:
-        num_experts, hidden_size, intermediate_size: E, D, I.
-
-    Shape:
-        x_sorted (M, D), offsets (E+1,) int32 -> (M, D). Rows at offsets[E] and after may hold anything.
-    """
-
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Gaussian, of standard deviation 1 / sqrt(inputs)."""
-        for weight in (self.gate_up, self.down):
-            nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
-
-    def extra_repr(self) -> str:
-        """E, D and I."""
-        num_experts, hidden_size, intermediate_size = self.down.shape
-        return f"num_experts={num_experts}, hidden_size={hidden_size}, intermediate_size={intermediate_size}"
-
-    def forward(self, x_sorted: Tensor, offsets: Tensor) -> Tensor:
-        """Apply expert e to rows offsets[e] to offsets[e+1] - 1."""
-        if x_sorted.shape[0] == 0:
-            return x_sorted
-        device = x_sorted.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_sorted.dtype
-        x_sorted = x_sorted.to(dtype)
-        gate, up = grouped_linear(x_sorted, self.gate_up.to(dtype), offsets).chunk(2, dim=1)
-        return grouped_linear(F.silu(gate) * up, self.down.to(dtype), offsets)
-
-
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """rows[offsets[e] : offsets[e+1]] @ weight[e].T for every e: (M, N) from (M, D), (E, N, D), (E+1,).
-
-    One grouped_mm where PyTorch has it for these shapes (rows a multiple of 16 bytes, a dtype it takes); a loop over
-    the experts otherwise, which reads the offsets back to the host.
-    """
-    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
-    if hasattr(F, "grouped_mm") and aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:])
-    ends = offsets.tolist()
-    parts = [rows[ends[e] : ends[e + 1]] @ weight[e].T for e in range(weight.shape[0])]
-    tail = rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[1])
-    return torch.cat([*parts, tail])
 
 
 class MoE(nn.Module):
@@ -121,7 +69,8 @@ class MoE(nn.Module):
             )
         self.hidden_size = hidden_size
         self.experts = Experts(num_experts, hidden_size, intermediate_size)
-        self.shared = Experts(1, hidden_size, num_shared_experts * intermediate_size) if num_shared_experts else None
+        shared_size = num_shared_experts * intermediate_size
+        self.shared = SharedExpert(hidden_size, shared_size) if num_shared_experts else None
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64)
 
     @property
@@ -145,8 +94,7 @@ class MoE(nn.Module):
         y = combine(y_sorted, routing, sent).to(x.dtype)
         if self.shared is not None:
             clean = torch.where(routing.valid[:, None], x, 0.0)  # 0 * NaN would reach the shared weights' gradients
-            every = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
-            y = y + self.shared(clean, every).to(x.dtype)
+            y = y + self.shared(clean).to(x.dtype)
         return y, sent, y_sorted
 
     @torch.no_grad()

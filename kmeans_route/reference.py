@@ -37,7 +37,7 @@ def stable_topk(values: Tensor, k: int) -> Tensor:
 
 def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """d_e = c_e / ||c_e|| rounded to `dtype`; 0 where ||c_e|| < 1e-12 or is not finite. (E, D), no gradient."""
-    c = weight.detach().to(compute_dtype(weight.dtype))
+    c = weight.detach().to(torch.promote_types(compute_dtype(weight.dtype), compute_dtype(dtype)))
     norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
     usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
     return torch.where(usable, c / torch.where(usable, norm, 1.0), 0.0).to(dtype)
@@ -117,7 +117,8 @@ def route_reference(
 
 def score_std_reference(scores: Tensor) -> Tensor:
     """Population standard deviation over experts of s_te, summed over tokens; rows that are not valid are 0. ()."""
-    return scores.detach().std(1, unbiased=False).sum()
+    s_TE = scores.detach()
+    return (s_TE - s_TE.mean(1, keepdim=True)).square().mean(1).sqrt().sum()
 
 
 def margins_reference(
@@ -221,19 +222,23 @@ def balance_bias(
 
 
 def hist_quantile(hist: Tensor, q: float) -> Tensor:
-    """The q-quantile of each row of a margin histogram (E, 1024), interpolated inside its bin. (E,) fp64.
+    """The q-quantile of each row of a margin histogram (E, 1024), linear between order statistics. (E,) fp64.
 
-    Within one bin width (1/256) of torch.quantile on the margins themselves, clamped to the histogram's range.
+    Within one bin width (1/256) of torch.quantile on the margins themselves, clamped to the histogram's range: each of
+    the two order statistics is known to its bin, and taken at its even place inside it.
     """
     total = hist.sum(1).to(torch.float64)
     below = hist.cumsum(1, dtype=torch.int64).to(torch.float64)
     rank = q * (total - 1).clamp_min(0)
-    index = (below <= rank[:, None]).sum(1).clamp_max(NUM_MARGIN_BINS - 1)[:, None]
-    inside = hist.gather(1, index).squeeze(1).to(torch.float64).clamp_min(1)
-    before = below.gather(1, index).squeeze(1) - inside
-    fraction = ((rank - before + 0.5) / inside).clamp(0, 1)
-    width = 2 * MARGIN_RANGE / NUM_MARGIN_BINS
-    return -MARGIN_RANGE + (index.squeeze(1) + fraction) * width
+
+    def order_statistic(place: Tensor) -> Tensor:
+        index = (below <= place[:, None]).sum(1).clamp_max(NUM_MARGIN_BINS - 1)[:, None]
+        inside = hist.gather(1, index).squeeze(1).to(torch.float64).clamp_min(1)
+        before = below.gather(1, index).squeeze(1) - inside
+        fraction = ((place - before + 0.5) / inside).clamp(0, 1)
+        return -MARGIN_RANGE + (index.squeeze(1) + fraction) * (2 * MARGIN_RANGE / NUM_MARGIN_BINS)
+
+    return order_statistic(rank.floor()).lerp(order_statistic(rank.ceil()), rank - rank.floor())
 
 
 def commit_reference(

@@ -25,7 +25,9 @@ def hash_rows(x: Tensor, seed: int) -> Tensor:
     factors = factors.to(x.device)
     h = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     for c in chunks(x):
-        h[c] = (x[c].contiguous().view(width).long() * factors).sum(1)
+        bits = x[c].contiguous().view(width).long()
+        # The low half of an fp64 is often all 0, and a product never carries high bits down: fold them in first.
+        h[c] = ((bits ^ (bits >> 32)) * factors).sum(1)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         h = (h ^ ((h >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (h & EMPTY_HASH).clamp_max_(EMPTY_HASH - 1)

@@ -14,6 +14,7 @@ from kmeans_route.checks import (
     ACCUMULATES,
     check_choice,
     check_device,
+    check_index_values,
     check_indices,
     check_positive_int,
     check_range,
@@ -55,6 +56,7 @@ class KMeansRouter(StatefulRouter):
         return_scores: fill `scores` in the output.
         seed, name: seed of the router's private generator; give each layer its own name.
         backend: "auto", "torch" or "reference".
+        device: where the state is made; "meta" for a later `to_empty` and `reset_parameters`.
 
     Shape:
         x: (..., D). weights, indices: (T, K), T the product of the leading dimensions. scores: (T, E).
@@ -77,6 +79,7 @@ class KMeansRouter(StatefulRouter):
     initialized: Tensor
     tokens_seen: Tensor | None
     FP32_STATE = ("weight", "expert_bias", "score_std")
+    PLAIN_TENSORS = ("tokens_per_expert", "centroid_drift")
 
     def __init__(
         self,
@@ -137,6 +140,7 @@ class KMeansRouter(StatefulRouter):
                 "or choose another balance"
             )
         self.backend = backend
+        self._reservoir_seed = seed_for(seed, "reservoir")
         choose_backend(backend, torch.device("cpu"))
 
         self.register_buffer("weight", torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device))
@@ -239,9 +243,11 @@ class KMeansRouter(StatefulRouter):
         )  # fmt: skip
         if not self._initialized and self.init != "normal":
             factor = routing.inv_norm if self.accumulate == "unit" else routing.valid.float()
-            ops.reservoir(x, factor, routing.valid, seed_for(self.seed, "reservoir"), p.hashes, p.rows)
+            ops.reservoir(x, factor, routing.valid, self._reservoir_seed, p.hashes, p.rows)
 
     def _gather_reference(self, x: Tensor, d: Tensor, mask: Tensor | None, indices: Tensor | None) -> Routing:
+        if indices is not None:
+            check_index_values(indices, self.num_experts)
         routing = reference.route_reference(x, d, self.expert_bias, mask, indices, self.options)
         assert routing.scores is not None
         hist = self.pending.margin_hist
@@ -253,8 +259,10 @@ class KMeansRouter(StatefulRouter):
         return routing if self.return_scores else routing._replace(scores=None)
 
     def _directions(self, dtype: torch.dtype) -> Tensor:
-        """Directions in the dtype of the hidden states; kept in eval until the centroids change."""
-        if self.training or torch.compiler.is_compiling():
+        """Directions in the dtype of the hidden states; kept until the centroids change."""
+        if torch.compiler.is_compiling():
+            return directions(self.weight, dtype)
+        if torch.is_inference_mode_enabled() or self.weight.is_inference():  # such tensors cannot be kept for autograd
             return directions(self.weight, dtype)
         key = (self.weight.data_ptr(), self.weight._version, dtype)
         if self._cached is None or self._cached[0] != key:
@@ -262,16 +270,8 @@ class KMeansRouter(StatefulRouter):
         return self._cached[1]
 
     @torch.no_grad()
-    def commit(self, skip: Tensor | None = None) -> None:
-        """Fold what forward has gathered into centroids and bias. Once per optimizer step; idempotent.
-
-        Args:
-            skip: () bool on the router's device; true leaves state and pending as they are, for a step that a
-                gradient scaler skipped. Read on the device, without a sync.
-
-        With nothing pending the state does not change. Until the first data, one value is read back to the host.
-        """
-        self._commits_by_hand = True
+    def commit_pending(self, skip: Tensor | None = None) -> None:
+        """Fold what forward has gathered into centroids and bias; see `commit`."""
         if self.frozen:
             return
         if not self._initialized:
@@ -331,25 +331,22 @@ class KMeansRouter(StatefulRouter):
         """
         x_TD = flatten_hidden_states(x, self.hidden_size)
         check_device("x", x, self.weight.device, "the router's state")
-        frozen, self.frozen = self.frozen, False
-        self.reset_parameters()
-        self._gather_from(x_TD, flatten_mask(mask, x))
-        if int(self.pending.num_tokens) == 0:
-            self.frozen = frozen
+        flat_mask = flatten_mask(mask, x)
+        if not bool(reference.validity_reference(x_TD, flat_mask).any()):
             raise ValueError("x must hold at least one valid token, got none: check the mask and for NaN or zero rows")
-        self.commit()
+        self.reset_parameters()
+        self._route(x_TD, flat_mask, None, gather=True)
+        frozen, self.frozen = self.frozen, False
+        self.commit_pending()
         self.frozen = frozen
 
-    def _gather_from(self, x: Tensor, mask: Tensor | None) -> None:
-        routing, std_sum, hist = ops.route_with_stats(
-            x, directions(self.weight, x.dtype), self.expert_bias, mask, None, self.options,
-            want_scores=False, want_std=True, want_hist=self._want_hist,
-        )  # fmt: skip
-        self._gather(x, routing, mask, std_sum, hist)
-
     @torch.no_grad()
-    def set_centroids(self, weight: Tensor) -> None:
-        """Take given centroids (E, D): unit rows, as many steps as keep the first commit from erasing them.
+    def set_centroids(self, weight: Tensor, tokens_seen: int = 10_000_000) -> None:
+        """Take given centroids, scaled to unit rows, with enough weight that the first commit cannot erase them.
+
+        Args:
+            weight: (E, D) floating point. `steps` becomes round(decay / (1 - decay)).
+            tokens_seen: how many tokens each centroid stands for, with average="cumulative" only.
 
         Raises:
             ValueError: another shape, or a row that is zero or not finite.
@@ -366,6 +363,8 @@ class KMeansRouter(StatefulRouter):
         self.weight.copy_(unit)
         decay = self.commit_options.decay
         self.steps.fill_(round(decay / (1 - decay)))
+        if self.tokens_seen is not None:
+            self.tokens_seen.fill_(tokens_seen)
         self._mark_initialized()
 
     def metrics(self) -> dict[str, float]:
@@ -390,10 +389,6 @@ class KMeansRouter(StatefulRouter):
     def _apply(self, fn: Any, recurse: bool = True) -> "KMeansRouter":
         super()._apply(fn, recurse)
         self._cached = None
-        if self.centroid_drift.device != self.weight.device:
-            meta = self.centroid_drift.is_meta
-            zeros = torch.zeros(self.num_experts, device=self.weight.device)
-            self.centroid_drift = zeros if meta else self.centroid_drift.to(self.weight.device)
         return self
 
     def _after_load(self) -> None:
@@ -403,6 +398,4 @@ class KMeansRouter(StatefulRouter):
         self._new_pending()
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.__dict__.copy()
-        state["_cached"], state["_scope"] = None, None  # a copy is not attached
-        return state
+        return {**super().__getstate__(), "_cached": None}

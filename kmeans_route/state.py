@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kmeans_route import ops
 from kmeans_route.reference import NUM_MARGIN_BINS
 from kmeans_route.reservoir import EMPTY_HASH, TOKENS_PER_EXPERT
 
@@ -89,6 +90,7 @@ class StatefulRouter(nn.Module):
     expert_bias: Tensor
     learns = True  # whether a commit changes anything
     FP32_STATE: tuple[str, ...] = ("expert_bias",)
+    PLAIN_TENSORS: tuple[str, ...] = ("tokens_per_expert",)
 
     def __init__(self, hidden_size: int, num_experts: int, *, seed: int, name: str) -> None:
         super().__init__()
@@ -99,10 +101,23 @@ class StatefulRouter(nn.Module):
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64)
         self._scope: CountingScope | None = None
         self._commits_by_hand = False
-        self._warned = False
+        self._warned = self._has_gathered = False
 
     def commit(self, skip: Tensor | None = None) -> None:
-        """Fold what forward has gathered into the state, once per optimizer step. See the subclasses."""
+        """Fold what forward has gathered into the state, once per optimizer step; `attach` calls it for you.
+
+        Args:
+            skip: () bool on the router's device; true leaves state and pending as they are, for a step that a
+                gradient scaler skipped. Read on the device, without a sync.
+
+        With nothing pending the state does not change, so a second call does nothing. Until a K-Means router has its
+        first data, one value is read back to the host.
+        """
+        self._commits_by_hand = True
+        self.commit_pending(skip)
+
+    def commit_pending(self, skip: Tensor | None = None) -> None:
+        """`commit` as `attach` calls it. See the subclasses."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
@@ -137,6 +152,17 @@ class StatefulRouter(nn.Module):
                     f"a router that trains on {world} ranks must be attached, got one that is not, so that the ranks "
                     f"would drift apart: {remedy}"
                 )
+        if ops.in_backward():
+            if not (self._has_gathered or self._warned):
+                self._warned = True
+                warnings.warn(
+                    f"router {self.name!r} gathers nothing: its forward ran without gradients, as reentrant activation "
+                    "checkpointing runs it: call kmeans_route.attach(model, optimizer), or checkpoint with "
+                    "use_reentrant=False",
+                    stacklevel=4,
+                )
+            return
+        self._has_gathered = True
         if not (self._warned or self._commits_by_hand):
             self._warned = True
             warnings.warn(f"router {self.name!r} trains but nothing commits its statistics: {remedy}", stacklevel=4)
@@ -146,24 +172,23 @@ class StatefulRouter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulRouter":
         """Moves go through; casts do not: a bf16 average stalls (99% of the gap is left after 2000 steps)."""
-        before = {name: self._buffers[name] for name in self.FP32_STATE}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            assert old is not None
-            assert new is not None
-            if new.dtype != torch.float32:
-                self._buffers[name] = new.float() if old.is_meta else old.to(device=new.device)
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(device=new.device)
+        self._move_plain_tensors()
+        return self
+
+    def _move_plain_tensors(self) -> None:
+        """Bring what is no buffer to the device of the buffers; what was on the meta device starts at zero."""
         device = self.expert_bias.device
         self.pending.to(device)
-        if self.tokens_per_expert.device != device:
-            meta = self.tokens_per_expert.is_meta
-            self.tokens_per_expert = (
-                torch.zeros(self.num_experts, dtype=torch.int64, device=device)
-                if meta
-                else self.tokens_per_expert.to(device)
-            )
-        return self
+        for name in self.PLAIN_TENSORS:
+            old: Tensor = getattr(self, name)
+            if old.device != device:
+                setattr(self, name, torch.zeros_like(old, device=device) if old.is_meta else old.detach().to(device))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pending = self.pending.num_tokens
@@ -213,6 +238,7 @@ class StatefulRouter(nn.Module):
 
     def _after_load(self) -> None:
         """Called when state of this module has been loaded: what is pending belongs to the state that is gone."""
+        self._move_plain_tensors()
         pending = self.pending.num_tokens
         if not pending.is_meta and int(pending):
             warnings.warn(
@@ -221,3 +247,11 @@ class StatefulRouter(nn.Module):
             )
         if not pending.is_meta:
             self.pending.clear_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: a copy is not attached, and shares no graph."""
+        state: dict[str, Any] = self.__dict__.copy()
+        state["_scope"] = None
+        for name in self.PLAIN_TENSORS:
+            state[name] = state[name].detach()
+        return state

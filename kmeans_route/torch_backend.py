@@ -27,7 +27,7 @@ from kmeans_route.reference import (
     stable_topk,
 )
 
-CHUNK_BYTES = 4 << 20  # of x in the compute dtype: a chunk read twice comes from cache the second time
+CHUNK_BYTES = 8 << 20  # of x in the compute dtype: a chunk read twice comes from cache the second time
 BAG_BYTES = 8 << 20  # of partial centroid sums held at once
 
 
@@ -52,6 +52,7 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
         x_c = x[c].to(dtype)
         torch.linalg.vector_norm(x_c, dim=1, out=norm[c])
         torch.mm(x_c, d_DE, out=scores[c])
+        del x_c  # one fp32 copy of 16-bit rows at a time
     valid = (norm >= MIN_SQUARED_NORM**0.5) & (norm <= MAX_SQUARED_NORM**0.5)
     if mask is not None:
         valid &= mask
@@ -113,7 +114,10 @@ def route_fwd(
 
     selected = scores.gather(1, indices)
     candidates = candidate_mask(ranking, indices, options)
-    weights = gates_reference(selected, scores, candidates, options)
+    if options.gate == "softmax" and options.normalize:
+        weights = softmax_rows(selected / options.tau).mul_(options.scaling)
+    else:
+        weights = gates_reference(selected, scores, candidates, options)
     if not all_valid:
         weights.masked_fill_(~valid[:, None], 0.0)
     std_sum = _std_sum(scores) if want_std else scores.new_zeros(())
@@ -144,6 +148,16 @@ def count_experts(indices: Tensor, valid: Tensor, num_experts: int, *, all_valid
     return counts.scatter_add_(0, indices.flatten(), valid[:, None].expand_as(indices).flatten().long())
 
 
+def softmax_rows(z: Tensor) -> Tensor:
+    """Softmax over the few columns of (T, K). Along the first dimension it runs ten times as fast on CPU."""
+    return z.T.contiguous().softmax(0).T.contiguous()
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """(T, K) -> (T, 1), as a product with ones: quicker than a sum over so short a dimension."""
+    return values @ values.new_ones(values.shape[1], 1)
+
+
 def _std_sum(scores: Tensor) -> Tensor:
     """Sum over rows of the population standard deviation; the mean is subtracted first: cosines share an offset."""
     centered = scores - scores.mean(1, keepdim=True)
@@ -172,8 +186,8 @@ def gates_bwd(d_weights: Tensor, selected: Tensor, options: RouteOptions) -> Ten
     tau, normalize = options.tau, options.normalize
     dg = d_weights * options.scaling
     if options.gate == "softmax":
-        p = (selected / tau).softmax(1)
-        return p * (dg - (p * dg).sum(1, keepdim=True)) / tau
+        p = softmax_rows(selected / tau)
+        return p * (dg - row_sums(p * dg)).mul_(1 / tau)
     if options.gate == "sigmoid":
         z = selected / tau
         if normalize:
@@ -243,12 +257,12 @@ def _dx(
     its arithmetic, and chunks make them collide.
     """
     d_ED = directions.to(selected.dtype)
-    along = torch.zeros_like(inv_norm)  # sum over e of ds_te s_te
+    along = torch.zeros_like(inv_norm)[:, None]  # sum over e of ds_te s_te
     if ds_TK is not None:
-        along += (ds_TK * selected).sum(1)
+        along += row_sums(ds_TK * selected)
     if ds_TE is not None:
-        along += (ds_TE * scores).sum(1)
-    coef = (along * inv_norm * inv_norm).neg_()[:, None]
+        along += (ds_TE * scores).sum(1, keepdim=True)
+    coef = along.mul_(-inv_norm.square()[:, None])
     sparse = ds_TE is None and x.device.type == "cpu"
     if not sparse:
         ds_TE = torch.zeros_like(inv_norm)[:, None].repeat(1, d_ED.shape[0]) if ds_TE is None else ds_TE.clone()
@@ -390,7 +404,7 @@ def combine_bwd(
     dot_of_row = torch.empty_like(weight_of_row)
     for c in chunks(d_rows):
         dy_c = dy.index_select(0, token_of_row[c]).to(dtype)
-        dot_of_row[c] = torch.linalg.vecdot(dy_c, y_sorted[c].to(dtype))
+        dot_of_row[c] = torch.bmm(dy_c[:, None], y_sorted[c].to(dtype)[:, :, None]).flatten()  # 3x vecdot
         d_rows[c] = dy_c.mul_(weight_of_row[c][:, None])
     d_weights = dot_of_row[positions].to(weights.dtype)
     if not _all_true(valid):

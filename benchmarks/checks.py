@@ -1,0 +1,138 @@
+"""What must hold before a time is taken: each contestant against fp64, with plain fp32 PyTorch as the yardstick."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import baselines
+from benchmarks.steps import Exchange, Problem, clear
+from kmeans_route import KMeansRouter, MoE, centroid_sums, directions, route
+from kmeans_route.testing import assert_close_to_truth, assert_same_selection
+
+# Rows in which two fp32 implementations may choose differently: near-ties grow with E, K and the logits' scale.
+NEAR_TIE_CAP = 1e-3
+
+
+def check_learned(name: str, function: baselines.LearnedFunction, problem: Problem) -> None:
+    """Ids, gates, loss and both gradients of a learned router against its definition, term by term in fp64."""
+    x, weight = problem.x, problem.weight.clone().requires_grad_()
+    got = function(x, weight, problem.shape.top_k)
+    baselines.learned_backward(got, problem.gradient)
+    assert x.grad is not None
+    assert weight.grad is not None
+    ours = {"weights": got.weights.detach(), "dx": x.grad, "d weight": weight.grad}
+    if got.aux_loss is not None:
+        ours["auxiliary loss"] = got.aux_loss.detach()
+    clear(x)
+
+    logits = x.detach().double() @ problem.weight.double().T
+    by_value = logits.gather(1, got.indices).argsort(dim=1, descending=True, stable=True)
+    tolerance = 2e-7 * float(logits.abs().max())  # logits are no cosines: their rounding grows with them
+    assert_same_selection(got.indices.gather(1, by_value), logits, tolerance=tolerance, cap=NEAR_TIE_CAP)
+    truth, plain = (naive_learned(problem, got, dtype) for dtype in (torch.float64, torch.float32))
+    for what, value in ours.items():
+        assert_close_to_truth(value, truth[what], plain[what], name=f"{name}: {what}")
+
+
+def naive_learned(problem: Problem, got: baselines.LearnedResult, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The learned router's definition for given ids, by plain autograd."""
+    x = problem.x.detach().to(dtype).requires_grad_()
+    weight = problem.weight.detach().to(dtype).requires_grad_()
+    probabilities = torch.softmax(x @ weight.T, dim=1)
+    selected = probabilities.gather(1, got.indices)
+    weights = selected / selected.sum(1, keepdim=True)
+    num_experts = problem.shape.num_experts
+    f = F.one_hot(got.indices, num_experts).sum((0, 1)).to(dtype) / got.indices.numel()
+    loss = baselines.AUX_LOSS_COEF * num_experts * (f * probabilities.mean(0)).sum()
+    objective = (weights * problem.gradient.to(dtype)).sum()
+    if got.aux_loss is not None:
+        objective = objective + loss
+    dx, dw = torch.autograd.grad(objective, [x, weight])
+    return {"weights": weights.detach(), "dx": dx, "d weight": dw, "auxiliary loss": loss.detach()}
+
+
+def check_kmeans(router: KMeansRouter, problem: Problem) -> None:
+    """Ids, gates, gradient, sums and counts of one training step against the reference in fp64."""
+    x, top_k, bias = problem.x, problem.shape.top_k, router.expert_bias
+    pending = router.pending
+    pending.clear_()
+    got = router(x, details=True)
+    torch.autograd.backward(got.weights, problem.gradient)
+    assert x.grad is not None
+    dx = x.grad
+    clear(x)
+
+    d = directions(router.weight, x.dtype)
+    unit = d.double()
+    x_64 = x.detach().double().requires_grad_()
+    free = route(x_64.detach(), unit, top_k, bias, directions=unit, return_scores=True, backend="reference")
+    assert free.scores is not None
+    assert_same_selection(got.indices, free.scores + bias, cap=NEAR_TIE_CAP)
+    truth = route(x_64, unit, top_k, bias, directions=unit, indices=got.indices, backend="reference")
+    (dx_64,) = torch.autograd.grad(truth.weights, x_64, problem.gradient.double())
+    x_32 = x.detach().requires_grad_()
+    unit_rows = F.normalize(x_32, dim=1)
+    plain = ((unit_rows @ d.T).gather(1, got.indices) / router.options.tau).softmax(1)
+    (dx_32,) = torch.autograd.grad(plain, x_32, problem.gradient)
+    assert_close_to_truth(got.weights.detach(), truth.weights.detach(), plain.detach(), name="weights")
+    # One rounding of a score changes a gate, and with it the gradient, by 1 / tau as much.
+    tolerance = torch.finfo(x.dtype).eps / router.options.tau * float(dx_64.abs().max())
+    assert_close_to_truth(dx, dx_64, dx_32, tolerance=tolerance, name="dx")
+
+    sums_64, counts = centroid_sums(x_64.detach(), truth, backend="reference")
+    member = F.one_hot(got.indices, problem.shape.num_experts).sum(1).float()
+    assert_close_to_truth(pending.sums, sums_64, member.T @ unit_rows.detach(), name="centroid sums")
+    assert torch.equal(pending.counts, counts)
+    assert int(pending.num_tokens) == problem.shape.num_tokens
+
+
+def check_textbook(router: KMeansRouter, problem: Problem) -> None:
+    """The textbook router, given the same centroids, has the same ids and gates, near-ties aside."""
+    textbook = baselines.TextbookKMeansRouter(router.weight.clone(), problem.shape.top_k)
+    weights, indices = textbook(problem.x.detach(), update=False)
+    ours = router.route(problem.x.detach())
+    same = (indices == ours.indices).all(1)
+    assert float((~same).float().mean()) <= NEAR_TIE_CAP
+    torch.testing.assert_close(weights[same], ours.weights[same], atol=1e-4, rtol=1e-4)
+
+
+def check_exchange(name: str, function: Callable[[Exchange], Tensor], exchange: Exchange) -> None:
+    """With identity experts, y_t = x_t sum over k of g_tk: value and both gradients, against that in fp64."""
+    x, weights = exchange.x, exchange.routing.weights
+    y = function(exchange)
+    torch.autograd.backward(y, exchange.dy)
+    assert x.grad is not None
+    assert weights.grad is not None
+    ours = [y.detach(), x.grad, weights.grad]
+    clear(x, weights)
+    truth: list[Tensor] = []
+    plain: list[Tensor] = []
+    for dtype, results in ((torch.float64, truth), (torch.float32, plain)):
+        rows, gates, dy = x.detach().to(dtype), weights.detach().to(dtype), exchange.dy.to(dtype)
+        total = gates.sum(1, keepdim=True)
+        results += [rows * total, dy * total, torch.bmm(rows[:, None], dy[:, :, None])[:, 0].expand_as(gates)]
+    for what, value, exact, yardstick in zip(("y", "dx", "d weights"), ours, truth, plain, strict=True):
+        # K products are summed one after the other where the yardstick multiplies by their sum.
+        tolerance = gates.shape[1] * torch.finfo(value.dtype).eps * float(exact.abs().max())
+        assert_close_to_truth(value, exact, yardstick, tolerance=tolerance, name=f"{name}: {what}")
+
+
+def check_moe(layer: MoE, x: Tensor) -> None:
+    """The layer's output against one expert after another, from the layer's own routing."""
+    details = layer.details(x)
+    routing = details.routing
+    truth, plain = (_one_expert_after_another(layer, routing.indices, routing.weights, x.to(dtype).detach())
+                    for dtype in (torch.float64, torch.float32))  # fmt: skip
+    assert_close_to_truth(details.y, truth, plain, name="y")
+
+
+@torch.no_grad()
+def _one_expert_after_another(layer: MoE, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for expert in range(layer.experts.gate_up.shape[0]):
+        gate, up = (x @ layer.experts.gate_up[expert].to(x.dtype).T).chunk(2, dim=1)
+        g = torch.where(indices == expert, weights, 0.0).sum(1, keepdim=True).to(x.dtype)
+        y += g * ((F.silu(gate) * up) @ layer.experts.down[expert].to(x.dtype).T)
+    return y

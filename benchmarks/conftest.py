@@ -1,0 +1,83 @@
+"""Options of the benchmarks, the number of threads, and the `bench` fixture that runs, prints and keeps a contest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.allocator import recycle_memory
+from benchmarks.contest import Contest
+from benchmarks.results import environment, write_results
+
+RECORDS: list[dict[str, object]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kmeans_route benchmarks")
+    group.addoption("--results", type=Path, default=None, help="write all results to this JSON file")
+    group.addoption("--repeats", type=int, default=15, help="rounds of each contest, at least 15 for a result to keep")
+    group.addoption("--threads", type=int, default=2, help="threads of PyTorch")
+    group.addoption("--max-ratio", type=float, default=1.0, help="fail above this ratio of training steps; 0: report")
+    group.addoption("--malloc", choices=("recycle", "default"), default="recycle", help="see benchmarks/allocator.py")
+    group.addoption("--no-compile", action="store_true", help="leave out what needs torch.compile")
+
+
+def command_line(config: pytest.Config) -> str:
+    """The command, with --results and absolute paths left out."""
+    kept: list[str] = []
+    skip = False
+    for argument in config.invocation_params.args:
+        if skip or Path(argument.split("=")[-1]).is_absolute():
+            skip = False
+            continue
+        if argument == "--results":
+            skip = True
+            continue
+        if not argument.startswith("--results="):
+            kept.append(argument)
+    return " ".join(["python -m pytest", *kept])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_setting_for_all(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The threads and the memory regime that every benchmark runs with."""
+    if request.config.getoption("--malloc") == "recycle":
+        recycle_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.getoption("--threads"))
+    yield
+    torch.set_num_threads(before)
+
+
+class Bench:
+    """Runs a verified contest inside pytest-benchmark, prints its table, keeps its record."""
+
+    def __init__(self, config: pytest.Config, benchmark: BenchmarkFixture) -> None:
+        self.config, self.benchmark = config, benchmark
+        self.repeats: int = config.getoption("--repeats")
+        self.max_ratio: float = config.getoption("--max-ratio")
+        self.compiles: bool = not config.getoption("--no-compile")
+
+    def run(self, contest: Contest, extra: dict[str, object] | None = None) -> None:
+        """pytest-benchmark's own figure is the time of a whole round; the contestants' times go into extra_info."""
+        contest.warm_up(2)
+        self.benchmark.pedantic(contest.round, rounds=self.repeats, iterations=1)  # type: ignore[no-untyped-call]
+        record = {**contest.record(), "malloc": self.config.getoption("--malloc"), **(extra or {})}
+        self.benchmark.extra_info.update(environment=environment(command_line(self.config)), **record)
+        RECORDS.append(record)
+        print(f"\n\n{contest.table()}")
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Bench:
+    """Runs contests with the options of the command line."""
+    return Bench(request.config, benchmark)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path: Path | None = session.config.getoption("--results")
+    if path is not None and RECORDS:
+        write_results(path, command_line(session.config), RECORDS)
+        print(f"\nwrote {path}")

@@ -1,0 +1,151 @@
+"""Contestants timed in turn within one run, so that whatever else the machine does falls on all of them alike.
+
+No time is shown unless correctness was asserted first: a contest that was not verified refuses to run and to print.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+def nothing() -> None:
+    """The reset of a contestant that has nothing to clear."""
+
+
+class Contestant(NamedTuple):
+    """name: of the row. step: what is timed. reset: runs before each step, untimed (clears gradients)."""
+
+    name: str
+    step: Callable[[], object]
+    reset: Callable[[], object] = nothing
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one contestant over all rounds: median, quartiles, least; ratio of its median to the baseline's.
+
+    paired_ratio is the median over the rounds of (its time / the baseline's in the same round).
+    """
+
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    min_ms: float
+    ratio: float
+    paired_ratio: float
+    repeats: int
+
+
+class NotVerifiedError(RuntimeError):
+    """A contest was run or printed though correctness was not asserted, or the assertion failed."""
+
+
+class Contest:
+    """Several ways to do one thing.
+
+    Args:
+        title: heads the table.
+        contestants: in the order of the rows; names must differ.
+        baselines: names of those the ratio refers to; the one with the least median counts.
+        note: a line under the table.
+    """
+
+    def __init__(self, title: str, contestants: list[Contestant], baselines: list[str], note: str = "") -> None:
+        names = [contestant.name for contestant in contestants]
+        if len(set(names)) != len(names):
+            raise ValueError(f"contestants must have different names, got {names}")
+        if not baselines or not set(baselines) <= set(names):
+            raise ValueError(f"baselines must be among {names}, got {baselines}")
+        self.title, self.contestants, self.baselines, self.note = title, contestants, baselines, note
+        self.times_ms: dict[str, list[float]] = {name: [] for name in names}
+        self._verified = False
+
+    def verify(self, check: Callable[[], object]) -> None:
+        """Run `check`, which raises AssertionError where a contestant is wrong; only then may the contest go on."""
+        self._verified = False
+        check()
+        self._verified = True
+
+    def run(self, repeats: int, warm_up: int = 2) -> None:
+        """`warm_up` rounds that are not counted, then `repeats` that are."""
+        self.warm_up(warm_up)
+        for _ in range(repeats):
+            self.round()
+
+    def warm_up(self, rounds: int) -> None:
+        """Rounds that are not counted."""
+        self._check_verified()
+        for _ in range(rounds):
+            for contestant in self.contestants:
+                contestant.reset()
+                contestant.step()
+
+    def round(self) -> None:
+        """One step of each contestant, timed. Each round starts with another one."""
+        self._check_verified()
+        first = len(self.times_ms[self.contestants[0].name]) % len(self.contestants)
+        for contestant in self.contestants[first:] + self.contestants[:first]:
+            contestant.reset()
+            start = time.perf_counter()
+            contestant.step()
+            self.times_ms[contestant.name].append((time.perf_counter() - start) * 1e3)
+
+    def baseline(self) -> str:
+        """Name of the quickest of the baselines, by median."""
+        self._check_verified()
+        if not self.times_ms[self.baselines[0]]:
+            raise ValueError(f"{self.title}: no round has been run: call run() first")
+        return min(self.baselines, key=lambda name: statistics.median(self.times_ms[name]))
+
+    def timings(self) -> dict[str, Timing]:
+        """Statistics of every contestant."""
+        base_ms = self.times_ms[self.baseline()]
+        return {name: _timing(times_ms, base_ms) for name, times_ms in self.times_ms.items()}
+
+    def ratio(self, name: str) -> float:
+        """Median time of `name` over that of the quickest baseline."""
+        return self.timings()[name].ratio
+
+    def table(self) -> str:
+        """The result for people.
+
+        Raises:
+            NotVerifiedError: correctness was not asserted, or the assertion failed.
+        """
+        timings = self.timings()
+        baseline = self.baseline()
+        width = max(len("contestant"), *(len(name) + 2 for name in timings))
+        repeats = timings[baseline].repeats
+        lines = [
+            f"{self.title} ({repeats} rounds)",
+            f"{'contestant':{width}}  median ms  q1..q3 ms         min ms  ratio",
+        ]
+        for name, t in timings.items():
+            label = f"{name} *" if name == baseline else name
+            quartiles = f"{t.q1_ms:.2f}..{t.q3_ms:.2f}"
+            lines.append(f"{label:{width}}  {t.median_ms:9.2f}  {quartiles:16}  {t.min_ms:7.2f}  {t.ratio:5.2f}")
+        lines.append("* the baseline of the ratios")
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, object]:
+        """The result for JSON."""
+        return {
+            "title": self.title,
+            "baseline": self.baseline(),
+            "note": self.note,
+            "contestants": {name: timing._asdict() for name, timing in self.timings().items()},
+        }
+
+    def _check_verified(self) -> None:
+        if not self._verified:
+            raise NotVerifiedError(f"{self.title}: correctness was not asserted, so no time may be taken or shown")
+
+
+def _timing(times_ms: list[float], base_ms: list[float]) -> Timing:
+    median_ms = statistics.median(times_ms)
+    q1_ms, _, q3_ms = statistics.quantiles(times_ms, n=4, method="inclusive") if len(times_ms) > 1 else [median_ms] * 3
+    paired = statistics.median(one / base for one, base in zip(times_ms, base_ms, strict=True))
+    ratio = median_ms / statistics.median(base_ms)
+    return Timing(median_ms, q1_ms, q3_ms, min(times_ms), ratio, paired, len(times_ms))

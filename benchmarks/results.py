@@ -1,0 +1,46 @@
+"""Where and when a result was measured, and the file that keeps it."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import kmeans_route
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(command: str) -> dict[str, object]:
+    """Device, versions, date and command, without paths of the machine."""
+    return {
+        "device": processor_name(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "load_average_1_min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "blas": "mkl" if torch.backends.mkl.is_available() else "other",  # type: ignore[no-untyped-call]
+        "kmeans_route": kmeans_route.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def write_results(path: Path, command: str, records: list[dict[str, object]]) -> None:
+    """Write one JSON file: the environment and a record for each contest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"environment": environment(command), "results": records}
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,135 @@
+"""The steps that are timed. Every maker returns a contestant; `checks.py` decides whether it may run.
+
+Legend: T tokens, D hidden size, E experts, K top_k.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import baselines
+from benchmarks.contest import Contestant
+from kmeans_route import KMeansRouter, MoE, Routing, combine, dispatch
+from kmeans_route.testing import BenchShape, make_centroids, make_hidden_states
+
+
+class Problem(NamedTuple):
+    """One input for all contestants: x (T, D), a leaf; weight (E, D); gradient (T, K) of the gates."""
+
+    shape: BenchShape
+    x: Tensor
+    weight: Tensor
+    gradient: Tensor
+
+
+def make_problem(shape: BenchShape, seed: int = 0) -> Problem:
+    """Clustered hidden states with a common offset, as in a model, and one router weight for everyone."""
+    x = make_hidden_states(
+        shape.num_tokens,
+        shape.hidden_size,
+        seed=seed,
+        num_clusters=4 * shape.num_experts,
+        spread=1.0,
+        offset=0.5,
+        requires_grad=True,
+    )
+    weight = make_centroids(shape.num_experts, shape.hidden_size, seed=seed + 1)
+    return Problem(shape, x, weight, make_hidden_states(shape.num_tokens, shape.top_k, seed=seed + 2))
+
+
+def make_kmeans_router(problem: Problem) -> KMeansRouter:
+    """A router in training, backend "torch", whose centroids come from the data."""
+    shape = problem.shape
+    router = KMeansRouter(shape.hidden_size, shape.num_experts, shape.top_k, backend="torch")
+    router.initialize(problem.x.detach())
+    router.commit()  # nothing is pending: it tells the router that commits come by hand, so it does not warn
+    assert bool(router.initialized)
+    return router.train()
+
+
+def kmeans_step(problem: Problem, router: KMeansRouter, name: str = "kmeans_route") -> Contestant:
+    """Forward, backward, and statistics added to pending; no commit."""
+
+    def step() -> None:
+        torch.autograd.backward(router(problem.x).weights, problem.gradient)
+
+    return Contestant(name, step, lambda: clear(problem.x))
+
+
+def commit_step(problem: Problem, name: str = "kmeans_route commit alone") -> Contestant:
+    """What comes once per optimizer step beside the step above: fold pending into centroids and bias."""
+    router = make_kmeans_router(problem)
+    return Contestant(name, router.commit, lambda: router(problem.x))
+
+
+def learned_step(name: str, function: baselines.LearnedFunction, problem: Problem) -> Contestant:
+    """Forward and backward of a learned router; x and the weight get gradients."""
+    weight = problem.weight.clone().requires_grad_()
+
+    def step() -> None:
+        baselines.learned_backward(function(problem.x, weight, problem.shape.top_k), problem.gradient)
+
+    return Contestant(name, step, lambda: clear(problem.x, weight))
+
+
+def textbook_step(problem: Problem, router: KMeansRouter, name: str = "textbook K-Means") -> Contestant:
+    """The textbook K-Means router from the same centroids, forward with its update, and backward."""
+    textbook = baselines.TextbookKMeansRouter(router.weight.clone(), problem.shape.top_k)
+
+    def step() -> None:
+        torch.autograd.backward(textbook(problem.x)[0], problem.gradient)
+
+    return Contestant(name, step, lambda: clear(problem.x))
+
+
+class Exchange(NamedTuple):
+    """One routing for dispatch and combine: `routing` with leaf weights (T, K), and dy (T, D)."""
+
+    x: Tensor
+    routing: Routing
+    dy: Tensor
+
+
+def package_exchange(exchange: Exchange) -> Tensor:
+    """y of dispatch and combine of the package, identity experts between them."""
+    sent = dispatch(exchange.x, exchange.routing)
+    return combine(sent.x_sorted, exchange.routing, sent)
+
+
+def plain_exchange(combine_function: baselines.CombineFunction) -> Callable[[Exchange], Tensor]:
+    """The same in plain PyTorch, with one of the combines of `baselines.py`."""
+
+    def exchanged(exchange: Exchange) -> Tensor:
+        x_sorted, order = baselines.index_dispatch(exchange.x, exchange.routing.indices)
+        return combine_function(x_sorted, exchange.routing.weights, order)
+
+    return exchanged
+
+
+def exchange_step(name: str, function: Callable[[Exchange], Tensor], exchange: Exchange) -> Contestant:
+    """Forward and backward of dispatch and combine; x and the gate weights get gradients."""
+    return Contestant(
+        name,
+        lambda: torch.autograd.backward(function(exchange), exchange.dy),
+        lambda: clear(exchange.x, exchange.routing.weights),
+    )
+
+
+def moe_step(name: str, layer: MoE, x: Tensor, dy: Tensor) -> Contestant:
+    """Forward and backward of a whole layer, with its auxiliary loss where it has one."""
+    parameters = list(layer.parameters())
+
+    def step() -> None:
+        y = layer(x)
+        losses = [layer.aux_loss] if layer.aux_loss.requires_grad else []
+        torch.autograd.backward([y, *losses], [dy, *[None] * len(losses)])
+
+    return Contestant(name, step, lambda: clear(x, *parameters))
+
+
+def clear(*leaves: Tensor) -> None:
+    """Drop the gradients, as an optimizer's zero_grad does."""
+    for leaf in leaves:
+        leaf.grad = None

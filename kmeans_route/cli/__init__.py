@@ -1,0 +1,30 @@
+"""The `kmeans-route` command: demo, train, info, selftest."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+_NEEDED = ("typer", "rich", "safetensors", "numpy")
+
+
+def main() -> None:
+    """Run the command line and leave the process with its exit code.
+
+    Raises:
+        SystemExit: always; 0 when all went well, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        print(
+            f'error: kmeans-route needs {", ".join(missing)}: pip install "kmeans_route[cli]"',
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    try:
+        from kmeans_route.cli.app import app
+
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

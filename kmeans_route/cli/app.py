@@ -1,0 +1,164 @@
+"""The commands and their options; what they do lives in the modules beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kmeans_route.cli import checkpoint as checkpoints
+from kmeans_route.cli import info as machine
+from kmeans_route.cli.config import BALANCES, TrainConfig
+from kmeans_route.cli.data import load_corpus
+from kmeans_route.cli.demo import DEMO_STEPS, demo
+from kmeans_route.cli.output import Output
+from kmeans_route.cli.run import resumed, train
+from kmeans_route.cli.selftest import selftest
+from kmeans_route.cli.training import NotFiniteError, set_threads
+
+app = typer.Typer(
+    name="kmeans-route",
+    help="Online K-Means routing for mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Plain help and usage errors: readable in a pipe, on paper and aloud.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_DEFAULT = TrainConfig()
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
+Plain = Annotated[bool, typer.Option("--plain", help="No colour, no boxes, no bars.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="File or folder to train on, repeatable [default: this Python's standard library]."),
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
+
+
+def _leave(output: Output, work: Callable[[], int]) -> None:
+    """Run a command's work; errors that a user can mend become one line and exit code 1."""
+    try:
+        code = work()
+    except (ValueError, OSError, ModuleNotFoundError, checkpoints.CheckpointError, NotFiniteError) as error:
+        output.fail(" ".join(str(error).split()))
+        code = 1
+    raise typer.Exit(code)
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    router: Annotated[str, typer.Option(help=f"One of {', '.join(BALANCES)}.")] = _DEFAULT.router,
+    balance: Annotated[
+        str,
+        typer.Option(help="Balance rule: proportional, sign, quantile, aux or none [default: the router's]."),
+    ] = "",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _DEFAULT.steps,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the text.")] = _DEFAULT.seed,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = _DEFAULT.layers,
+    hidden: Annotated[int, typer.Option(help="Hidden size.")] = _DEFAULT.hidden,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = _DEFAULT.heads,
+    experts: Annotated[int, typer.Option(help="Experts a layer.")] = _DEFAULT.experts,
+    expert_hidden: Annotated[int, typer.Option(help="Inner size of an expert.")] = _DEFAULT.expert_hidden,
+    top_k: Annotated[int, typer.Option(help="Experts a byte.")] = _DEFAULT.top_k,
+    seq_len: Annotated[int, typer.Option(help="Bytes a sequence.")] = _DEFAULT.seq_len,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = _DEFAULT.batch,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.")] = _DEFAULT.accumulate,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULT.lr,
+    warmup: Annotated[float, typer.Option(help="Part of the steps spent warming up.")] = _DEFAULT.warmup,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = _DEFAULT.weight_decay,
+    tau: Annotated[float, typer.Option(help="Gate temperature of K-Means.")] = _DEFAULT.tau,
+    decay: Annotated[float, typer.Option(help="Of K-Means' running average.")] = _DEFAULT.decay,
+    bias_rate: Annotated[float | None, typer.Option(help="Step of the bias rule [default: the router's].")] = None,
+    aux_loss_coef: Annotated[float, typer.Option(help="Of the auxiliary loss.")] = _DEFAULT.aux_loss_coef,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations, 0: at the end.")] = _DEFAULT.eval_every,
+    eval_bytes: Annotated[int, typer.Option(help="Bytes scored in a validation.")] = _DEFAULT.eval_bytes,
+    threads: Threads = _DEFAULT.threads,
+    device: Annotated[str, typer.Option(help="A torch device.")] = _DEFAULT.device,
+    text: Text = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of checkpoint and report [default: runs/ROUTER-seedN].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, 0: at the end.")] = 200,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Train a small byte-level language model and report its routing."""
+    output = Output(json_mode=json_mode, plain=plain)
+    values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
+    given = {name: value for name, value in values.items() if _was_given(context, name)}
+    paths = text or []
+
+    def work() -> int:
+        folder = out or Path("runs") / f"{router}-seed{seed}"
+        if resume:
+            config, corpus, checkpoint = resumed(folder, given, paths)
+            return train(config, corpus, folder, output, checkpoint=checkpoint, save_every=save_every)
+        config = TrainConfig(**values)
+        if checkpoints.exists(folder) and not overwrite:
+            raise ValueError(f"{folder} already holds a run: add --resume, add --overwrite, or name another --out")
+        return train(config, load_corpus(paths), folder, output, save_every=save_every)
+
+    _leave(output, work)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+@app.command("demo")
+def demo_command(
+    seeds: Annotated[str, typer.Option(help='Seeds, for example "0 1 2".')] = "0",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEMO_STEPS,
+    text: Text = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo-report"),
+    threads: Threads = _DEFAULT.threads,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Train K-Means and two learned routers side by side, print the table, write the report."""
+    output = Output(json_mode=json_mode, plain=plain)
+
+    def work() -> int:
+        config = TrainConfig(steps=steps, threads=threads, eval_every=max(1, steps // 4))
+        return demo(config, load_corpus(text or []), _seeds(seeds), out, output)
+
+    _leave(output, work)
+
+
+def _seeds(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdigit() for word in words):
+        raise ValueError(f'--seeds must be whole numbers such as "0 1 2", got {text!r}')
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds must differ from each other, got {text!r}")
+    return seeds
+
+
+@app.command("info")
+def info_command(json_mode: Json = False, plain: Plain = False) -> None:
+    """Show versions, devices and backends."""
+    output = Output(json_mode=json_mode, plain=plain)
+    facts = machine.environment()
+    output.table("kmeans-route on this machine", ["what", "value"], machine.rows(facts), numbers=False)
+    output.document({"command": "info", **facts})
+
+
+@app.command("selftest")
+def selftest_command(
+    threads: Threads = _DEFAULT.threads,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Check in seconds that routing on this machine agrees with its fp64 definition."""
+    set_threads(threads)
+    output = Output(json_mode=json_mode, plain=plain)
+    _leave(output, lambda: selftest(output))

@@ -1,0 +1,85 @@
+"""The demonstration: three routers from the same weights on the same text, compared."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kmeans_route.cli.config import TrainConfig
+from kmeans_route.cli.data import Corpus
+from kmeans_route.cli.info import environment
+from kmeans_route.cli.output import Output, duration
+from kmeans_route.cli.report import write_report
+from kmeans_route.cli.results import Run, means, table_rows, verdicts
+from kmeans_route.cli.run import Stopped, train_run
+
+DEMO_STEPS = 400
+CONTESTANTS: tuple[dict[str, Any], ...] = (
+    {"router": "kmeans", "balance": "proportional"},
+    {"router": "softmax", "balance": "aux", "aux_loss_coef": 0.01},
+    {"router": "sigmoid", "balance": "sign"},
+)
+"""What is compared, each with its default settings."""
+
+
+def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output: Output) -> int:
+    """Train every contestant with every seed, print the table, write the report.
+
+    Args:
+        base: options common to all.
+        corpus: the text.
+        seeds: at least one.
+        out: folder of the report.
+        output: where to speak.
+
+    Returns:
+        The exit code: 0, or 128 + the signal that stopped a run.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is absent; said before anything is trained.
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError('the demo draws pictures: pip install "kmeans_route[cli,viz]"', name="matplotlib")
+    start = time.monotonic()
+    output.note(
+        f"{len(CONTESTANTS)} routers, seeds {', '.join(map(str, seeds))}, {base.steps} steps of "
+        f"{base.batch * base.seq_len} bytes on {corpus.name} ({len(corpus.train_files)} files, "
+        f"{corpus.train.numel() / 1e6:.1f} MB; held out: {len(corpus.validation_files)} files)"
+    )
+    runs: list[Run] = []
+    for seed in seeds:
+        for contestant in CONTESTANTS:
+            config = replace(base, seed=seed, **contestant)
+            folder = out / "interrupted" / f"{config.router}-seed{seed}"
+            result = train_run(config, corpus, output, folder, save_final=False)
+            if isinstance(result, Stopped):
+                return result.tell(output)
+            runs.append(result)
+    paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=environment())
+    _tell(runs, paths, time.monotonic() - start, output)
+    return 0
+
+
+def _tell(runs: list[Run], paths: list[Path], time_s: float, output: Output) -> None:
+    spread = ", mean ± standard deviation over seeds" if len({run["config"]["seed"] for run in runs}) > 1 else ""
+    output.table(f"Same weights, same text, three routers{spread}", *table_rows(runs))
+    checks = verdicts(runs)
+    for check in checks:
+        output.note(f"check {'passed' if check['passed'] else 'FAILED'}: {check['text']}")
+    output.note(f"report: {paths[-1]} ({duration(time_s)})")
+    output.document(
+        {
+            "command": "demo",
+            "time_s": time_s,
+            "means": means(runs),
+            "checks": checks,
+            "runs": [
+                {"label": run["label"], "seed": run["config"]["seed"], "measures": run["measures"]} for run in runs
+            ],
+            "files": [str(path) for path in paths],
+            "environment": environment(),
+        }
+    )

@@ -1,0 +1,143 @@
+"""A small byte-level decoder whose feed-forward layers are mixtures of experts.
+
+Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V = 256 byte values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kmeans_route import MoE
+from kmeans_route.cli.config import TrainConfig
+
+VOCAB_SIZE = 256
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, hidden_size: int, num_heads: int, seq_len: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        half = hidden_size // num_heads // 2
+        inv_freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), inv_freq)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def _rotate(self, x_BHSd: Tensor) -> Tensor:
+        first, second = x_BHSd.chunk(2, dim=-1)
+        seq_len = x_BHSd.shape[-2]
+        cos, sin = self.get_buffer("cos")[:seq_len], self.get_buffer("sin")[:seq_len]
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Args: x (B, S, D). Returns: (B, S, D)."""
+        batch, seq_len, hidden_size = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(batch, seq_len, 3, self.num_heads, hidden_size // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(self._rotate(query), self._rotate(key), value, is_causal=True)
+        y_BSD: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, seq_len, hidden_size))
+        return y_BSD
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then pre-norm mixture of experts."""
+
+    def __init__(self, config: TrainConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden)
+        self.attention = Attention(config.hidden, config.heads, config.seq_len)
+        self.moe_norm = nn.RMSNorm(config.hidden)
+        self.moe = MoE(
+            config.hidden,
+            config.expert_hidden,
+            config.experts,
+            config.top_k,
+            config.router,
+            balance=config.balance,
+            seed=config.seed,
+            name=f"layer_{layer:02d}",
+            **router_options(config),
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Args: x (B, S, D). Returns: (B, S, D)."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        y_BSD: Tensor = x_BSD + self.moe(self.moe_norm(x_BSD))
+        return y_BSD
+
+
+class DecoderLM(nn.Module):
+    """Next-byte prediction: embedding, blocks, norm, linear head.
+
+    Two models of equal options and seed start from equal weights whatever their routers.
+
+    Args:
+        config: sizes, router and seed.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        # The caller's own random stream is left as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+            self.norm = nn.RMSNorm(config.hidden)
+            self.head = nn.Linear(config.hidden, VOCAB_SIZE, bias=False)
+            self._initialize(config.layers)
+
+    def _initialize(self, num_layers: int) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:
+            attention = block.get_submodule("attention")
+            assert isinstance(attention, Attention)
+            nn.init.normal_(attention.qkv.weight, std=0.02)
+            # The residual stream grows by two branches a layer; this keeps its scale.
+            nn.init.normal_(attention.out.weight, std=0.02 / math.sqrt(2 * num_layers))
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The mixture-of-experts layers, first layer first."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Args: tokens (B, S) int64 in [0, 256). Returns: logits (B, S, 256)."""
+        x_BSD = self.embedding(tokens_BS)
+        for block in self.blocks:
+            x_BSD = block(x_BSD)
+        logits_BSV: Tensor = self.head(self.norm(x_BSD))
+        return logits_BSV
+
+
+def router_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of `config` that its router class takes, as keyword arguments of `MoE`."""
+    options: dict[str, Any] = {} if config.bias_rate is None else {"bias_rate": config.bias_rate}
+    if config.router == "kmeans":
+        return {**options, "tau": config.tau, "decay": config.decay}
+    if config.balance == "aux":
+        return {**options, "aux_loss_coef": config.aux_loss_coef}
+    return options
+
+
+def next_byte_loss(model: DecoderLM, windows: Tensor) -> Tensor:
+    """Mean cross-entropy of the next byte.
+
+    Args:
+        model: the decoder.
+        windows: (B, S + 1) int64 bytes.
+
+    Returns:
+        () loss in nats per byte, without auxiliary losses.
+    """
+    logits = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())

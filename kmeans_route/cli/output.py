@@ -1,0 +1,160 @@
+"""What a command says: tables and notes on stdout, progress and errors on stderr, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Update = Callable[[int, str], None]
+"""(done, note) -> None: how a loop reports where it is."""
+
+
+class Output:
+    """The one place that writes to the terminal.
+
+    Args:
+        json_mode: stdout carries one JSON document and nothing else; notes, tables and progress are dropped.
+        plain: no colour, no boxes, no bars. A stdout that is no terminal, and TERM=dumb, mean the same.
+    """
+
+    def __init__(self, *, json_mode: bool = False, plain: bool = False) -> None:
+        self.json_mode = json_mode
+        self.plain = plain or json_mode or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb"
+        self._stdout = _console(plain=self.plain, stderr=False)
+        self._bars = not self.plain and sys.stderr.isatty()
+        self._stderr = _console(plain=self.plain or not sys.stderr.isatty(), stderr=True)
+
+    def note(self, text: str) -> None:
+        """A line for people, on stdout; dropped in JSON mode."""
+        if not self.json_mode:
+            self._stdout.print(escape(text), soft_wrap=True, highlight=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
+        """A table, its first column left, the others right where they hold numbers; dropped in JSON mode."""
+        if self.json_mode:
+            return
+        if self.plain:
+            self.note("\n".join(_plain_table(title, columns, rows, numbers=numbers)))
+            return
+        table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        for position, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if position and numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self._stdout.print(table)
+
+    def document(self, document: dict[str, Any]) -> None:
+        """The JSON document of the command; dropped outside JSON mode. NaN and infinity become null."""
+        if self.json_mode:
+            print(to_json(document))
+
+    def fail(self, message: str) -> None:
+        """An error: a line on stderr, and in JSON mode a document with the key "error" on stdout."""
+        self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)
+        self.document({"error": message})
+
+    @contextmanager
+    def progress(self, description: str, total: int, done: int = 0) -> Iterator[Update]:
+        """Report progress on stderr: a bar with the time left on a terminal, else ten lines, in JSON mode nothing.
+
+        Args:
+            description: what is running.
+            total: steps in all.
+            done: steps done before this call, which count for no speed.
+        """
+        if self.json_mode:
+            yield lambda _done, _note: None
+        elif self._bars:
+            yield from self._bar(description, total, done)
+        else:
+            yield self._lines(description, total, done)
+
+    def _bar(self, description: str, total: int, done: int) -> Iterator[Update]:
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._stderr,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(escape(description), total=total, completed=done, note="")
+            yield lambda now, note: bar.update(task, completed=now, note=escape(note))
+
+    def _lines(self, description: str, total: int, done: int) -> Update:
+        start = time.monotonic()
+        every = max(1, total // 10)
+
+        def update(now: int, note: str) -> None:
+            if now % every and now != total:
+                return
+            left_s = (time.monotonic() - start) / max(1, now - done) * (total - now)
+            self._stderr.print(
+                escape(f"{description}: {now}/{total}, {note}, {duration(left_s)} left"),
+                soft_wrap=True,
+                highlight=False,
+            )
+
+        return update
+
+
+def _console(*, plain: bool, stderr: bool) -> Console:
+    if plain:
+        return Console(stderr=stderr, color_system=None, no_color=True, force_terminal=False, highlight=False)
+    # Rich keeps bold and dim under NO_COLOR; without a colour system it writes no escape codes for text at all.
+    if os.environ.get("NO_COLOR"):
+        return Console(stderr=stderr, color_system=None, no_color=True, highlight=False)
+    return Console(stderr=stderr, highlight=False)
+
+
+def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool) -> list[str]:
+    cells = [list(columns), *(list(row) for row in rows)]
+    widths = [max(len(row[position]) for row in cells) for position in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if position and numbers else cell.ljust(width)
+            for position, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return ["", title, *lines, ""]
+
+
+def to_json(document: Any) -> str:
+    """Strict JSON, indented; NaN and infinity become null."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def duration(seconds: float) -> str:
+    """ "42 s", "3 min 05 s" or "2 h 07 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,257 @@
+"""Checks in seconds that routing on this machine agrees with its fp64 definition, and that bad input stays out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kmeans_route
+from kmeans_route import Routing
+from kmeans_route.cli.output import Output
+
+NEAR_TIE = 1e-5
+"""Two scores closer than this, in fp64, may be ranked either way by a narrower dtype."""
+
+
+class Case(NamedTuple):
+    """One routing problem: T tokens, D hidden size, E experts, K of them a token, and the options of `route`."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    options: dict[str, Any]
+    masked: bool = False
+
+    @property
+    def name(self) -> str:
+        """E.g. "T255 D64 E60 K4 bfloat16 gate=sigmoid, masked"."""
+        sizes = " ".join(f"{letter}{size}" for letter, size in zip("TDEK", self.shape, strict=True))
+        words = [f"{key}={value}" for key, value in self.options.items()] + ["masked"] * self.masked
+        return f"{sizes} {str(self.dtype).removeprefix('torch.')} {', '.join(words)}".rstrip()
+
+
+CASES = (
+    Case((1, 7, 3, 1), torch.float32, {}),
+    Case((63, 48, 16, 2), torch.float32, {"gate": "sigmoid"}, masked=True),
+    Case((255, 64, 60, 4), torch.float32, {"gate": "cosine", "scaling": 2.5}),
+    Case((255, 64, 64, 6), torch.float32, {"n_group": 8, "topk_group": 4}),
+    Case((1000, 128, 64, 8), torch.bfloat16, {}),
+    Case((1000, 128, 64, 8), torch.float16, {"normalize": False}, masked=True),
+    Case((63, 33, 5, 5), torch.float64, {"gate": "uniform"}),
+)
+
+
+class Inputs(NamedTuple):
+    """x (T, D) and directions (E, D) in the case's dtype, bias (E,) fp32, mask (T,) bool or None."""
+
+    x: Tensor
+    directions: Tensor
+    expert_bias: Tensor
+    mask: Tensor | None
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Seeded random inputs of a case."""
+    num_tokens, hidden_size, num_experts, _ = case.shape
+    generator = torch.Generator().manual_seed(sum(case.shape))
+    x = torch.randn(num_tokens, hidden_size, generator=generator).to(case.dtype)
+    weight = torch.randn(num_experts, hidden_size, generator=generator)
+    bias = 0.05 * torch.randn(num_experts, generator=generator)
+    mask = torch.rand(num_tokens, generator=generator) > 0.3 if case.masked else None
+    return Inputs(x, kmeans_route.directions(weight, case.dtype), bias, mask)
+
+
+def route_with(case: Case, inputs: Inputs, backend: str, *, wide: bool = False) -> tuple[Routing, Tensor]:
+    """Route a case and differentiate a fixed function of its weights.
+
+    Args:
+        wide: in fp64, from the same rounded inputs.
+
+    Returns:
+        (routing with all scores, gradient (T, D) with respect to x).
+    """
+    dtype = torch.float64 if wide else case.dtype
+    x = inputs.x.to(dtype, copy=True).requires_grad_()
+    directions = inputs.directions.to(dtype)
+    routing = kmeans_route.route(
+        x,
+        directions,
+        case.shape[3],
+        inputs.expert_bias,
+        mask=inputs.mask,
+        directions=directions,
+        return_scores=True,
+        backend=backend,
+        **case.options,
+    )
+    slope = torch.linspace(-1, 1, routing.weights.numel(), dtype=routing.weights.dtype).view_as(routing.weights)
+    if routing.weights.requires_grad:
+        torch.autograd.backward((routing.weights * slope).sum())
+    gradient = torch.zeros_like(x) if x.grad is None else x.grad
+    return routing, gradient.detach()
+
+
+def check_route(case: Case) -> str:
+    """Ids equal those of the fp64 reference outside near-ties; gates and gradients are no further from it than the
+    reference in the same dtype, plus a rounding allowance."""
+    inputs = make_inputs(case)
+    truth, true_gradient = route_with(case, inputs, "reference", wide=True)
+    twin, twin_gradient = route_with(case, inputs, "reference")
+    fast, fast_gradient = route_with(case, inputs, "torch")
+    _expect(torch.equal(fast.valid, truth.valid), "the valid tokens differ")
+    assert truth.scores is not None
+    ranking = truth.scores + inputs.expert_bias.double()
+    away = (ranking.gather(1, fast.indices) - ranking.gather(1, truth.indices)).abs() > NEAR_TIE
+    _expect(not bool(away.any()), f"{int(away.any(1).sum())} rows chose other experts")
+    total = int(fast.tokens_per_expert.sum())
+    _expect(total == case.shape[3] * int(truth.valid.sum()), f"the counts sum to {total}")
+    same = (fast.indices == truth.indices).all(1) & (twin.indices == truth.indices).all(1)
+    gap = _no_worse("gates", fast.weights[same], twin.weights[same], truth.weights[same], torch.float32)
+    _no_worse("gradients", fast_gradient[same], twin_gradient[same], true_gradient[same], case.dtype)
+    return f"{int((~same).sum())} near-ties, gates within {gap:.1e}"
+
+
+def check_ties() -> str:
+    """Equal scores go to the lower expert ids, whatever the rows hold."""
+    x = torch.ones(5, 8)
+    weight = torch.ones(64, 8)
+    indices = kmeans_route.route(x, weight, 4, backend="torch").indices
+    _expect(indices.eq(torch.arange(4)).all().item() is True, f"64 equal experts gave {indices[0].tolist()}")
+    return "64 equal experts give ids 0 to 3"
+
+
+def check_dispatch() -> str:
+    """Rows come out grouped by expert and combine to the weighted sum; what lies past the end is never read."""
+    case = CASES[1]
+    inputs = make_inputs(case)
+    routing, _ = route_with(case, inputs, "torch")
+    routing = routing._replace(weights=routing.weights.detach())
+    dispatch = kmeans_route.dispatch(inputs.x, routing, backend="torch")
+    end = int(dispatch.offsets[-1])
+    _expect(torch.equal(dispatch.offsets.diff().long(), routing.tokens_per_expert), "offsets disagree with the counts")
+    _expect(torch.equal(dispatch.x_sorted[:end], inputs.x[dispatch.token_of_row[:end]]), "a row holds another token")
+    y_sorted = dispatch.x_sorted.clone()
+    y_sorted[end:] = math.nan
+    y = kmeans_route.combine(y_sorted, routing, dispatch, backend="torch")
+    expected = inputs.x * routing.weights.sum(1, keepdim=True)
+    error = float((y - expected).abs().max())
+    _expect(error < 1e-5, f"identity experts gave an error of {error:.1e}")
+    return f"identity experts within {error:.1e}"
+
+
+def check_commit() -> str:
+    """The second commit sets each centroid to the mean direction of the tokens that chose it."""
+    router = kmeans_route.KMeansRouter(32, 8, 2, seed=3)
+    router.commit()  # with nothing pending: it says that this router is committed by hand
+    x = torch.randn(512, 32, generator=torch.Generator().manual_seed(1))
+    router.initialize(x)
+    routing = router(x, details=True)
+    counts = routing.tokens_per_expert
+    units = (x.double() / x.double().norm(dim=1, keepdim=True)).repeat_interleave(2, 0)
+    sums = torch.zeros(8, 32, dtype=torch.float64).index_add_(0, routing.indices.flatten(), units)
+    router.commit()
+    used = counts > 0
+    error = float((router.weight.double() - sums / counts[:, None].clamp(min=1))[used].abs().max())
+    _expect(error < 1e-5, f"centroids are off by {error:.1e}")
+    heavier = counts > counts.double().mean()
+    falls = router.expert_bias[heavier].max() < router.expert_bias[~heavier].min()
+    _expect(bool(falls), "the bias of a busy expert did not fall below an idle one's")
+    return f"centroids within {error:.1e} of the mean"
+
+
+def check_not_a_number() -> str:
+    """A NaN token leaves the same state, bit for bit, as the same token masked out."""
+    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(2))
+    x[17] = math.nan
+    mask = torch.arange(256) != 17
+    states = []
+    for given in (None, mask):
+        router = kmeans_route.KMeansRouter(32, 8, 2)
+        router.commit()
+        for _ in range(3):
+            router(x, mask=given)
+            router.commit()
+        states.append(router)
+    first, second = states
+    _expect(bool(first.weight.isfinite().all()), "NaN reached the centroids")
+    for name in ("weight", "expert_bias", "score_std"):
+        _expect(torch.equal(first.get_buffer(name), second.get_buffer(name)), f"{name} was changed by the NaN token")
+    _expect(int(first.dropped_total) == 3, f"dropped_total is {int(first.dropped_total)}, expected 3")
+    return "3 NaN tokens dropped and counted, state unchanged"
+
+
+def check_layer() -> str:
+    """Every router's layer trains: its output and gradients are finite and its loss falls."""
+    falls = []
+    for kind in ("kmeans", "softmax", "sigmoid"):
+        torch_state = torch.get_rng_state()
+        torch.manual_seed(0)
+        layer = kmeans_route.MoE(16, 32, 8, 2, kind)
+        x, target = torch.randn(2, 128, 16)
+        torch.set_rng_state(torch_state)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+        kmeans_route.attach(layer, optimizer)
+        losses = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(layer(x), target)
+            torch.autograd.backward(loss + layer.aux_loss)
+            optimizer.step()
+            losses.append(loss.item())
+        _expect(losses[-1] < 0.9 * losses[0], f"{kind}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
+        falls.append(f"{kind} {losses[0]:.2f} to {losses[-1]:.2f}")
+    return ", ".join(falls)
+
+
+def _expect(condition: bool, problem: str) -> None:
+    """Unlike assert, this also runs under python -O."""
+    if not condition:
+        raise AssertionError(problem)
+
+
+def _no_worse(what: str, value: Tensor, twin: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """The largest error of `value`, which must not exceed that of `twin` by more than rounding in `dtype`."""
+    truth = truth.detach()
+    if not truth.numel():
+        return 0.0
+    scale = max(1.0, float(truth.abs().max()))
+    error, allowed = (float((tensor.detach().double() - truth).abs().max()) for tensor in (value, twin))
+    allowed += 16 * torch.finfo(dtype).eps * scale
+    _expect(error <= allowed, f"{what} are off by {error:.1e}, allowed {allowed:.1e}")
+    return error
+
+
+def all_checks() -> Iterator[tuple[str, Callable[[], str]]]:
+    """(name, check); a check returns what it found and raises when it does not hold."""
+    for case in CASES:
+        yield f"route {case.name}", partial(check_route, case)
+    yield "ties go to the lower id", check_ties
+    yield "dispatch and combine", check_dispatch
+    yield "commit", check_commit
+    yield "NaN stays out of the state", check_not_a_number
+    yield "layers train", check_layer
+
+
+def selftest(output: Output) -> int:
+    """Run every check and print the table. Returns: the exit code, 1 when a check failed."""
+    results = []
+    for name, check in all_checks():
+        start = time.perf_counter()
+        try:
+            passed, detail = True, check()
+        except Exception as error:
+            passed, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        results.append(
+            {"name": name, "passed": passed, "detail": detail, "time_ms": (time.perf_counter() - start) * 1e3}
+        )
+    failed = [result for result in results if not result["passed"]]
+    rows = [[str(r["name"]), "pass" if r["passed"] else "FAIL", str(r["detail"])] for r in results]
+    output.table("selftest of backend 'torch' on the CPU", ["check", "result", "detail"], rows, numbers=False)
+    output.note(f"{len(results) - len(failed)} of {len(results)} checks passed")
+    output.document({"command": "selftest", "passed": not failed, "checks": results})
+    return 1 if failed else 0

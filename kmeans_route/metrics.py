@@ -1,0 +1,252 @@
+"""Measures of a mixture's health: tensors in, tensors out, on any device, without a host sync.
+
+Legend: E experts, D hidden size, T tokens, K top_k; `...` are leading dimensions (layers, steps) and stay as they are.
+f_e = counts_e / sum of counts is the share of the load on expert e. Where nothing was counted, every f_e is 1 / E:
+an idle router is balanced (load 1, MaxVio 0, std 0, entropy 1, Gini 0), and all its experts are dead.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MIN_NORM = 1e-12  # a centroid shorter than this has no direction, as in `directions`
+
+
+def load(counts: Tensor) -> Tensor:
+    """Load of each expert relative to the mean: counts_e / mean of counts = E f_e.
+
+    Args:
+        counts: (..., E) tokens of each expert, integer or floating, >= 0.
+
+    Returns:
+        (..., E) floating, >= 0, mean 1; 1 everywhere where nothing was counted.
+
+    Raises:
+        ValueError: counts has no expert dimension, or no experts.
+
+    Example:
+        >>> import torch
+        >>> load(torch.tensor([3, 1, 0, 0])).tolist()
+        [3.0, 1.0, 0.0, 0.0]
+    """
+    return _shares(counts) * counts.shape[-1]
+
+
+def max_vio(counts: Tensor) -> Tensor:
+    """MaxVio = max load / mean load - 1: how far the fullest expert is above a fair share.
+
+    Args:
+        counts: (..., E) tokens of each expert. Counts of one batch give the batch MaxVio, pooled counts the global.
+
+    Returns:
+        (...) in [0, E - 1]; 0 is perfect balance, and the value where nothing was counted.
+
+    Raises:
+        ValueError: counts has no expert dimension, or no experts.
+
+    Example:
+        >>> import torch
+        >>> max_vio(torch.tensor([30, 20, 10])).item()
+        0.5
+    """
+    return (load(counts).amax(-1) - 1).clamp_min(0)
+
+
+def load_std(counts: Tensor) -> Tensor:
+    """Population standard deviation over the experts of f_e = counts_e / sum of counts.
+
+    The shares sum to 1, so the value depends on E: times E it is the coefficient of variation of the load, the one to
+    compare between models of different E.
+
+    Args:
+        counts: (..., E) tokens of each expert.
+
+    Returns:
+        (...) in [0, sqrt(E - 1) / E]; 0 where nothing was counted.
+
+    Raises:
+        ValueError: counts has no expert dimension, or no experts.
+    """
+    return _shares(counts).std(-1, correction=0)
+
+
+def load_entropy(counts: Tensor) -> Tensor:
+    """Entropy of the load, normalised: -(sum over e of f_e log f_e) / log E.
+
+    Args:
+        counts: (..., E) tokens of each expert.
+
+    Returns:
+        (...) in [0, 1]: 1 for an even load, 0 when one expert takes all; 1 for E = 1 and where nothing was counted.
+
+    Raises:
+        ValueError: counts has no expert dimension, or no experts.
+    """
+    shares = _shares(counts)
+    if shares.shape[-1] == 1:
+        return torch.ones_like(shares[..., 0])
+    return (-torch.xlogy(shares, shares).sum(-1) / math.log(shares.shape[-1])).clamp(0, 1)
+
+
+def gini(counts: Tensor) -> Tensor:
+    """Gini coefficient of the load: sum over i of (2 i - E - 1) f_(i) / E, f_(1) <= ... <= f_(E).
+
+    Args:
+        counts: (..., E) tokens of each expert.
+
+    Returns:
+        (...) in [0, 1 - 1 / E]: 0 for an even load and where nothing was counted, 1 - 1 / E when one takes all.
+
+    Raises:
+        ValueError: counts has no expert dimension, or no experts.
+    """
+    shares = _shares(counts).sort(-1).values
+    num_experts = shares.shape[-1]
+    rank = torch.arange(1 - num_experts, num_experts, 2, device=shares.device, dtype=shares.dtype)
+    return ((shares * rank).sum(-1) / num_experts).clamp_min(0)
+
+
+def dead_experts(counts: Tensor) -> Tensor:
+    """Number of experts that no token chose: sum over e of [counts_e = 0].
+
+    Args:
+        counts: (..., E) tokens of each expert.
+
+    Returns:
+        (...) int64 in [0, E]; E where nothing was counted.
+
+    Raises:
+        ValueError: counts has no expert dimension, or no experts.
+    """
+    _check_counts(counts)
+    return (counts == 0).sum(-1)
+
+
+def pairwise_cosine(weight: Tensor) -> Tensor:
+    """Cosine between every two centroids: d_i . d_j with d_e = c_e / ||c_e||.
+
+    Args:
+        weight: (..., E, D) centroids, floating, any scale.
+
+    Returns:
+        (..., E, E) symmetric, in [-1, 1], in fp32 (fp64 for fp64 centroids); rows and columns of centroids shorter
+        than 1e-12 are 0.
+
+    Raises:
+        ValueError: weight has fewer than two dimensions.
+    """
+    d = _directions(weight, "weight")
+    return (d @ d.mT).clamp(-1, 1)
+
+
+def mean_pairwise_cosine(weight: Tensor) -> Tensor:
+    """Mean cosine between different centroids: (sum over i != j of d_i . d_j) / (E (E - 1)).
+
+    Args:
+        weight: (..., E, D) centroids, floating, any scale.
+
+    Returns:
+        (...) in [-1 / (E - 1), 1]; 0 for a single expert. Near 1 the centroids have collapsed onto each other.
+
+    Raises:
+        ValueError: weight has fewer than two dimensions.
+    """
+    cosine = pairwise_cosine(weight)
+    num_experts = cosine.shape[-1]
+    off_diagonal = cosine.sum((-2, -1)) - cosine.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return off_diagonal / max(1, num_experts * (num_experts - 1))
+
+
+def centroid_drift(before: Tensor, after: Tensor) -> Tensor:
+    """Angle in radians that each centroid has turned: 2 atan2(||u - v||, ||u + v||), u and v its two directions.
+
+    This form keeps its digits for small angles, where 1 - cosine has none left in fp32.
+
+    Args:
+        before, after: (..., E, D) centroids, floating, any scale; the shapes must broadcast.
+
+    Returns:
+        (..., E) in [0, pi]; pi / 2 where one of the two is shorter than 1e-12, 0 where both are.
+
+    Raises:
+        ValueError: fewer than two dimensions, or another number of experts or hidden size.
+    """
+    if before.shape[-2:] != after.shape[-2:]:
+        raise ValueError(
+            f"before and after must hold the same (E, D), got {tuple(before.shape)} and {tuple(after.shape)}: "
+            "pass two states of one router"
+        )
+    u, v = _directions(before, "before"), _directions(after, "after")
+    return 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
+
+
+def coupling(scores: Tensor, activation_norms: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Router-expert coupling: Pearson correlation of a score with the chosen expert's activation norm.
+
+        r = sum (s - mean s)(a - mean a) / sqrt(sum (s - mean s)^2  sum (a - mean a)^2)
+
+    over all (token, choice) pairs: does the expert respond more strongly to the tokens that the router finds closer?
+
+    Args:
+        scores: (T, K) score of each selected expert, or any shape.
+        activation_norms: same shape, norm of that expert's output (or inner activation) for that token.
+        mask: bool, broadcastable to the shape of scores ((T, 1) for a mask of tokens); pairs where it is false are
+            left out, whatever they hold.
+
+    Returns:
+        () in [-1, 1]; 0 where fewer than two pairs are left or one of the two does not vary.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if scores.shape != activation_norms.shape:
+        raise ValueError(
+            f"scores and activation_norms must have one shape, got {tuple(scores.shape)} and "
+            f"{tuple(activation_norms.shape)}: pass one norm for each selected score"
+        )
+    if mask is None:
+        mask = torch.ones((), dtype=torch.bool, device=scores.device)
+    keep = mask.expand_as(scores)
+    s, a = _centred(scores, keep), _centred(activation_norms, keep)
+    scale = torch.linalg.vector_norm(s) * torch.linalg.vector_norm(a)
+    r = (s * a).sum() / torch.where(scale > 0, scale, torch.ones_like(scale))
+    return r.clamp(-1, 1)
+
+
+def _check_counts(counts: Tensor) -> None:
+    if counts.dim() == 0 or counts.shape[-1] == 0:
+        raise ValueError(f"counts must be (..., E) with E >= 1, got {tuple(counts.shape)}: pass one count an expert")
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """f_e (..., E); 1 / E where the counts sum to 0."""
+    _check_counts(counts)
+    total = counts.sum(-1, keepdim=True)
+    dtype = _float_dtype(counts)
+    # Summed as integers: fp32 is not exact past 2^24 tokens.
+    shares = counts.to(dtype) / torch.where(total == 0, torch.ones_like(total), total).to(dtype)
+    return torch.where(total == 0, torch.full_like(shares, 1 / counts.shape[-1]), shares)
+
+
+def _directions(weight: Tensor, name: str) -> Tensor:
+    if weight.dim() < 2:
+        raise ValueError(f"{name} must be (..., E, D), got {tuple(weight.shape)}: pass one centroid a row")
+    rows = weight.to(_float_dtype(weight))
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    has_direction = norm >= MIN_NORM
+    return torch.where(has_direction, rows / torch.where(has_direction, norm, torch.ones_like(norm)), 0.0)
+
+
+def _centred(values: Tensor, keep: Tensor) -> Tensor:
+    """values - their mean over `keep`, 0 outside it and where all are equal."""
+    values = torch.where(keep, values.to(_float_dtype(values)), 0.0)
+    mean = values.sum() / keep.sum().clamp_min(1)
+    centred = torch.where(keep, values - mean, 0.0)
+    # The mean of equal values is rounded: what is left of them must not pass for variation.
+    noise = torch.finfo(values.dtype).eps * values.abs().amax() if values.numel() else values.sum()
+    return torch.where(centred.abs().sum() > 4 * noise * keep.sum(), centred, 0.0)
+
+
+def _float_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -1,0 +1,253 @@
+"""Shared by tests and benchmarks: named shapes, input makers, and the comparisons that decide right from wrong.
+
+Legend: T tokens, D hidden size, E experts, K top_k.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ModelShape(NamedTuple):
+    """Router of a published model: hidden_size D, num_experts E, top_k K."""
+
+    hidden_size: int
+    num_experts: int
+    top_k: int
+
+
+class BenchShape(NamedTuple):
+    """One routing problem: num_tokens T, hidden_size D, num_experts E, top_k K."""
+
+    num_tokens: int
+    hidden_size: int
+    num_experts: int
+    top_k: int
+
+
+MODEL_SHAPES = {
+    "OLMoE": ModelShape(2048, 64, 8),
+    "Qwen3-30B-A3B": ModelShape(2048, 128, 8),
+    "Mixtral": ModelShape(4096, 8, 2),
+    "DeepSeek-V3": ModelShape(7168, 256, 8),
+    "GPT-OSS-120B": ModelShape(2880, 128, 4),
+    "Qwen3-Next": ModelShape(2048, 512, 10),
+}
+TOKEN_COUNTS = (1, 64, 512, 4096, 16384, 65536)
+
+CPU_BENCH_SHAPES = {
+    "T8192-D1024-E64-K8": BenchShape(8192, 1024, 64, 8),
+    "T4096-D2048-E128-K8": BenchShape(4096, 2048, 128, 8),
+    "T16384-D768-E16-K2": BenchShape(16384, 768, 16, 2),
+}
+
+LAYOUTS = ("contiguous", "padded_rows", "every_second", "transposed", "expanded")
+
+
+def make_hidden_states(
+    num_tokens: int,
+    hidden_size: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: str = "contiguous",
+    offset: float = 0.0,
+    num_clusters: int = 0,
+    spread: float = 0.5,
+    requires_grad: bool = False,
+) -> Tensor:
+    """Random hidden states (T, D), equal for equal arguments on every device.
+
+    Args:
+        num_tokens, hidden_size: T and D, >= 0.
+        seed: of a private generator; the global one is not touched.
+        dtype, device: of the result. Values are drawn in fp32 on the CPU, then cast and moved.
+        layout: "contiguous"; "padded_rows", a slice of wider rows; "every_second", element stride 2; "transposed",
+            token stride 1; "expanded", one row seen T times with stride 0.
+        offset: length of a direction common to all tokens, in units of the tokens' own standard deviation times
+            sqrt(D): 1 makes half of the energy common, as the hidden states of real models have it.
+        num_clusters: 0 for standard normal tokens, else tokens lie around that many normal centres.
+        spread: standard deviation around a centre (whose own entries have standard deviation 1).
+        requires_grad: make the result a leaf that wants a gradient.
+
+    Raises:
+        ValueError: unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, hidden_size, generator=generator)
+    if num_clusters:
+        centres = torch.randn(num_clusters, hidden_size, generator=generator)
+        member = torch.randint(num_clusters, (num_tokens,), generator=generator)
+        x.mul_(spread).add_(centres[member])
+    if offset:
+        x.add_(torch.randn(hidden_size, generator=generator), alpha=offset)
+    x = _lay_out(x.to(device=device, dtype=dtype), layout)
+    return x.requires_grad_(requires_grad)
+
+
+def make_centroids(
+    num_experts: int,
+    hidden_size: int,
+    *,
+    seed: int = 1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random unit rows (E, D), equal for equal arguments on every device; drawn in fp32 by a private generator."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.nn.functional.normalize(torch.randn(num_experts, hidden_size, generator=generator))
+    return weight.to(device=device, dtype=dtype)
+
+
+def make_tied_rows(
+    num_tokens: int,
+    hidden_size: int,
+    num_experts: int,
+    *,
+    num_levels: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (T, D) and centroids (E, D), in `dtype` and fp32, whose scores tie exactly on any backend.
+
+    The centroids are coordinate axes and the first E entries of a token are integers in 1..num_levels, so every dot is
+    one exact product: experts with the same entry have the same score bit for bit, in whatever order one sums.
+
+    Raises:
+        ValueError: more experts than hidden entries.
+    """
+    if num_experts > hidden_size:
+        raise ValueError(
+            f"num_experts must be at most hidden_size {hidden_size}, got {num_experts}: one axis an expert"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-num_levels, num_levels + 1, (num_tokens, hidden_size), generator=generator).float()
+    x[:, :num_experts] = torch.randint(1, num_levels + 1, (num_tokens, num_experts), generator=generator).float()
+    return x.to(device=device, dtype=dtype), torch.eye(num_experts, hidden_size, device=device)
+
+
+def assert_close_to_truth(
+    actual: Tensor, truth: Tensor, same_dtype_baseline: Tensor, *, tolerance: float | None = None, name: str = "result"
+) -> float:
+    """Assert that the error against the truth is no larger than plain PyTorch's in the same dtype, plus a little.
+
+    max |actual - truth| <= max |same_dtype_baseline - truth| + tolerance, so the bound is measured, not picked.
+
+    Args:
+        actual: what is tested.
+        truth: the same quantity, same shape, computed in fp64 (from the same inputs as rounded to their dtype).
+        same_dtype_baseline: the same quantity from plain PyTorch in the dtype of `actual`.
+        tolerance: absolute; None for 2 eps max |truth|, eps of the dtype of `actual`: two roundings of the result.
+        name: what the message calls it.
+
+    Returns:
+        max |actual - truth|; 0 for empty tensors.
+
+    Raises:
+        AssertionError: the error is larger, a shape or the dtype differs, or `actual` is not finite.
+    """
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert same_dtype_baseline.shape == truth.shape, f"{name}: the baseline has {tuple(same_dtype_baseline.shape)}"
+    assert actual.dtype == same_dtype_baseline.dtype, (
+        f"{name}: dtype {actual.dtype} against a baseline in {same_dtype_baseline.dtype}"
+    )
+    assert truth.dtype == torch.float64, f"{name}: the truth must be fp64, got {truth.dtype}"
+    if not actual.numel():
+        return 0.0
+    assert bool(torch.isfinite(truth).all()), f"{name}: the truth is not finite"
+    assert bool(torch.isfinite(actual).all()), f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
+    truth = truth.detach().cpu()
+    error = (actual.detach().cpu().double() - truth).abs()
+    allowed = float((same_dtype_baseline.detach().cpu().double() - truth).abs().max())
+    if tolerance is None:
+        tolerance = 2 * torch.finfo(actual.dtype).eps * float(truth.abs().max())
+    worst = float(error.max())
+    assert worst <= allowed + tolerance, (
+        f"{name}: error {worst:.3e} at {tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))}, "
+        f"plain PyTorch {allowed:.3e} + tolerance {tolerance:.3e}"
+    )
+    return worst
+
+
+def assert_same_selection(
+    indices: Tensor,
+    reference_scores_plus_bias: Tensor,
+    *,
+    tolerance: float = 2e-7,
+    cap: float = 1e-4,
+    valid: Tensor | None = None,
+) -> int:
+    """Assert that the ids are those of the reference, except in near-ties, which are counted and capped.
+
+    A row is a near-tie when two neighbours among its K + 1 largest reference values differ by less than `tolerance`.
+    There another order, or another last expert, passes as long as no place loses more than K `tolerance`; every other
+    row must agree id for id. With tolerance 0 exact ties, too, must go to the lower id.
+
+    Args:
+        indices: (T, K) int64, what is tested.
+        reference_scores_plus_bias: (T, E) s + b in fp64; -inf where an expert is no candidate.
+        tolerance: near-tie margin in units of cosine. fp32 cosines of up to 2048 terms were seen 7e-8 off the truth,
+            so two of them can change places within twice that.
+        cap: largest share of rows that may differ; at least one row always may.
+        valid: (T,) bool; rows that are not valid must hold 0..K-1. None: all are valid.
+
+    Returns:
+        Number of rows that differ from the reference, near-ties all of them.
+
+    Raises:
+        AssertionError: an id differs outside near-ties, an id is repeated or out of range, or too many rows differ.
+    """
+    indices, ranking = indices.detach().cpu(), reference_scores_plus_bias.detach().cpu()
+    (num_tokens, top_k), num_experts = indices.shape, ranking.shape[1]
+    assert ranking.shape[0] == num_tokens, f"ids of {num_tokens} tokens against scores of {ranking.shape[0]}"
+    assert indices.dtype == torch.int64, f"ids must be int64, got {indices.dtype}"
+    valid = torch.ones(num_tokens, dtype=torch.bool) if valid is None else valid.detach().cpu()
+    in_range = (indices >= 0) & (indices < num_experts)
+    assert bool(in_range.all()), f"{int((~in_range).sum())} ids lie outside [0, {num_experts})"
+    in_order = indices.sort(dim=1).values
+    repeated = (in_order[:, 1:] == in_order[:, :-1]).any(1)
+    assert not bool(repeated.any()), f"{int(repeated.sum())} rows repeat an id, first row {_first(repeated)}"
+
+    values, order = ranking.sort(dim=1, descending=True, stable=True)
+    expected = torch.where(valid[:, None], order[:, :top_k], torch.arange(top_k))
+    head = values[:, : top_k + 1]
+    near = ((head[:, :-1] - head[:, 1:]) < tolerance).any(1) & valid
+    differs = (indices != expected).any(1)
+    outside = differs & ~near
+    assert not bool(outside.any()), (
+        f"{int(outside.sum())} of {num_tokens} rows differ outside near-ties, first row {(t := _first(outside))}: "
+        f"got {indices[t].tolist()}, expected {expected[t].tolist()}"
+    )
+    worse = differs & ((values[:, :top_k] - ranking.gather(1, indices)).amax(1) > tolerance * top_k)
+    assert not bool(worse.any()), f"{int(worse.sum())} near-tie rows chose a worse expert, first row {_first(worse)}"
+    num_differing = int(differs.sum())
+    allowed = math.ceil(cap * num_tokens)
+    assert num_differing <= allowed, f"{num_differing} of {num_tokens} rows differ in near-ties, at most {allowed} may"
+    return num_differing
+
+
+def _lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another layout; what lies between them is NaN, so that reading it shows."""
+    if layout == "expanded":
+        return x[:1].expand(x.shape[0], -1)
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "padded_rows":
+        wide = x.new_full((x.shape[0], x.shape[1] + 3), torch.nan)
+        wide[:, 1:-2] = x
+        return wide[:, 1:-2]
+    if layout == "every_second":
+        wide = x.new_full((x.shape[0], 2 * x.shape[1]), torch.nan)
+        wide[:, ::2] = x
+        return wide[:, ::2]
+    return x
+
+
+def _first(rows: Tensor) -> int:
+    return int(rows.nonzero()[0])

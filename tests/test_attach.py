@@ -1,0 +1,412 @@
+"""attach: one commit per optimizer step, whatever happens between two steps; each token counted once."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
+from tests.compare import assert_same_bits, generator
+
+D, E, K = 16, 6, 2
+REMEDY = "kmeans_route.attach"
+UNATTACHED = "ignore:.*nothing commits its statistics"
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors() -> Iterator[None]:
+    """A test says which warning it expects."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        yield
+
+
+class Model(nn.Module):
+    """Two blocks with a mixture each, recomputed in the backward pass as `recompute` says."""
+
+    def __init__(self, recompute: str = "", **options: Any) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.inward = nn.Linear(D, D)
+        self.blocks = nn.ModuleList(MoE(D, 8, E, K, name=f"blocks.{i}", **options) for i in range(2))
+        self.outward = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inward(x)
+        for block in self.blocks:
+            if self.recompute:
+                h = h + checkpoint(block, h, use_reentrant=self.recompute == "reentrant")
+            else:
+                h = h + block(h)
+        return self.outward(h).square().mean()
+
+
+def make(recompute: str = "", **options: Any) -> Model:
+    torch.manual_seed(7)
+    return Model(recompute, **options)
+
+
+def batch(seed: int, num_tokens: int = 120) -> Tensor:
+    gen = generator(seed)
+    return torch.randn(num_tokens, D, generator=gen) + 0.5 * torch.randn(D, generator=gen)
+
+
+def routers_of(model: nn.Module) -> list[KMeansRouter]:
+    return [m for m in model.modules() if isinstance(m, KMeansRouter)]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+def pending_of(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{i}.{field}": getattr(router.pending, field).clone()
+        for i, router in enumerate(routers_of(model))
+        for field in router.pending.FIELDS
+    }
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert_same_bits(got[name], value, name)
+
+
+def tokens_pending(model: nn.Module) -> list[int]:
+    return [int(router.pending.num_tokens) for router in routers_of(model)]
+
+
+def by_hand(model: nn.Module) -> None:
+    for router in routers_of(model):
+        router.commit()
+
+
+def test_commits_once_per_step_and_only_then() -> None:
+    attached, hand = make(), make()
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-2) for model in (attached, hand)]
+    attach(attached, optimizers[0])
+    by_hand(hand)
+    for step in range(4):
+        before = state_of(attached)
+        for part in batch(step).split(40):
+            for model in (attached, hand):
+                (model(part) / 3).backward()
+        assert_same(state_of(attached), before)
+        assert tokens_pending(attached) == [120, 120]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        by_hand(hand)
+        assert tokens_pending(attached) == [0, 0]
+        assert_same(state_of(attached), state_of(hand))
+    # The first commit sets the centroids, the other three are steps.
+    assert [int(router.steps) for router in routers_of(attached)] == [3, 3]
+
+
+def test_forwards_inside_the_step_count() -> None:
+    """LBFGS runs its forwards inside step: the commit comes after all of them, once."""
+    model = make()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+    attach(model, optimizer)
+    calls: list[list[int]] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(batch(len(calls)))
+        loss.backward()
+        calls.append([int(router.steps) for router in routers_of(model)])
+        return loss
+
+    by_step = []
+    for _ in range(3):
+        optimizer.step(closure)
+        by_step.append(len(calls))
+        assert tokens_pending(model) == [0, 0]
+    assert by_step[0] > 1
+    assert [int(router.steps) for router in routers_of(model)] == [2, 2]
+    # The state does not move between the closures of one step.
+    assert calls == [[step, step] for step in (0, 0, 1) for _ in range(len(calls) // 3)]
+
+
+class Still(torch.optim.SGD):
+    """Moves nothing, and like a fused optimizer leaves `found_inf` to the device: its step hooks always run."""
+
+    found_inf: Tensor
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("first_data", [True, False], ids=["first_data", "later"])
+def test_a_step_that_the_scaler_skips_joins_the_next_commit(first_data: bool) -> None:
+    skipping, joined = make(), make()
+    optimizers = [Still(model.parameters()) for model in (skipping, joined)]
+    for model, optimizer in zip((skipping, joined), optimizers, strict=True):
+        attach(model, optimizer)
+        if not first_data:
+            model(batch(0))
+            optimizer.step()
+    before = state_of(skipping)
+    skipping(batch(1))
+    gathered = pending_of(skipping)
+    optimizers[0].found_inf = torch.tensor([1.0])
+    optimizers[0].step()
+    assert_same(state_of(skipping), before)
+    assert_same(pending_of(skipping), gathered)
+    optimizers[0].found_inf = torch.tensor([0.0])
+    for part in (1, 2):
+        if part == 2:
+            skipping(batch(part))
+        joined(batch(part))
+    for optimizer in optimizers:
+        optimizer.step()
+    assert tokens_pending(skipping) == [0, 0]
+    assert_same(state_of(skipping), state_of(joined))
+    assert [int(router.steps) for router in routers_of(skipping)] == ([0, 0] if first_data else [1, 1])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_real_gradient_scaler(fused: bool) -> None:
+    """A fused optimizer fires its hooks on a step that the scaler skips, an unfused one does not."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=fused)
+    attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(batch(0))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert all(router.initialized for router in routers_of(model))
+    before = state_of(model)
+    scaler.scale(model(batch(1)) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    assert_same(state_of(model), before)
+    assert tokens_pending(model) == [120, 120]
+    scaler.scale(model(batch(2))).backward()
+    scaler.step(optimizer)
+    assert tokens_pending(model) == [0, 0]
+    assert [int(router.steps) for router in routers_of(model)] == [1, 1]
+    for router in routers_of(model):
+        assert int(router.tokens_per_expert.sum()) == 2 * 120 * K
+
+
+@pytest.mark.parametrize("recompute", ["", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("balance", ["proportional", "quantile"])
+def test_recomputed_tokens_count_once(recompute: str, balance: str) -> None:
+    plain, other = make(balance=balance), make(recompute, balance=balance)
+    optimizers = [torch.optim.SGD(model.parameters(), 1e-2) for model in (plain, other)]
+    for model, optimizer in zip((plain, other), optimizers, strict=True):
+        attach(model, optimizer)
+    for step in range(3):
+        for part in batch(step).split(60):
+            losses = [model(part) for model in (plain, other)]
+            assert_same_bits(losses[1], losses[0])
+            for loss in losses:
+                loss.backward()
+            assert_same(pending_of(other), pending_of(plain))
+        for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(state_of(other), state_of(plain))
+    assert [int(router.steps) for router in routers_of(other)] == [2, 2]
+
+
+def test_unattached_non_reentrant_checkpointing_counts_once() -> None:
+    plain, other = make(), make("non-reentrant")
+    by_hand(plain)
+    by_hand(other)
+    for model in (plain, other):
+        model(batch(0)).backward()
+    assert tokens_pending(other) == [120, 120]
+    assert_same(pending_of(other), pending_of(plain))
+
+
+def test_unattached_reentrant_checkpointing_counts_nothing_and_says_so_once() -> None:
+    """Its first forward looks like a user's no_grad, and its second runs in a backward pass."""
+    model = make("reentrant")
+    by_hand(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            model(batch(step)).backward()
+    assert tokens_pending(model) == [0, 0]
+    told = [str(w.message) for w in caught if "reentrant" in str(w.message) and "router" in str(w.message)]
+    assert len(told) == 2, "once for each router"
+    assert all(REMEDY in message for message in told)
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode", "frozen"])
+def test_forwards_of_an_attached_model_that_do_not_count(mode: str) -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attachment = attach(model, optimizer)
+    model(batch(0)).backward()
+    optimizer.step()
+    model(batch(1)).backward()
+    before, gathered = state_of(model), pending_of(model)
+    if mode == "eval":
+        model.eval()
+        model(batch(2)).backward()
+    elif mode == "frozen":
+        for router in attachment.routers.values():
+            router.freeze()
+        model(batch(2)).backward()
+        optimizer.step()
+    else:
+        with torch.no_grad() if mode == "no_grad" else torch.inference_mode():
+            model(batch(2))
+    assert_same(pending_of(model), gathered)
+    assert_same(state_of(model), before)
+
+
+def test_a_forward_that_raises_does_not_leave_the_flag_set() -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attach(model, optimizer)
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(3, D + 1))
+    with torch.no_grad():
+        routers_of(model)[0](batch(0))
+    assert tokens_pending(model) == [0, 0]
+    routers_of(model)[0](batch(0))
+    assert tokens_pending(model) == [120, 0]
+
+
+def test_remove_ends_it_and_attaching_again_works() -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attachment = attach(model, optimizer)
+    model(batch(0)).backward()
+    optimizer.step()
+    attachment.remove()
+    before = state_of(model)
+    with pytest.warns(UserWarning, match=REMEDY):
+        model(batch(1)).backward()
+    optimizer.step()
+    assert_same(state_of(model), before)
+    assert tokens_pending(model) == [120, 120]
+    attach(model, optimizer)
+    optimizer.step()
+    assert tokens_pending(model) == [0, 0]
+    assert [int(router.steps) for router in routers_of(model)] == [1, 1]
+
+
+def test_what_attach_refuses() -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with pytest.raises(ValueError, match="model must contain at least one router, got none in Linear"):
+        attach(nn.Linear(2, 2), optimizer)
+    with pytest.raises(RuntimeError, match="attach must run in a single process in this version, got a process group"):
+        attach(model, optimizer, process_group=object())
+    attach(model.blocks[1], optimizer)
+    with pytest.raises(RuntimeError, match=r"router 'blocks\.1\.router' must not be attached twice"):
+        attach(model, torch.optim.SGD(model.parameters(), 1e-2))
+    attach(model.blocks[0], optimizer)  # a refused call ties nothing
+
+
+def test_metrics_carry_the_names_of_the_model() -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attachment = attach(model, optimizer)
+    for step in range(2):
+        model(batch(step)).backward()
+        optimizer.step()
+    assert list(attachment.routers) == ["blocks.0.router", "blocks.1.router"]
+    assert list(attachment.routers.values()) == routers_of(model)
+    got = attachment.metrics()
+    for i, router in enumerate(routers_of(model)):
+        own = router.metrics()
+        assert {name: got[f"blocks.{i}.router/{name}"] for name in own} == own
+        assert own["steps"] == 1
+    assert len(got) == 2 * len(own)
+    root = KMeansRouter(D, E, K)
+    alone = attach(root, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1e-2))
+    assert {name.partition("/")[0] for name in alone.metrics()} == {"router"}
+
+
+def caught_in(forwards: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        forwards()
+    return [str(w.message) for w in caught if "router" in str(w.message)]
+
+
+def test_training_unattached_warns_once_with_the_remedy() -> None:
+    router = KMeansRouter(D, E, K, name="layers.3")
+    told = caught_in(lambda: [router(batch(step)) for step in range(3)])
+    assert len(told) == 1
+    assert "layers.3" in told[0]
+    assert REMEDY in told[0]
+    assert "commit()" in told[0]
+
+
+def test_what_does_not_warn() -> None:
+    committed, attached, evaluated, frozen = (KMeansRouter(D, E, K) for _ in range(4))
+    committed.commit()
+    assert caught_in(lambda: committed(batch(0))) == []
+    attach(attached, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1e-2))
+    assert caught_in(lambda: attached(batch(0))) == []
+    assert caught_in(lambda: evaluated.eval()(batch(0))) == []
+    frozen.freeze()
+    assert caught_in(lambda: frozen(batch(0))) == []
+    # The softmax router has nothing to commit that would change it.
+    assert caught_in(lambda: LearnedRouter(D, E, K)(batch(0))) == []
+    assert len(caught_in(lambda: LearnedRouter(D, E, K, kind="sigmoid")(batch(0)))) == 1
+
+
+def test_initialising_is_not_committing() -> None:
+    router = KMeansRouter(D, E, K)
+    router.initialize(batch(0))
+    assert len(caught_in(lambda: router(batch(1)))) == 1
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "softmax", "sigmoid"])
+def test_a_copy_is_not_attached(kind: str) -> None:
+    model = make(router=kind)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attach(model, optimizer)
+    model(batch(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    other = copy.deepcopy(model)
+    assert_same(state_of(other), state_of(model))
+    before = state_of(other)
+    model(batch(1)).backward()
+    optimizer.step()
+    assert_same(state_of(other), before)
+    second = torch.optim.SGD(other.parameters(), 1e-2)
+    attach(other, second)
+    after = state_of(model)
+    other(batch(1)).backward()
+    second.step()
+    assert_same(state_of(model), after)
+    if kind != "softmax":
+        assert any(not torch.equal(b, before[name]) for name, b in other.named_buffers())
+
+
+def test_learned_routers_commit_too() -> None:
+    model = make(router="sigmoid")
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attachment = attach(model, optimizer)
+    for _ in range(2):
+        model(batch(0)).backward()
+    optimizer.step()
+    for router in attachment.routers.values():
+        assert isinstance(router, LearnedRouter)
+        assert int(router.tokens_per_expert.sum()) == 2 * 120 * K
+        assert router.expert_bias.any()
+        assert float(router.expert_bias.abs().max()) <= 0.02 + 1e-6
