@@ -76,10 +76,12 @@ def check_kmeans(router: KMeansRouter, problem: Problem) -> None:
     unit_rows = F.normalize(x_32, dim=1)
     plain = ((unit_rows @ d.T).gather(1, got.indices) / router.options.tau).softmax(1)
     (dx_32,) = torch.autograd.grad(plain, x_32, problem.gradient)
-    assert_close_to_truth(got.weights.detach(), truth.weights.detach(), plain.detach(), name="weights")
-    # One rounding of a score changes a gate, and with it the gradient, by 1 / tau as much.
-    tolerance = torch.finfo(x.dtype).eps / router.options.tau * float(dx_64.abs().max())
-    assert_close_to_truth(dx, dx_64, dx_32, tolerance=tolerance, name="dx")
+    # One rounding of a score changes a gate by up to 1 / (4 tau) as much, and the gradient by 1 / tau.
+    rounding = torch.finfo(x.dtype).eps / router.options.tau
+    assert_close_to_truth(
+        got.weights.detach(), truth.weights.detach(), plain.detach(), tolerance=rounding / 4, name="weights"
+    )
+    assert_close_to_truth(dx, dx_64, dx_32, tolerance=rounding * float(dx_64.abs().max()), name="dx")
 
     sums_64, counts = centroid_sums(x_64.detach(), truth, backend="reference")
     member = F.one_hot(got.indices, problem.shape.num_experts).sum(1).float()

@@ -49,6 +49,8 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
             f"weight must be a floating point (E, D) matrix, got {weight.dtype} {tuple(weight.shape)}: "
             "pass one centroid a row"
         )
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}: pass the dtype of the hidden states")
     return reference.directions_reference(weight, dtype)
 
 
@@ -139,6 +141,7 @@ def route(
             f"directions must be {tuple(weight.shape)} in {x.dtype}, got {tuple(directions.shape)} in "
             f"{directions.dtype}: pass kmeans_route.directions(weight, x.dtype)"
         )
+    check_device("directions", directions, x.device, "x")
     return route_checked(
         x_TD,
         directions,

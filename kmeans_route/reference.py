@@ -38,8 +38,10 @@ def stable_topk(values: Tensor, k: int) -> Tensor:
 def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """d_e = c_e / ||c_e|| rounded to `dtype`; 0 where ||c_e|| < 1e-12 or is not finite. (E, D), no gradient."""
     c = weight.detach().to(torch.promote_types(compute_dtype(weight.dtype), compute_dtype(dtype)))
+    largest = c.abs().amax(1, keepdim=True)
+    c = c / torch.where(largest > 0, largest, 1.0)
     norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
-    usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
+    usable = (norm * largest >= MIN_CENTROID_NORM) & norm.isfinite()
     return torch.where(usable, c / torch.where(usable, norm, 1.0), 0.0).to(dtype)
 
 
@@ -168,7 +170,7 @@ def combine_reference(y_sorted: Tensor, routing: Routing, dispatch: Dispatch) ->
     inside = torch.arange(y_sorted.shape[0], device=y_sorted.device) < dispatch.offsets[-1]
     rows = torch.where(inside[:, None], y_sorted, 0.0).to(dtype)  # a row past the end may hold anything
     y = (rows[dispatch.positions] * routing.weights.to(dtype)[..., None]).sum(1)
-    return y.to(y_sorted.dtype)
+    return torch.where(routing.valid[:, None], y, 0.0).to(y_sorted.dtype)
 
 
 def centroid_sums_reference(x: Tensor, routing: Routing, accumulate: str = "unit") -> tuple[Tensor, Tensor]:
@@ -178,7 +180,8 @@ def centroid_sums_reference(x: Tensor, routing: Routing, accumulate: str = "unit
     rows = rows * routing.inv_norm[:, None] if accumulate == "unit" else rows
     num_experts = routing.tokens_per_expert.shape[0]
     member = F.one_hot(routing.indices, num_experts).sum(1).to(dtype) * routing.valid[:, None]
-    return member.T @ rows, routing.tokens_per_expert
+    with torch.autocast(x.device.type, enabled=False):
+        return member.T @ rows, routing.tokens_per_expert
 
 
 class CommitOptions(NamedTuple):

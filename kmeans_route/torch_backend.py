@@ -169,7 +169,8 @@ def margin_hist(ranking: Tensor, among: Tensor, valid: Tensor, top_k: int) -> Te
     num_experts = ranking.shape[1]
     alpha = among.topk(top_k + 1, dim=1).values[:, top_k:]
     scale = NUM_MARGIN_BINS / (2 * MARGIN_RANGE)
-    bins = ((alpha - among + MARGIN_RANGE) * scale).floor_().clamp_(0, NUM_MARGIN_BINS - 1).long()
+    margin = (alpha - among).masked_fill_(among == -torch.inf, MARGIN_RANGE)
+    bins = ((margin + MARGIN_RANGE) * scale).floor_().clamp_(0, NUM_MARGIN_BINS - 1).long()
     bins += torch.arange(num_experts, device=ranking.device) * NUM_MARGIN_BINS
     flat = torch.where(valid[:, None], bins, num_experts * NUM_MARGIN_BINS).flatten()
     size = num_experts * NUM_MARGIN_BINS

@@ -149,6 +149,8 @@ def loss_curves(
     _draw_curves(axis, runs, window)
     points = {name: dict((validation or {}).get(name, ())) for name in runs}
     _draw_markers(axis, points)
+    axis.set_ylabel("cross-entropy (bits per byte)")
+    markers = "; markers: validation" if validation else ""
     _finish_curves(axis, f"Loss\n{_explain_lines(runs, window)}{markers}")
     axis.legend(framealpha=0.9)
     for difference in below:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kmeans_route import Dispatch, Routing, combine, dispatch, route
+from kmeans_route import Dispatch, Routing, combine, dispatch, route, torch_backend
 from tests import oracle
 from tests.compare import EPS, LOW, assert_same_bits, generator, half_step, make_inputs, numpy
 
@@ -28,9 +28,7 @@ def prepared(
     return routing, sent, y_sorted, end
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weighted_sum_and_gradients(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def check_weighted_sum_and_gradients(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     top_k = shape[3]
     routing, sent, y_sorted, end = prepared(shape, dtype, backend)
     positions = sent.positions.numpy()
@@ -58,6 +56,19 @@ def test_weighted_sum_and_gradients(backend: str, shape: tuple[int, int, int, in
     _, dw_sizes = oracle.combine_backward(np.abs(numpy(dy)), np.abs(numpy(y_sorted)), weights, positions, end)
     assert (np.abs(numpy(w_leaf.grad) - dw_exact) <= 2 * arithmetic * np.sqrt(shape[1]) * dw_sizes).all()
     assert (w_leaf.grad[~routing.valid] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weighted_sum_and_gradients(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    check_weighted_sum_and_gradients(backend, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_chunks(shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1_000)
+    check_weighted_sum_and_gradients("torch", shape, dtype)
 
 
 def test_each_gradient_alone(backend: str) -> None:

@@ -23,7 +23,7 @@ def registered() -> list[str]:
 
 
 def sample_values(dtype: torch.dtype) -> dict[str, Any]:
-    """A value for every argument name that an operator's schema may use, from one real call of the layer."""
+    """A value for each argument name that a schema may use, from one real call of the layer."""
     x, weight, bias = make_inputs(T, D, E, dtype)
     x[3] = 0
     mask = torch.arange(T) != 1
@@ -77,7 +77,20 @@ def sample_values(dtype: torch.dtype) -> dict[str, Any]:
         "margin_hist": torch.zeros(E, 1024, dtype=torch.int32),
         "seed": 3,
         "hashes": torch.full((16 * E,), torch.iinfo(torch.int64).max),
+        "weight": torch.randn(E, 16, D, generator=gen).to(dtype),
     }
+
+
+def own_values(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Values of arguments that mean something else in this operator than in the others."""
+    if name == "reservoir":
+        return {"rows": torch.zeros(16 * E, D)}
+    if name.startswith("grouped_linear"):  # rows past offsets[E] come out undefined: here there are none
+        return {
+            "offsets": torch.tensor([0, 3, 3, 7, 8, T * K], dtype=torch.int32),
+            "dy": torch.randn(T * K, 16, generator=generator(3)).to(dtype),
+        }
+    return {}
 
 
 # Other values for single arguments, by operator; the plain sample is always checked too.
@@ -99,7 +112,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "centroid_sums": [{"accumulate": "raw"}],
     "accumulate": [{"mask": None}, {"margin_hist": torch.zeros(0, 1024, dtype=torch.int32), "accumulate": "raw"}],
 }
-DIFFERENTIABLE = {"route": ["x"], "dispatch": ["x"], "combine": ["y_sorted", "weights"]}
+DIFFERENTIABLE = {
+    "route": ["x"],
+    "dispatch": ["x"],
+    "combine": ["y_sorted", "weights"],
+    "grouped_linear": ["rows", "weight"],
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,9 +126,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     """Schema, fake, autograd registration and AOT dispatch with dynamic shapes; mutated and aliased arguments too."""
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for variant in [{}, *VARIANTS.get(name, [])]:
-        values = sample_values(dtype) | variant
-        if name == "reservoir":
-            values["rows"] = torch.zeros(16 * E, D)
+        values = sample_values(dtype) | own_values(name, dtype) | variant
         unknown = [argument.name for argument in op._schema.arguments if argument.name not in values]
         assert not unknown, f"sample_values lacks {unknown}"
         arguments = [values[argument.name] for argument in op._schema.arguments]

@@ -36,7 +36,14 @@ Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="File or folder to train on, repeatable [default: this Python's standard library]."),
 ]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")]
+Threads = Annotated[
+    int,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads. On a busy machine set OMP_WAIT_POLICY=passive: waiting threads then sleep.",
+    ),
+]
 
 
 def _leave(output: Output, work: Callable[[], int]) -> None:
@@ -127,7 +134,7 @@ def demo_command(
     output = Output(json_mode=json_mode, plain=plain)
 
     def work() -> int:
-        config = TrainConfig(steps=steps, threads=threads, eval_every=max(1, steps // 4))
+        config = TrainConfig(steps=steps, threads=threads, eval_every=max(1, steps // 4), eval_bytes=32768)
         return demo(config, load_corpus(text or []), _seeds(seeds), out, output)
 
     _leave(output, work)
