@@ -161,7 +161,8 @@ def row_sums(values: Tensor) -> Tensor:
 def _std_sum(scores: Tensor) -> Tensor:
     """Sum over rows of the population standard deviation; the mean is subtracted first: cosines share an offset."""
     centered = scores - scores.mean(1, keepdim=True)
-    return torch.linalg.vector_norm(centered, dim=1).sum() / math.sqrt(scores.shape[1])
+    total: Tensor = torch.linalg.vector_norm(centered, dim=1).sum() / math.sqrt(scores.shape[1])
+    return total
 
 
 def margin_hist(ranking: Tensor, among: Tensor, valid: Tensor, top_k: int) -> Tensor:

@@ -259,7 +259,8 @@ def test_all_routers_read_the_same_text(corpus: data.Corpus) -> None:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_micro_batches_see_the_same_tokens(router: str, corpus: data.Corpus) -> None:
+def test_micro_batches_see_the_same_tokens(router: str, corpus: data.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: None)
     config = replace(TINY, router=router, balance="none")
     whole, cut = Trainer(config, corpus), Trainer(replace(config, accumulate=4), corpus)
     first, second = whole.train_step(), cut.train_step()
@@ -269,6 +270,21 @@ def test_micro_batches_see_the_same_tokens(router: str, corpus: data.Corpus) -> 
         assert one.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("router", ["kmeans", "sigmoid"])
+def test_each_step_commits_once_however_many_micro_batches(router: str, corpus: data.Corpus) -> None:
+    trainer = Trainer(replace(TINY, router=router, balance="", accumulate=4), corpus)
+    routers = [layer.router for layer in trainer.model.moe_layers]
+    num_tokens = TINY.batch * TINY.seq_len
+    for step in range(3):
+        trainer.train_step()
+        for layer in routers:
+            assert int(layer.tokens_per_expert.sum()) == TINY.top_k * num_tokens
+            assert int(layer.pending.num_tokens) == 0
+            assert router != "kmeans" or int(layer.steps) == step  # the first commit only sets the centroids
+    trainer.evaluate()
+    assert all(int(layer.pending.num_tokens) == 0 for layer in routers)
 
 
 def test_auxiliary_loss_reaches_the_router(corpus: data.Corpus) -> None:
@@ -283,12 +299,16 @@ def test_auxiliary_loss_reaches_the_router(corpus: data.Corpus) -> None:
 def test_evaluation_leaves_no_trace(router: str, corpus: data.Corpus) -> None:
     config = replace(TINY, router=router, balance="")
     plain, watched = Trainer(config, corpus), Trainer(replace(config, eval_every=1), corpus)
+    modes: list[bool] = []
+    watched.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
     for _ in range(3):
         plain.train_step()
         watched.train_step()
         watched.evaluate()
     assert_same_bits(all_state(plain), all_state(watched))
     assert all(0 < record["validation_bits"] < 9 for record in watched.history)
+    assert modes.count(True) == 3
+    assert modes.count(False) > 3
     assert "validation_bits" not in plain.history[0]
 
 
