@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
-export OMP_WAIT_POLICY := passive
+demo demo-seeds: export OMP_WAIT_POLICY := passive
 
 .PHONY: demo demo-seeds test test-all bench gpu style types clean env
 .DEFAULT_GOAL := help
