@@ -5,6 +5,7 @@ The helpers of `kmeans_route.testing`, which benchmarks and tests share, are tes
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,9 +172,12 @@ def test_benchmark_files_run_as_make_bench_does(tmp_path: Path) -> None:
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
     options = ["benchmarks/test_bench_dispatch.py", "-q", "-s", "-p", "no:cacheprovider", "--repeats=2", "-k", "E16"]
+    # Inside a worker of pytest-xdist, pytest-benchmark would time nothing.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
         [sys.executable, "-c", code, *options, f"--results={result}"],
         cwd=ROOT,
+        env=clean,
         capture_output=True,
         text=True,
         timeout=120,
