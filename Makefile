@@ -29,7 +29,7 @@ demo: env
 
 ## make demo-seeds  the same over seeds 0, 1, 2, with means
 demo-seeds: env
-	$(BIN)/kmeans-route demo --seeds "$(SEEDS)" --out demo-report-seeds
+	$(BIN)/kmeans-route demo --seeds "$(SEEDS)" --steps 400 --out demo-report-seeds
 
 ## make test        the fast lane
 test: env

@@ -12,6 +12,7 @@ import kmeans_route
 from tests import oracle
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+ROUND = EPS[torch.float32]
 LOW = [torch.float32, torch.float16, torch.bfloat16]
 # Two fp32 scores this close may change places: dots of unit vectors accumulate a few fp32 roundings.
 NEAR_TIE = 1e-6
@@ -149,3 +150,24 @@ def assert_same_routing(got: kmeans_route.Routing, want: kmeans_route.Routing) -
             assert one is other, name
         else:
             assert_same_bits(one, other, name)
+
+
+def upstream_of(num_tokens: int, top_k: int, num_experts: int) -> dict[str, Tensor]:
+    """Random gradients for weights, selected_scores and scores."""
+    gen = generator(9)
+    return {
+        "d_weights": torch.randn(num_tokens, top_k, generator=gen),
+        "d_selected": torch.randn(num_tokens, top_k, generator=gen),
+        "d_scores": torch.randn(num_tokens, num_experts, generator=gen),
+    }
+
+
+def assert_left_out(got: kmeans_route.Routing, row: int, top_k: int) -> None:
+    """Token `row` is not valid: ids 0..K-1, zeros, and nothing non-finite anywhere."""
+    assert not got.valid[row]
+    assert got.indices[row].tolist() == list(range(top_k))
+    assert (got.weights[row] == 0).all()
+    assert (got.selected_scores[row] == 0).all()
+    assert got.inv_norm[row] == 0
+    for name, field in zip(got._fields, got, strict=True):
+        assert field is None or torch.isfinite(field).all(), name

@@ -16,7 +16,7 @@ from kmeans_route.cli.report import write_report
 from kmeans_route.cli.results import Run, means, table_rows, verdicts
 from kmeans_route.cli.run import Stopped, train_run
 
-DEMO_STEPS = 400
+DEMO_STEPS = 250
 CONTESTANTS: tuple[dict[str, Any], ...] = (
     {"router": "kmeans", "balance": "proportional"},
     {"router": "softmax", "balance": "aux", "aux_loss_coef": 0.01},
