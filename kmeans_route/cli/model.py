@@ -96,14 +96,16 @@ class DecoderLM(nn.Module):
             self._initialize(config.layers)
 
     def _initialize(self, num_layers: int) -> None:
+        # As in GPT-2: 0.02, and less where a branch meets the residual stream, which grows by two branches a layer.
+        branch_std = 0.02 / math.sqrt(2 * num_layers)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
         for block in self.blocks:
-            attention = block.get_submodule("attention")
-            assert isinstance(attention, Attention)
-            nn.init.normal_(attention.qkv.weight, std=0.02)
-            # The residual stream grows by two branches a layer; this keeps its scale.
-            nn.init.normal_(attention.out.weight, std=0.02 / math.sqrt(2 * num_layers))
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attention.qkv.weight, std=0.02)
+            nn.init.normal_(block.attention.out.weight, std=branch_std)
+            nn.init.normal_(block.moe.experts.gate_up, std=0.02)
+            nn.init.normal_(block.moe.experts.down, std=branch_std)
 
     @property
     def moe_layers(self) -> list[MoE]:
