@@ -7,7 +7,7 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench gpu style types clean env
+.PHONY: demo demo-seeds test test-all bench gpu gpu-full style types clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,18 @@ test-all: env
 ## make bench       CPU benchmarks: ratios against the baselines, one run
 bench: env
 	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc
+
+## make gpu         on a machine with a GPU: its tests, then checks and timings; no new cell after 7 minutes (GPU_ARGS="...")
+## make gpu-full    the same, all cells
+# No environment: $(PYTHON) has torch, Triton and setuptools. The installed copy comes first, since kmeans_route/ in the
+# repository has no kernels/; safe path keeps the current folder from coming before both.
+gpu gpu-full:
+	@rm -rf build/lib  # setuptools keeps what lies there if it is newer than the source
+	@target=$$(mktemp -d) && trap 'rm -rf "$$target"' EXIT && \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
+		--target "$$target" . && \
+	PYTHONSAFEPATH=1 PYTHONPATH="$$target:$(CURDIR)" \
+		$(PYTHON) -m benchmarks.gpu $(if $(filter gpu-full,$@),--full) $(GPU_ARGS)
 
 ## make style       ruff: lint and format check
 style: env

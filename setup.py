@@ -16,6 +16,7 @@ HF = ["transformers>=5.21"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "numpy>=1.26"]
 DEV = [
     *BENCH,
+    *TRITON,
     *CLI,
     *VIZ,
     "hypothesis>=6.100",

@@ -1,8 +1,11 @@
 """Pure routing functions: they check, choose a backend and call it.
 
-Backends: "torch" runs anywhere and is tuned for CPU; "reference" is the definition, slow and plain; "triton" is not in
-this version. "auto" takes "torch".
+Backends: "torch" runs anywhere and is tuned for CPU; "triton" runs the fused kernels on a GPU; "reference" is the
+definition, slow and plain. "auto" takes "triton" on a GPU where Triton is installed, else "torch".
 """
+
+import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -22,16 +25,42 @@ from kmeans_route.checks import (
 )
 from kmeans_route.types import Dispatch, Routing
 
+TRITON_INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs: "reference" or "torch". ValueError for an unknown name, RuntimeError for an absent one."""
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs: "reference", "torch" or "triton".
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: "triton" where it cannot run: it is not installed, or the tensor is
+        not on a GPU (and TRITON_INTERPRET is not set). TypeError: "triton" for a dtype that it does not take.
+    """
     check_choice("backend", backend, BACKENDS)
+    if backend == "auto":
+        return "triton" if TRITON_INSTALLED and device.type == "cuda" and dtype in TRITON_DTYPES else "torch"
     if backend == "triton":
+        _check_triton(device, dtype)
+    return backend
+
+
+def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
+    if not TRITON_INSTALLED:
         raise RuntimeError(
-            f"backend must be one that this version ships, got 'triton' for a tensor on {device}: "
-            "use backend='torch', or 'auto'"
+            "backend must be one whose library is installed, got 'triton' without Triton: "
+            'pip install "kmeans_route[triton]", or use backend="auto"'
         )
-    return "torch" if backend == "auto" else backend
+    if device.type != "cuda" and not INTERPRETED:
+        raise RuntimeError(
+            f"backend='triton' must get tensors on a GPU, got one on {device}: move the tensors, or use backend='auto' "
+            "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+        )
+    if dtype not in TRITON_DTYPES:
+        raise TypeError(
+            f"backend='triton' must get float32, float16 or bfloat16, got {dtype}: cast the tensor, or use "
+            "backend='auto'"
+        )
 
 
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,6 +80,15 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}: pass the dtype of the hidden states")
+    return directions_for(choose_backend("auto", weight.device, dtype), weight, dtype)
+
+
+def directions_for(backend: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`directions` by the chosen backend, without the checks."""
+    if backend == "triton" and weight.dtype == torch.float32:
+        from kmeans_route.kernels import commit
+
+        return commit.directions(weight, dtype)
     return reference.directions_reference(weight, dtype)
 
 
@@ -94,7 +132,7 @@ def route(
         n_group, topk_group: choose from the `topk_group` best of `n_group` equal groups of experts; None for all.
         group_score: a group's score: "top2", the sum of its two largest s + b, or "max".
         return_scores: also return all scores (T, E).
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         Routing, flattened to T rows; weights and scores in fp32 (fp64 for fp64 x).
@@ -134,8 +172,9 @@ def route(
                 f"expert_bias must have shape {(num_experts,)}, got {tuple(expert_bias.shape)}: one value an expert"
             )
         check_device("expert_bias", expert_bias, x.device, "x")
+    chosen = choose_backend(backend, x.device, x.dtype)
     if directions is None:
-        directions = reference.directions_reference(weight, x.dtype)
+        directions = directions_for(chosen, weight, x.dtype)
     elif directions.shape != weight.shape or directions.dtype != x.dtype:
         raise ValueError(
             f"directions must be {tuple(weight.shape)} in {x.dtype}, got {tuple(directions.shape)} in "
@@ -150,7 +189,7 @@ def route(
         check_indices(indices, x, top_k),
         options,
         return_scores=return_scores,
-        backend=choose_backend(backend, x.device),
+        backend=chosen,
     )
 
 
@@ -172,8 +211,9 @@ def route_checked(
         routing = reference.route_reference(x, directions, expert_bias, mask, indices, options)
         return routing if return_scores else routing._replace(scores=None)
     return ops.route_with_stats(
-        x, directions, expert_bias, mask, indices, options, want_scores=return_scores, want_std=False, want_hist=False
-    )[0]
+        x, directions, expert_bias, mask, indices, options,
+        want_scores=return_scores, want_std=False, want_hist=False, backend=backend,
+    )[0]  # fmt: skip
 
 
 def _check_routing(x: Tensor, routing: Routing) -> Tensor:
@@ -187,13 +227,14 @@ def _check_routing(x: Tensor, routing: Routing) -> Tensor:
     return x_TD
 
 
-def dispatch(x: Tensor, routing: Routing, *, backend: str = "auto") -> Dispatch:
+def dispatch(x: Tensor, routing: Routing, *, copies: bool = True, backend: str = "auto") -> Dispatch:
     """Copy each token to the rows of its experts, so that each expert's rows are contiguous.
 
     Args:
         x: (..., D) hidden states, the same tokens as `routing`, any floating dtype.
         routing: from `route`.
-        backend: "auto", "torch" or "reference".
+        copies: False leaves x_sorted empty, (0, D), for a grouped product that gathers rows by token_of_row itself.
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         Dispatch: x_sorted (T*K, D) in x's dtype, differentiable in x; positions (T, K); token_of_row (T*K,);
@@ -203,9 +244,11 @@ def dispatch(x: Tensor, routing: Routing, *, backend: str = "auto") -> Dispatch:
         ValueError: x has another number of tokens than the routing. RuntimeError: another device.
     """
     x_TD = _check_routing(x, routing)
-    if choose_backend(backend, x.device) == "reference":
-        return reference.dispatch_reference(x_TD, routing)
-    return Dispatch(*ops.dispatch(x_TD, routing.indices, routing.tokens_per_expert, routing.valid))
+    chosen = choose_backend(backend, x.device, x.dtype)
+    if chosen == "reference":
+        sent = reference.dispatch_reference(x_TD, routing)
+        return sent if copies else sent._replace(x_sorted=sent.x_sorted[:0])
+    return Dispatch(*ops.dispatch(x_TD, routing.indices, routing.tokens_per_expert, routing.valid, copies, chosen))
 
 
 def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: str = "auto") -> Tensor:
@@ -216,7 +259,7 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
             read, whatever they hold.
         routing: from `route`; its weights get a gradient.
         dispatch: from `dispatch`.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         (T, D) in y_sorted's dtype: y_t = sum over k of g_tk y_sorted[positions_tk], accumulated in fp32; 0 for tokens
@@ -231,10 +274,11 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
             f"y_sorted must have shape ({rows}, D), got {tuple(y_sorted.shape)}: one row for each row of x_sorted"
         )
     check_device("y_sorted", y_sorted, routing.indices.device, "the routing")
-    if choose_backend(backend, y_sorted.device) == "reference":
+    chosen = choose_backend(backend, y_sorted.device, y_sorted.dtype)
+    if chosen == "reference":
         return reference.combine_reference(y_sorted, routing, dispatch)
     y: Tensor = ops.combine(
-        y_sorted, routing.weights, dispatch.positions, dispatch.token_of_row, dispatch.offsets, routing.valid
+        y_sorted, routing.weights, dispatch.positions, dispatch.token_of_row, dispatch.offsets, routing.valid, chosen
     )
     return y
 
@@ -248,7 +292,7 @@ def centroid_sums(
         x: (..., D) hidden states, the same tokens as `routing`.
         routing: from `route`.
         accumulate: "unit" sums x_t / ||x_t||, "raw" sums x_t.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
 
     Returns:
         sums (E, D) fp32 (fp64 for fp64 x), no gradient; counts (E,) int64. Tokens that are not valid add nothing.
@@ -259,8 +303,11 @@ def centroid_sums(
     """
     check_choice("accumulate", accumulate, ACCUMULATES)
     x_TD = _check_routing(x, routing)
-    if choose_backend(backend, x.device) == "reference":
+    chosen = choose_backend(backend, x.device, x.dtype)
+    if chosen == "reference":
         return reference.centroid_sums_reference(x_TD, routing, accumulate)
     num_experts = routing.tokens_per_expert.shape[0]
-    sums = ops.centroid_sums(x_TD.detach(), routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate)
+    sums = ops.centroid_sums(
+        x_TD.detach(), routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate, chosen
+    )
     return sums, routing.tokens_per_expert

@@ -110,18 +110,18 @@ class LearnedRouter(StatefulRouter):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, details: bool = False) -> RouterOutput | Routing:
         """Route x (..., D); in training also set `aux_loss` and gather the loads."""
-        x_TD, mask, probabilities, routing = self._route(x, mask)
+        x_TD, probabilities, routing = self._route(x, mask)
         if self.balance == "aux":
             self.aux_loss = self._switch_loss(probabilities, routing)
         if self.counts_now():
-            self._gather(x_TD, probabilities.detach(), routing, mask)
+            self._gather(x_TD, probabilities.detach(), routing)
         return routing if details else RouterOutput(routing.weights, routing.indices, routing.scores)
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route x with the state as it is and gather nothing, in training too."""
-        return self._route(x, mask)[3]
+        return self._route(x, mask)[2]
 
-    def _route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Routing]:
+    def _route(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Routing]:
         x_TD = flatten_hidden_states(x, self.hidden_size)
         check_device("x", x, self.weight.device, "the router's state")
         mask = flatten_mask(mask, x)
@@ -129,7 +129,7 @@ class LearnedRouter(StatefulRouter):
             x_TD = torch.where(mask[:, None], x_TD, 0.0)
         logits = F.linear(x_TD, self.weight).float()
         probabilities = logits.softmax(1) if self.kind == "softmax" else logits.sigmoid()
-        return x_TD, mask, probabilities, self._select(logits, probabilities, mask)
+        return x_TD, probabilities, self._select(logits, probabilities, mask)
 
     def _select(self, logits: Tensor, probabilities: Tensor, mask: Tensor | None) -> Routing:
         num_tokens = logits.shape[0]
@@ -157,16 +157,16 @@ class LearnedRouter(StatefulRouter):
         p = (probabilities * routing.valid[:, None]).sum(0) / num_valid
         return self.aux_loss_coef * self.num_experts * (f * p).sum()
 
-    def _gather(self, x: Tensor, probabilities: Tensor, routing: Routing, mask: Tensor | None) -> None:
+    def _gather(self, x: Tensor, probabilities: Tensor, routing: Routing) -> None:
         p = self.pending
         hist = p.margin_hist
         if self._want_hist:
             ranking = probabilities + self.expert_bias
             hist = margin_hist(ranking, ranking, routing.valid, self.top_k)
         ops.accumulate(
-            x.detach(), routing.indices, routing.inv_norm, routing.valid, mask,
-            routing.tokens_per_expert, p.std_sum.new_zeros(()), hist, "raw",
-            p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist,
+            x.detach(), routing.indices, routing.inv_norm, routing.valid, None,
+            routing.tokens_per_expert, p.std_sum.new_zeros(0), hist, p.num_dropped.new_zeros(()), "raw",
+            p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist, "torch",
         )  # fmt: skip
 
     @torch.no_grad()

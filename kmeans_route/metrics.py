@@ -177,8 +177,18 @@ def centroid_drift(before: Tensor, after: Tensor) -> Tensor:
             f"before and after must hold the same (E, D), got {tuple(before.shape)} and {tuple(after.shape)}: "
             "pass two states of one router"
         )
+    return angle_of_turn(centroid_turn(before, after))
+
+
+def centroid_turn(before: Tensor, after: Tensor) -> Tensor:
+    """(2, ..., E): ||u - v|| and ||u + v||, u and v the directions before and after. `centroid_drift` is its angle."""
     u, v = _directions(before, "before"), _directions(after, "after")
-    return 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
+    return torch.stack([torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1)])
+
+
+def angle_of_turn(turn: Tensor) -> Tensor:
+    """The angle in radians (..., E) of a turn (2, ..., E)."""
+    return 2 * torch.atan2(turn[0], turn[1])
 
 
 def coupling(scores: Tensor, activation_norms: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -67,7 +67,7 @@ class MoE(nn.Module):
             self.router = LearnedRouter(
                 hidden_size, num_experts, top_k, kind=router, seed=seed, name=name, **router_options
             )
-        self.hidden_size = hidden_size
+        self.hidden_size, self.backend = hidden_size, str(router_options.get("backend", "auto"))
         self.experts = Experts(num_experts, hidden_size, intermediate_size)
         shared_size = num_shared_experts * intermediate_size
         self.shared = SharedExpert(hidden_size, shared_size) if num_shared_experts else None
@@ -83,19 +83,22 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Route, dispatch, apply the experts, combine."""
         x_TD = flatten_hidden_states(x, self.hidden_size)
-        routing = cast(Routing, self.router(x_TD, flatten_mask(mask, x), details=True))
+        flat_mask = flatten_mask(mask, x)
+        if isinstance(self.router, KMeansRouter):
+            routing, sent = cast(tuple[Routing, Dispatch], self.router(x_TD, flat_mask, with_dispatch=True))
+        else:
+            routing = cast(Routing, self.router(x_TD, flat_mask, details=True))
+            sent = dispatch(x_TD, routing, backend=self.backend)
         self.tokens_per_expert = routing.tokens_per_expert
-        y, _, _ = self._apply_experts(x_TD, routing)
-        return y.view(x.shape)
+        return self._apply_experts(x_TD, routing, sent)[0].view(x.shape)
 
-    def _apply_experts(self, x: Tensor, routing: Routing) -> tuple[Tensor, Dispatch, Tensor]:
-        sent = dispatch(x, routing)
+    def _apply_experts(self, x: Tensor, routing: Routing, sent: Dispatch) -> tuple[Tensor, Tensor]:
         y_sorted = self.experts(sent.x_sorted, sent.offsets)
-        y = combine(y_sorted, routing, sent).to(x.dtype)
+        y = combine(y_sorted, routing, sent, backend=self.backend).to(x.dtype)
         if self.shared is not None:
             clean = torch.where(routing.valid[:, None], x, 0.0)  # 0 * NaN would reach the shared weights' gradients
             y = y + self.shared(clean).to(x.dtype)
-        return y, sent, y_sorted
+        return y, y_sorted
 
     @torch.no_grad()
     def details(self, x: Tensor, mask: Tensor | None = None) -> MoEDetails:
@@ -103,6 +106,7 @@ class MoE(nn.Module):
         x_TD = flatten_hidden_states(x, self.hidden_size)
         flat_mask = flatten_mask(mask, x)
         routing = self.router.route(x_TD, flat_mask)
-        y, sent, y_sorted = self._apply_experts(x_TD, routing)
+        sent = dispatch(x_TD, routing, backend=self.backend)
+        y, y_sorted = self._apply_experts(x_TD, routing, sent)
         past = torch.arange(y_sorted.shape[0], device=y_sorted.device) >= sent.offsets[-1]
         return MoEDetails(routing, sent, y_sorted.masked_fill(past[:, None], 0.0), y.view(x.shape))

@@ -1,22 +1,23 @@
 """torch.library operators: schema, body, fake and autograd of each, side by side.
 
-The bodies are plain PyTorch (`torch_backend.py`), opaque to torch.compile, so they may branch on data. The operators
-that mutate pending state carry no autograd, and they do nothing while a backward pass runs: whatever activation
-checkpointing recomputes there has been counted already.
+Each takes the backend that `functional.choose_backend` chose: "torch" (`torch_backend.py`) or "triton"
+(`kmeans_route.kernels`, imported at the first such call). The bodies are opaque to torch.compile, so they may branch on
+data. The operators that mutate pending state carry no autograd, and they do nothing while a backward pass runs:
+whatever activation checkpointing recomputes there has been counted already.
 
-Legend: T tokens, D hidden size, E experts, K top_k. An absent (T, E) result is an empty tensor.
+Legend: T tokens, D hidden size, E experts, K top_k, S splits. An absent result is an empty tensor.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kmeans_route import torch_backend as body
-from kmeans_route.checks import RouteOptions
+from kmeans_route.checks import RouteOptions, check_index_values
 from kmeans_route.reference import NUM_MARGIN_BINS, compute_dtype
 from kmeans_route.reservoir import keep_smallest_hashes_
-from kmeans_route.types import Routing
+from kmeans_route.types import Dispatch, Routing
 
 
 def in_backward() -> bool:
@@ -29,6 +30,18 @@ def in_backward() -> bool:
 
 def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
+
+
+class Statistics(NamedTuple):
+    """What a routing leaves for the pending state.
+
+    score_std: (T,) population standard deviation over e of s_te, 0 where not valid; or (0,).
+    margin_hist: (E, 1024) int32 or (0, 1024). num_dropped: () int64, tokens that the mask let in and are not valid.
+    """
+
+    score_std: Tensor
+    margin_hist: Tensor
+    num_dropped: Tensor
 
 
 @torch.library.custom_op("kmeans_route::route", mutates_args=())
@@ -49,19 +62,34 @@ def _route(
     want_scores: bool,
     want_std: bool,
     want_hist: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = RouteOptions(top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score)
     with _no_autocast(x):
+        if backend == "triton":
+            from kmeans_route.kernels.route import route_fwd
+
+            _check_replay(indices, directions)
+            return route_fwd(
+                x, directions, expert_bias, mask, indices, options,
+                want_scores=want_scores, want_std=want_std, want_hist=want_hist,
+            )[:11]  # fmt: skip
         return body.route_fwd(
             x, directions, expert_bias, mask, indices, options,
             want_scores=want_scores, want_std=want_std, want_hist=want_hist,
         )  # fmt: skip
 
 
+def _check_replay(indices: Tensor | None, directions: Tensor) -> None:
+    """Look at replayed ids where that costs no synchronisation."""
+    if indices is not None and indices.device.type == "cpu":
+        check_index_values(indices, directions.shape[0])
+
+
 @_route.register_fake
-def _(x: Tensor, directions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _route_fake(x: Tensor, directions: Tensor, *args: Any) -> tuple[Tensor, ...]:
     top_k, gate, _tau, normalize = args[3:7]
-    want_scores, _want_std, want_hist = args[-3:]
+    want_scores, want_std, want_hist, _backend = args[-4:]
     (num_tokens, num_experts), dtype = (x.shape[0], directions.shape[0]), compute_dtype(x.dtype)
     over_all = gate == "softmax" and not normalize
     by_expert = (num_tokens, num_experts)
@@ -74,8 +102,9 @@ def _(x: Tensor, directions: Tensor, *args: Any) -> tuple[Tensor, ...]:
         x.new_empty(num_experts, dtype=torch.int64),
         x.new_empty(num_tokens, dtype=dtype),
         x.new_empty(num_tokens, dtype=torch.bool),
-        x.new_empty((), dtype=dtype),
+        x.new_empty(num_tokens if want_std else 0, dtype=dtype),
         x.new_empty((num_experts if want_hist else 0, NUM_MARGIN_BINS), dtype=torch.int32),
+        x.new_empty((), dtype=torch.int64),
     )
 
 
@@ -92,18 +121,35 @@ def _route_bwd(
     d_weights: Tensor | None,
     d_selected: Tensor | None,
     d_scores: Tensor | None,
+    d_x_sorted: Tensor | None,
+    positions: Tensor | None,
     top_k: int,
     gate: str,
     tau: float,
     normalize: bool,
     scaling: float,
+    backend: str,
 ) -> Tensor:
+    """dx of the routing, plus, where d_x_sorted is given, of the dispatch."""
     options = RouteOptions(top_k, gate, tau, normalize, scaling, 1, 1, "top2")
+    over_all = gate == "softmax" and not normalize and d_weights is not None
     with _no_autocast(x):
-        return body.route_bwd(
+        if backend == "triton" and not over_all and d_scores is None:
+            from kmeans_route.kernels.combine import route_bwd
+
+            return route_bwd(
+                x, directions, indices, selected, inv_norm, valid, d_weights, d_selected, d_x_sorted, positions,
+                gate, tau, normalize, scaling,
+            )  # fmt: skip
+        # A gradient over all experts is a dense product, which a GPU's own library does best.
+        dx = body.route_bwd(
             x, directions, indices, selected, inv_norm, valid, scores, candidates,
             d_weights, d_selected, d_scores, options,
         )  # fmt: skip
+        if d_x_sorted is not None:
+            assert positions is not None
+            dx += _gather_sum(d_x_sorted, positions, None, valid, backend)
+        return dx
 
 
 @_route_bwd.register_fake
@@ -113,9 +159,9 @@ def _(x: Tensor, *_args: Any) -> Tensor:
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, directions, _bias, _mask, _indices, *options = inputs
-    indices, _weights, selected, scores, candidates, _counts, inv_norm, valid, _std, _hist = output
+    indices, _weights, selected, scores, candidates, _counts, inv_norm, valid = output[:8]
     ctx.save_for_backward(x, directions, indices, selected, inv_norm, valid, scores, candidates)
-    ctx.options = options[:5]
+    ctx.options = (*options[:5], options[-1])
     ctx.want_scores = options[8]
     ctx.set_materialize_grads(False)
 
@@ -124,9 +170,9 @@ def _route_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     d_weights, d_selected = grads[1], grads[2]
     d_scores = grads[3] if ctx.want_scores else None
     if d_weights is None and d_selected is None and d_scores is None:
-        return (None,) * 16
-    dx = _route_bwd(*ctx.saved_tensors, d_weights, d_selected, d_scores, *ctx.options)
-    return dx, *(None,) * 15
+        return (None,) * 17
+    dx = _route_bwd(*ctx.saved_tensors, d_weights, d_selected, d_scores, None, None, *ctx.options)
+    return dx, *(None,) * 16
 
 
 _route.register_autograd(_route_backward, setup_context=_route_setup)
@@ -143,27 +189,37 @@ def route_with_stats(
     want_scores: bool,
     want_std: bool,
     want_hist: bool,
-) -> tuple[Routing, Tensor, Tensor]:
-    """The routing of x (T, D), its score std summed over tokens (), and its margin histogram (E, 1024) or (0, 1024)."""
-    indices, weights, selected, scores, _candidates, counts, inv_norm, valid, std_sum, hist = _route(
-        x, directions, expert_bias, mask, indices, *options, want_scores, want_std, want_hist
-    )
-    routing = Routing(
-        indices, weights, selected, scores if want_scores else None, counts, inv_norm.detach(), valid
-    )  # fmt: skip
-    return routing, std_sum.detach(), hist
+    backend: str,
+) -> tuple[Routing, Statistics]:
+    """The routing of x (T, D), and what it leaves for the pending state."""
+    out = _route(x, directions, expert_bias, mask, indices, *options, want_scores, want_std, want_hist, backend)
+    return _as_routing(out[:8], want_scores), Statistics(out[8].detach(), *out[9:])
+
+
+def _as_routing(fields: tuple[Tensor, ...], want_scores: bool) -> Routing:
+    indices, weights, selected, scores, _candidates, counts, inv_norm, valid = fields
+    return Routing(indices, weights, selected, scores if want_scores else None, counts, inv_norm.detach(), valid)
 
 
 @torch.library.custom_op("kmeans_route::dispatch", mutates_args=())
-def dispatch(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return body.dispatch_fwd(x, indices, counts, valid)
+def dispatch(
+    x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, copies: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from kmeans_route.kernels.dispatch import dispatch_fwd, rank_of_ids
+
+        num_experts, indices = counts.shape[0], indices.contiguous()
+        ranks = rank_of_ids(indices, valid, num_experts)
+        out = dispatch_fwd(x, indices, valid, num_experts, ranks, copies=copies)
+        return out.x_sorted, out.positions, out.token_of_row, ranks.offsets
+    return body.dispatch_fwd(x, indices, counts, valid, copies=copies)
 
 
 @dispatch.register_fake
-def _(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+def _(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, copies: bool, backend: str) -> tuple[Tensor, ...]:
     rows = indices.numel()
     return (
-        x.new_empty(rows, x.shape[1]),
+        x.new_empty(rows if copies else 0, x.shape[1]),
         torch.empty_like(indices, memory_format=torch.contiguous_format),
         indices.new_empty(rows),
         indices.new_empty(counts.shape[0] + 1, dtype=torch.int32),
@@ -171,37 +227,170 @@ def _(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 @torch.library.custom_op("kmeans_route::gather_sum", mutates_args=())
-def _gather_sum(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
+def _gather_sum(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor, backend: str) -> Tensor:
+    return _gather_sum_body(rows, positions, weights, valid, backend)
+
+
+def _gather_sum_body(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor, backend: str) -> Tensor:
     with _no_autocast(rows):
+        if backend == "triton":
+            from kmeans_route.kernels.combine import gather_sum
+
+            return gather_sum(rows, positions, weights, valid)
         return body.gather_sum(rows, positions, weights, valid)
 
 
 @_gather_sum.register_fake
-def _(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
+def _(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor, backend: str) -> Tensor:
     return rows.new_empty(positions.shape[0], rows.shape[1])
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1], inputs[3])
+    ctx.copies, ctx.backend = inputs[4:]
     ctx.set_materialize_grads(False)
 
 
 def _dispatch_backward(ctx: Any, d_x_sorted: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if d_x_sorted is None:
-        return None, None, None, None
+    if d_x_sorted is None or not ctx.copies:
+        return (None,) * 6
     positions, valid = ctx.saved_tensors
-    return _gather_sum(d_x_sorted, positions, None, valid), None, None, None
+    return _gather_sum(d_x_sorted, positions, None, valid, ctx.backend), *(None,) * 5
 
 
 dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 
 
+@torch.library.custom_op("kmeans_route::route_dispatch", mutates_args=())
+def _route_dispatch(
+    x: Tensor,
+    directions: Tensor,
+    expert_bias: Tensor | None,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    top_k: int,
+    gate: str,
+    tau: float,
+    normalize: bool,
+    scaling: float,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    want_scores: bool,
+    want_std: bool,
+    want_hist: bool,
+    accumulate: str,
+    backend: str,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    """route, then dispatch, under one autograd node. accumulate: "unit", "raw", or "" for no centroid sums.
+
+    The last five results: x_sorted, positions, token_of_row, offsets, partial centroid sums (S, E, D).
+    """
+    options = RouteOptions(top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score)
+    num_experts, want = directions.shape[0], {"want_scores": want_scores, "want_std": want_std, "want_hist": want_hist}
+    with _no_autocast(x):
+        if backend == "triton":
+            from kmeans_route.kernels.dispatch import Ranks, dispatch_fwd
+            from kmeans_route.kernels.route import route_fwd
+
+            _check_replay(indices, directions)
+            r = route_fwd(x, directions, expert_bias, mask, indices, options, want_rank=True, **want)
+            factor = r.inv_norm if accumulate == "unit" else None
+            ranks = Ranks(r.rank, r.block_counts, r.offsets, r.block)
+            sent = dispatch_fwd(
+                x, r.indices, r.valid, num_experts, ranks, factor, want_sums=bool(accumulate)
+            )  # fmt: skip
+            return *r[:11], sent.x_sorted, sent.positions, sent.token_of_row, r.offsets, sent.partials
+        routed = body.route_fwd(x, directions, expert_bias, mask, indices, options, **want)
+        ids, counts, inv_norm, valid = routed[0], routed[5], routed[6], routed[7]
+        partials = x.new_zeros(1 if accumulate else 0, num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
+        if accumulate:
+            body.add_centroid_sums_(partials[0], x, ids, inv_norm, valid, accumulate)
+        return *routed, *body.dispatch_fwd(x, ids, counts, valid), partials
+
+
+@_route_dispatch.register_fake
+def _(x: Tensor, directions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *route_args, accumulate, backend = args
+    (num_tokens, hidden_size), (num_experts, top_k) = x.shape, (directions.shape[0], args[3])
+    if backend == "triton" and accumulate:
+        from kmeans_route.kernels.configs import architecture, dispatch_config
+        from kmeans_route.kernels.dispatch import token_splits
+
+        config = dispatch_config(num_experts, x.dtype, architecture(x.device))
+        num_splits = token_splits(num_tokens, hidden_size, num_experts, config)[0]
+    else:
+        num_splits = 1 if accumulate else 0
+    rows = num_tokens * top_k
+    dtype = torch.float32 if backend == "triton" else compute_dtype(x.dtype)
+    return (
+        *_route_fake(x, directions, *route_args, backend),
+        x.new_empty(rows, hidden_size),
+        x.new_empty(num_tokens, top_k, dtype=torch.int64),
+        x.new_empty(rows, dtype=torch.int64),
+        x.new_empty(num_experts + 1, dtype=torch.int32),
+        x.new_empty(num_splits, num_experts, hidden_size, dtype=dtype),
+    )
+
+
+def _route_dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, directions, _bias, _mask, _indices, *options = inputs
+    indices, _weights, selected, scores, candidates, _counts, inv_norm, valid = output[:8]
+    ctx.save_for_backward(x, directions, indices, selected, inv_norm, valid, scores, candidates, output[12])
+    ctx.options = (*options[:5], options[-1])
+    ctx.want_scores = options[8]
+    ctx.set_materialize_grads(False)
+
+
+def _route_dispatch_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    d_weights, d_selected, d_x_sorted = grads[1], grads[2], grads[11]
+    d_scores = grads[3] if ctx.want_scores else None
+    *saved, positions = ctx.saved_tensors
+    if d_weights is None and d_selected is None and d_scores is None and d_x_sorted is None:
+        return (None,) * 18
+    dx = _route_bwd(*saved, d_weights, d_selected, d_scores, d_x_sorted, positions, *ctx.options)
+    return dx, *(None,) * 17
+
+
+_route_dispatch.register_autograd(_route_dispatch_backward, setup_context=_route_dispatch_setup)
+
+
+def route_dispatch(
+    x: Tensor,
+    directions: Tensor,
+    expert_bias: Tensor | None,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    options: RouteOptions,
+    *,
+    want_scores: bool,
+    want_std: bool,
+    want_hist: bool,
+    accumulate: str,
+    backend: str,
+) -> tuple[Routing, Dispatch, Statistics, Tensor]:
+    """Routing and dispatch of x (T, D) under one autograd node, statistics, and centroid sums in parts (S, E, D)."""
+    out = _route_dispatch(
+        x, directions, expert_bias, mask, indices, *options, want_scores, want_std, want_hist, accumulate, backend
+    )
+    routing, stats = _as_routing(out[:8], want_scores), Statistics(out[8].detach(), *out[9:11])
+    return routing, Dispatch(*out[11:15]), stats, out[15].detach()
+
+
 @torch.library.custom_op("kmeans_route::combine", mutates_args=())
 def combine(
-    y_sorted: Tensor, weights: Tensor, positions: Tensor, token_of_row: Tensor, offsets: Tensor, valid: Tensor
+    y_sorted: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    token_of_row: Tensor,
+    offsets: Tensor,
+    valid: Tensor,
+    backend: str,
 ) -> Tensor:
-    with _no_autocast(y_sorted):
-        return body.gather_sum(y_sorted, positions, weights, valid)
+    return _gather_sum_body(y_sorted, positions, weights, valid, backend)
 
 
 @combine.register_fake
@@ -218,8 +407,13 @@ def _combine_bwd(
     token_of_row: Tensor,
     offsets: Tensor,
     valid: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     with _no_autocast(dy):
+        if backend == "triton":
+            from kmeans_route.kernels.combine import combine_bwd
+
+            return combine_bwd(dy, y_sorted, weights, positions, valid)
         return body.combine_bwd(dy, y_sorted, weights, positions, token_of_row, offsets, valid)
 
 
@@ -231,12 +425,13 @@ def _(dy: Tensor, y_sorted: Tensor, weights: Tensor, *_args: Any) -> tuple[Tenso
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    d_rows, d_weights = _combine_bwd(dy, *ctx.saved_tensors)
-    return d_rows, d_weights, None, None, None, None
+    d_rows, d_weights = _combine_bwd(dy, *ctx.saved_tensors, ctx.backend)
+    return d_rows, d_weights, *(None,) * 5
 
 
 combine.register_autograd(_combine_backward, setup_context=_combine_setup)
@@ -244,15 +439,29 @@ combine.register_autograd(_combine_backward, setup_context=_combine_setup)
 
 @torch.library.custom_op("kmeans_route::centroid_sums", mutates_args=())
 def centroid_sums(
-    x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str
+    x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str, backend: str
 ) -> Tensor:
     sums = x.new_zeros(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
     with _no_autocast(x):
+        if backend == "triton":
+            return _partial_sums(x, indices, inv_norm, valid, num_experts, accumulate).sum(0)
         return body.add_centroid_sums_(sums, x, indices, inv_norm, valid, accumulate)
 
 
+def _partial_sums(
+    x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str
+) -> Tensor:
+    """Centroid sums in parts (S, E, D) fp32, in one launch."""
+    from kmeans_route.kernels.dispatch import dispatch_fwd
+
+    factor = inv_norm if accumulate == "unit" else None
+    return dispatch_fwd(x, indices.contiguous(), valid, num_experts, None, factor, want_sums=True).partials
+
+
 @centroid_sums.register_fake
-def _(x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str) -> Tensor:
+def _(
+    x: Tensor, indices: Tensor, inv_norm: Tensor, valid: Tensor, num_experts: int, accumulate: str, backend: str
+) -> Tensor:
     return x.new_empty(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
 
 
@@ -264,10 +473,11 @@ def accumulate(
     indices: Tensor,
     inv_norm: Tensor,
     valid: Tensor,
-    mask: Tensor | None,
+    partials: Tensor | None,
     batch_counts: Tensor,
-    batch_std_sum: Tensor,
+    batch_std: Tensor,
     batch_hist: Tensor,
+    batch_dropped: Tensor,
     accumulate: str,
     sums: Tensor,
     counts: Tensor,
@@ -275,17 +485,31 @@ def accumulate(
     num_tokens: Tensor,
     num_dropped: Tensor,
     margin_hist: Tensor,
+    backend: str,
 ) -> None:
+    """Add a batch to the pending state. partials: its centroid sums in parts (S, E, D); None: taken from x here."""
     if in_backward():
         return
+    top_k = indices.shape[1]
     with _no_autocast(x):
-        if sums.numel():
+        if backend == "triton":
+            from kmeans_route.kernels import dispatch as kernels
+
+            if partials is None:
+                partials = _partial_sums(x, indices, inv_norm, valid, counts.shape[0], accumulate)
+            kernels.accumulate(
+                partials, batch_counts, batch_std, batch_dropped, batch_hist, top_k,
+                sums, counts, std_sum, num_tokens, num_dropped, margin_hist,
+            )  # fmt: skip
+            return
+        if sums.numel() and partials is not None:
+            sums.add_(partials.sum(0))
+        elif sums.numel():
             body.add_centroid_sums_(sums, x, indices, inv_norm, valid, accumulate)
         counts.add_(batch_counts)
-        std_sum.add_(batch_std_sum)
-        num_valid = valid.sum()
-        num_tokens.add_(num_valid)
-        num_dropped.add_((valid.numel() if mask is None else mask.sum()) - num_valid)
+        std_sum.add_(batch_std.sum())
+        num_tokens.add_(valid.sum())
+        num_dropped.add_(batch_dropped)
         if margin_hist.numel():
             margin_hist.add_(batch_hist)
 

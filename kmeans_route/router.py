@@ -12,6 +12,7 @@ from torch import Tensor
 from kmeans_route import metrics, ops, reference
 from kmeans_route.checks import (
     ACCUMULATES,
+    BACKENDS,
     check_choice,
     check_device,
     check_index_values,
@@ -22,10 +23,10 @@ from kmeans_route.checks import (
     flatten_hidden_states,
     flatten_mask,
 )
-from kmeans_route.functional import choose_backend, directions, route_checked
+from kmeans_route.functional import choose_backend, directions, directions_for, dispatch, route_checked
 from kmeans_route.reservoir import EMPTY_HASH, kmeans_pp
 from kmeans_route.state import Pending, StatefulRouter, seed_for
-from kmeans_route.types import RouterOutput, Routing
+from kmeans_route.types import Dispatch, RouterOutput, Routing
 
 AVERAGES = ("ema", "cumulative")
 BALANCES = ("proportional", "sign", "quantile", "none")
@@ -55,7 +56,7 @@ class KMeansRouter(StatefulRouter):
         detach_gates: stop the gradient from the gates to x.
         return_scores: fill `scores` in the output.
         seed, name: seed of the router's private generator; give each layer its own name.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "torch", "triton" or "reference".
         device: where the state is made; "meta" for a later `to_empty` and `reset_parameters`.
 
     Shape:
@@ -79,7 +80,7 @@ class KMeansRouter(StatefulRouter):
     initialized: Tensor
     tokens_seen: Tensor | None
     FP32_STATE = ("weight", "expert_bias", "score_std")
-    PLAIN_TENSORS = ("tokens_per_expert", "centroid_drift")
+    PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn")
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class KMeansRouter(StatefulRouter):
             )
         self.backend = backend
         self._reservoir_seed = seed_for(seed, "reservoir")
-        choose_backend(backend, torch.device("cpu"))
+        check_choice("backend", backend, BACKENDS)
 
         self.register_buffer("weight", torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device))
         self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32, device=device))
@@ -158,7 +159,7 @@ class KMeansRouter(StatefulRouter):
         self._initialized = False
         self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
         self._new_pending()
-        self.centroid_drift = torch.zeros(self.num_experts, device=self.weight.device)
+        self.centroid_turn = torch.zeros(2, self.num_experts, device=self.weight.device)
         if self.weight.is_meta:
             return
         with torch.no_grad():
@@ -193,8 +194,14 @@ class KMeansRouter(StatefulRouter):
         )
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, indices: Tensor | None = None, *, details: bool = False
-    ) -> RouterOutput | Routing:
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        details: bool = False,
+        with_dispatch: bool = False,
+    ) -> RouterOutput | Routing | tuple[Routing, Dispatch]:
         """Route x, and in training gather its statistics.
 
         Args:
@@ -202,7 +209,10 @@ class KMeansRouter(StatefulRouter):
             mask: bool, x.shape[:-1], false for padding.
             indices: (T, K) ids to replay.
             details: return the whole `Routing` (which `dispatch` and `combine` take) instead of `RouterOutput`.
+            with_dispatch: return that and its `Dispatch`; on the Triton backend one operator with one backward pass.
         """
+        if with_dispatch:
+            return self._route_dispatch(x, mask, indices)
         routing = self._route(x, mask, indices, gather=self.counts_now())
         if details:
             return routing
@@ -217,8 +227,8 @@ class KMeansRouter(StatefulRouter):
         check_device("x", x, self.weight.device, "the router's state")
         mask = flatten_mask(mask, x)
         indices = check_indices(indices, x, self.top_k)
-        backend = choose_backend(self.backend, x.device)
-        d = self._directions(x.dtype)
+        backend = choose_backend(self.backend, x.device, x.dtype)
+        d = self._directions(x.dtype, backend)
         rows = x_TD.detach() if self.detach_gates else x_TD
         if not gather:
             return route_checked(
@@ -227,19 +237,43 @@ class KMeansRouter(StatefulRouter):
             )  # fmt: skip
         if backend == "reference":
             return self._gather_reference(rows, d, mask, indices)
-        routing, std_sum, hist = ops.route_with_stats(
+        routing, stats = ops.route_with_stats(
             rows, d, self.expert_bias, mask, indices, self.options,
-            want_scores=self.return_scores, want_std=True, want_hist=self._want_hist,
+            want_scores=self.return_scores, want_std=True, want_hist=self._want_hist, backend=backend,
         )  # fmt: skip
-        self._gather(x_TD, routing, mask, std_sum, hist)
+        self._gather(x_TD, routing, stats, None, backend)
         return routing
 
-    def _gather(self, x: Tensor, routing: Routing, mask: Tensor | None, std_sum: Tensor, hist: Tensor) -> None:
+    def _route_dispatch(self, x: Tensor, mask: Tensor | None, indices: Tensor | None) -> tuple[Routing, Dispatch]:
+        backend, gather = choose_backend(self.backend, x.device, x.dtype), self.counts_now()
+        if backend != "triton":
+            routing = self._route(x, mask, indices, gather=gather)
+            return routing, dispatch(x, routing, backend=backend)
+        x_TD = flatten_hidden_states(x, self.hidden_size)
+        check_device("x", x, self.weight.device, "the router's state")
+        mask, indices = flatten_mask(mask, x), check_indices(indices, x, self.top_k)
+        routing, sent, stats, partials = ops.route_dispatch(
+            x_TD, self._directions(x.dtype, backend), self.expert_bias, mask, indices, self.options,
+            want_scores=self.return_scores, want_std=gather, want_hist=gather and self._want_hist,
+            accumulate=self.accumulate if gather else "", backend=backend,
+        )  # fmt: skip
+        if gather:
+            self._gather(x_TD, routing, stats, partials, backend)
+        if self.detach_gates:
+            scores = None if routing.scores is None else routing.scores.detach()
+            routing = routing._replace(
+                weights=routing.weights.detach(), selected_scores=routing.selected_scores.detach(), scores=scores
+            )
+        return routing, sent
+
+    def _gather(
+        self, x: Tensor, routing: Routing, stats: ops.Statistics, partials: Tensor | None, backend: str
+    ) -> None:
         p, x = self.pending, x.detach()
         ops.accumulate(
-            x, routing.indices, routing.inv_norm, routing.valid, mask,
-            routing.tokens_per_expert, std_sum, hist, self.accumulate,
-            p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist,
+            x, routing.indices, routing.inv_norm, routing.valid, partials,
+            routing.tokens_per_expert, stats.score_std, stats.margin_hist, stats.num_dropped, self.accumulate,
+            p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist, backend,
         )  # fmt: skip
         if not self._initialized and self.init != "normal":
             factor = routing.inv_norm if self.accumulate == "unit" else routing.valid.float()
@@ -255,18 +289,22 @@ class KMeansRouter(StatefulRouter):
             hist = reference.margin_hist_reference(
                 *reference.margins_reference(routing.scores, self.expert_bias, routing.valid, self.options)
             )
-        self._gather(x, routing, mask, reference.score_std_reference(routing.scores), hist)
+        wanted = torch.ones_like(routing.valid) if mask is None else mask
+        stats = ops.Statistics(
+            reference.score_std_reference(routing.scores).reshape(1), hist, (wanted & ~routing.valid).sum()
+        )
+        self._gather(x, routing, stats, None, "torch")
         return routing if self.return_scores else routing._replace(scores=None)
 
-    def _directions(self, dtype: torch.dtype) -> Tensor:
+    def _directions(self, dtype: torch.dtype, backend: str) -> Tensor:
         """Directions in the dtype of the hidden states; kept until the centroids change."""
         if torch.compiler.is_compiling():
             return directions(self.weight, dtype)
         if torch.is_inference_mode_enabled() or self.weight.is_inference():  # such tensors cannot be kept for autograd
-            return directions(self.weight, dtype)
+            return directions_for(backend, self.weight, dtype)
         key = (self.weight.data_ptr(), self.weight._version, dtype)
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, directions(self.weight, dtype))
+            self._cached = (key, directions_for(backend, self.weight, dtype))
         return self._cached[1]
 
     @torch.no_grad()
@@ -292,19 +330,35 @@ class KMeansRouter(StatefulRouter):
         self._mark_initialized()
 
     def _commit_step(self, skip: Tensor | None) -> None:
+        if choose_backend(self.backend, self.weight.device) == "triton":
+            self._commit_triton(skip)
+            return
         p = self.pending
         go = p.num_tokens > 0 if skip is None else (p.num_tokens > 0) & ~skip
         old = reference.State(self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen)
         new = reference.commit_reference(
             old, p.sums, p.counts, p.std_sum, p.num_tokens * go, p.margin_hist, self.commit_options
         )
-        self.centroid_drift.copy_(torch.where(go, metrics.centroid_drift(old.weight, new.weight), self.centroid_drift))
+        self.centroid_turn.copy_(torch.where(go, metrics.centroid_turn(old.weight, new.weight), self.centroid_turn))
         for buffer, value in zip(old, new, strict=True):
             if buffer is not None and value is not None:
                 buffer.copy_(value)
         self.dropped_total.add_(p.num_dropped if skip is None else p.num_dropped * ~skip)
         self.tokens_per_expert.copy_(torch.where(go, p.counts, self.tokens_per_expert))
         p.clear_(skip)
+
+    def _commit_triton(self, skip: Tensor | None) -> None:
+        """The same in one launch."""
+        from kmeans_route.kernels import commit
+
+        p, o = self.pending, self.commit_options
+        commit.commit(
+            self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen, self.dropped_total,
+            self.tokens_per_expert, self.centroid_turn,
+            p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist, skip,
+            o.top_k, o.decay, o.balance, o.bias_rate,
+        )  # fmt: skip
+        self._cached = None  # a kernel's writes leave no trace in the version counter
 
     def _mark_initialized(self) -> None:
         self.initialized.fill_(True)
@@ -380,7 +434,7 @@ class KMeansRouter(StatefulRouter):
             "bias_abs_max": bias.abs().max(),
             "score_std": self.score_std,
             "direction_cosine": metrics.mean_pairwise_cosine(self.weight),
-            "centroid_drift": self.centroid_drift.mean(),
+            "centroid_drift": metrics.angle_of_turn(self.centroid_turn).mean(),
             "steps": self.steps,
             "dropped_total": self.dropped_total,
         }

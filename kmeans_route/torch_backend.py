@@ -92,8 +92,8 @@ def route_fwd(
     want_scores: bool,
     want_std: bool,
     want_hist: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """indices, weights, selected, scores, candidates, counts, inv_norm, valid, std sum (), margin histogram.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """indices, weights, selected, scores, candidates, counts, inv_norm, valid, score std, margin histogram, dropped.
 
     scores and candidates are (T, E), or (0, E) where neither the caller nor the backward needs them.
     """
@@ -120,12 +120,14 @@ def route_fwd(
         weights = gates_reference(selected, scores, candidates, options)
     if not all_valid:
         weights.masked_fill_(~valid[:, None], 0.0)
-    std_sum = _std_sum(scores) if want_std else scores.new_zeros(())
+    std = _score_std(scores) if want_std else scores.new_zeros(0)
     hist = margin_hist(ranking, among, valid, top_k) if want_hist else indices.new_zeros(0, NUM_MARGIN_BINS).int()
     counts = count_experts(indices, valid, num_experts, all_valid=all_valid)
     if not want_scores and not candidates.numel():
         scores = scores.new_zeros(0, num_experts)
-    return indices, weights, selected, scores, candidates, counts, inv_norm, valid, std_sum, hist
+    wanted = valid.numel() if mask is None else mask.sum()
+    dropped = counts.new_zeros(()) if all_valid else wanted - valid.sum()
+    return indices, weights, selected, scores, candidates, counts, inv_norm, valid, std, hist, dropped
 
 
 def candidate_mask(ranking: Tensor, indices: Tensor, options: RouteOptions) -> Tensor:
@@ -158,11 +160,10 @@ def row_sums(values: Tensor) -> Tensor:
     return values @ values.new_ones(values.shape[1], 1)
 
 
-def _std_sum(scores: Tensor) -> Tensor:
-    """Sum over rows of the population standard deviation; the mean is subtracted first: cosines share an offset."""
+def _score_std(scores: Tensor) -> Tensor:
+    """Population standard deviation of each row, (T,); the mean is subtracted first: cosines share an offset."""
     centered = scores - scores.mean(1, keepdim=True)
-    total: Tensor = torch.linalg.vector_norm(centered, dim=1).sum() / math.sqrt(scores.shape[1])
-    return total
+    return torch.linalg.vector_norm(centered, dim=1).mul_(1 / math.sqrt(scores.shape[1]))
 
 
 def margin_hist(ranking: Tensor, among: Tensor, valid: Tensor, top_k: int) -> Tensor:
@@ -343,7 +344,9 @@ def _add_sums_by_bags_(sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor,
     return sums
 
 
-def dispatch_fwd(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dispatch_fwd(
+    x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, *, copies: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_sorted, positions, token_of_row, offsets: a stable sort by expert, tokens that are not valid last."""
     num_experts = counts.shape[0]
     all_valid = _all_true(valid)
@@ -355,8 +358,8 @@ def dispatch_fwd(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor) -> t
     positions[order] = torch.arange(order.numel(), device=x.device)
     offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
     offsets[1:] = counts.cumsum(0)
-    x_sorted = x.index_select(0, token_of_row)
-    if not all_valid:
+    x_sorted = x.index_select(0, token_of_row) if copies else x.new_empty(0, x.shape[1])
+    if not all_valid and copies:
         zero_past_end_(x_sorted, offsets)
     return x_sorted, positions.view_as(indices), token_of_row, offsets
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kmeans_route import centroid_sums, combine, directions, dispatch, route
+from kmeans_route import centroid_sums, combine, directions, dispatch, functional, route
 
 T, D, E, K = 5, 8, 6, 2
 X = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,8 @@ def test_top_k_message_word_for_word() -> None:
         route(torch.ones(2, 4), torch.ones(64, 4), 65)
 
 
-def test_triton_is_not_possible_on_a_cpu() -> None:
+def test_triton_is_not_possible_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "INTERPRETED", False)
     calls: list[Callable[[], Any]] = [lambda: route(X, WEIGHT, K, backend="triton")]
     routing = route(X, WEIGHT, K)
     sent = dispatch(X, routing)
@@ -84,8 +85,22 @@ def test_triton_is_not_possible_on_a_cpu() -> None:
     calls.append(lambda: combine(sent.x_sorted, routing, sent, backend="triton"))
     calls.append(lambda: centroid_sums(X, routing, backend="triton"))
     for call in calls:
-        with raises(RuntimeError, r"backend must be .*got 'triton'.*cpu"):
+        with raises(RuntimeError, r"backend='triton' must get tensors on a GPU, got one on cpu: move the tensors"):
             call()
+
+
+def test_triton_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "TRITON_INSTALLED", False)
+    with raises(RuntimeError, r"got 'triton' without Triton: pip install"):
+        route(X, WEIGHT, K, backend="triton")
+    assert functional.choose_backend("auto", torch.device("cuda")) == "torch"
+
+
+def test_triton_takes_no_fp64() -> None:
+    with raises(TypeError, r"backend='triton' must get float32, float16 or bfloat16, got torch.float64"):
+        route(X.double(), WEIGHT, K, backend="triton")
+    assert functional.choose_backend("auto", torch.device("cuda"), torch.float64) == "torch"
+    assert functional.choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "triton"
 
 
 @pytest.mark.parametrize("shape", [(T, D + 1), (T, D - 1), (T, 1), (2, 3, 7), (7,)])

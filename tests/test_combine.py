@@ -90,6 +90,7 @@ def test_each_gradient_alone(backend: str) -> None:
     assert_same_bits(only_w[1], both[1])
 
 
+@pytest.mark.not_interpreted
 def test_inverse_of_dispatch(backend: str) -> None:
     """With gates that sum to 1, an expert that changes nothing gives x back; tokens that are not valid give 0."""
     x, weight, bias = make_inputs(50, 16, 7, torch.float64)
@@ -125,6 +126,7 @@ def test_layouts(backend: str) -> None:
     np.testing.assert_allclose(leaf.grad.numpy(), rows[:, None].expand(40, 16).numpy(), rtol=1e-6)
 
 
+@pytest.mark.not_interpreted
 def test_gradcheck(backend: str) -> None:
     routing, sent, y_sorted, end = prepared((6, 4, 5, 2), torch.float64, backend, share_valid=0.7)
     assert end < 12
@@ -136,6 +138,7 @@ def test_gradcheck(backend: str) -> None:
     )
 
 
+@pytest.mark.not_interpreted
 def test_whole_layer_gradient(backend: str) -> None:
     """route, dispatch, an expert, combine in fp64: x gets its gradient along both ways."""
     x, weight, bias = make_inputs(5, 4, 6, torch.float64, seed=7)
@@ -176,6 +179,7 @@ def test_bad_token_stays_alone_in_a_whole_layer(backend: str, bad: float) -> Non
     assert (results[1][1][17] == 0).all()
 
 
+@pytest.mark.not_interpreted
 def test_mixed_dtypes(backend: str) -> None:
     """fp32 gates times bf16 rows: the products are not rounded to bf16 before they are summed."""
     routing, sent, y_sorted, end = prepared((64, 8, 13, 6), torch.bfloat16, backend, share_valid=1.1)

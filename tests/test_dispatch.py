@@ -146,6 +146,7 @@ def test_only_x_sorted_has_a_graph(backend: str) -> None:
     assert not any(field.requires_grad for field in got[1:])
 
 
+@pytest.mark.not_interpreted
 def test_gradcheck(backend: str) -> None:
     x, _, _ = make_inputs(6, 4, 5, torch.float64)
     mask = torch.tensor([True, True, False, True, True, True])

@@ -117,6 +117,7 @@ def test_replay_of_own_ids_gives_the_same_bits(backend: str) -> None:
             assert_same_bits(other.grad, one.grad, name)
 
 
+@pytest.mark.not_interpreted
 def test_given_directions_are_used(backend: str) -> None:
     x, weight, bias = make_inputs(20, 24, 13, torch.bfloat16)
     cached = directions(weight, torch.bfloat16)
@@ -125,6 +126,7 @@ def test_given_directions_are_used(backend: str) -> None:
     assert_same_routing(got, want)
 
 
+@pytest.mark.not_interpreted
 def test_scores_only_on_request(backend: str) -> None:
     x, weight, bias = make_inputs(20, 24, 13, torch.float32)
     for normalize in (True, False):

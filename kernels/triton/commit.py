@@ -1,0 +1,213 @@
+"""The state of a router: directions of its centroids, and the commit of one optimizer step in one launch.
+
+    c_e = beta c_e + (1 - beta) sums_e / counts_e;  beta = min(decay, steps / (steps + 1));  b_e by its balance rule
+
+`_commit_kernel` gives each expert a program, which moves its centroid and empties its pending sums; the last program
+to arrive does what needs all experts: scale of the scores, bias, counters. `reference.commit_reference` is the
+definition. Bytes: c and sums read and written, 16 E D, and c and sums once more from L2.
+
+Legend: D hidden size, E experts, K top_k.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kmeans_route.kernels.configs import padded_experts
+from kmeans_route.kernels.workspace import counters
+
+NUM_MARGIN_BINS = 1024
+BLOCK = 1024
+MIN_CENTROID_NORM: tl.constexpr = tl.constexpr(1.0e-12)
+
+
+@triton.jit
+def _directions_kernel(weight_ptr, weight_stride_e, d_ptr, D, BD: tl.constexpr):
+    """Unit rows of weight (E, D), 0 where a row is shorter than 1e-12 or not finite. Grid (E,)."""
+    expert = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BD)
+    row = weight_ptr + expert * weight_stride_e
+    largest = tl.zeros([BD], dtype=tl.float32)
+    for start in range(0, D, BD):
+        column = start + columns
+        largest = tl.maximum(largest, tl.abs(tl.load(row + column, mask=column < D, other=0.0)))
+    scale = tl.max(largest, axis=0)
+    scale = tl.where(scale > 0, scale, 1.0)  # so that squares neither overflow nor vanish
+    squares = tl.zeros([BD], dtype=tl.float32)
+    for start in range(0, D, BD):
+        column = start + columns
+        c = tl.load(row + column, mask=column < D, other=0.0) / scale
+        squares += c * c
+    norm = tl.sqrt(tl.sum(squares, axis=0))
+    usable = (norm * scale >= MIN_CENTROID_NORM) & (norm < float("inf"))  # NaN fails both
+    for start in range(0, D, BD):
+        column = start + columns
+        c = tl.load(row + column, mask=column < D, other=0.0) / scale
+        d = tl.where(usable, c / tl.where(usable, norm, 1.0), 0.0)
+        tl.store(d_ptr + expert * D + column, d.to(d_ptr.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def _order_statistic(below, own, place, bins):
+    """The value at `place` of a histogram of [-2, 2], at its even place inside its bin. fp64 throughout."""
+    index = tl.minimum(tl.sum((below <= place).to(tl.int32), axis=0), 1023)
+    inside = tl.sum(tl.where(bins == index, own, 0), axis=0).to(tl.float64)
+    through = tl.sum(tl.where(bins == index, below, 0), axis=0).to(tl.float64)
+    inside = tl.maximum(inside, 1.0)
+    fraction = (place - (through - inside) + 0.5) / inside
+    fraction = tl.minimum(tl.maximum(fraction, 0.0), 1.0)
+    return (index.to(tl.float64) + fraction) * 0.00390625 - 2.0
+
+
+@triton.jit
+def _commit_kernel(
+    weight_ptr, sums_ptr, counts_ptr, seen_ptr, hist_ptr, quantile_ptr,
+    bias_ptr, score_std_ptr, steps_ptr, dropped_total_ptr,
+    std_sum_ptr, num_tokens_ptr, num_dropped_ptr,
+    load_ptr, turn_ptr, skip_ptr, ticket_ptr,
+    D, decay, bias_rate,
+    E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Grid (E,). seen None: EMA, else cumulative means. turn (2, E): ||u - v|| and ||u + v||, old and new direction."""
+    expert = tl.program_id(0)
+    columns = tl.arange(0, BD)
+    bins = tl.arange(0, 1024)
+    num_tokens = tl.load(num_tokens_ptr)
+    keep = num_tokens < 0
+    if skip_ptr is not None:
+        keep = tl.load(skip_ptr) != 0
+    go = (num_tokens > 0) & (keep == 0)
+    steps = tl.load(steps_ptr)
+    count = tl.load(counts_ptr + expert)
+    if seen_ptr is not None:
+        seen = tl.load(seen_ptr + expert)
+        beta = seen.to(tl.float32) / tl.maximum(seen + count, 1).to(tl.float32)
+        tl.store(seen_ptr + expert, tl.where(go, seen + count, seen))
+    else:
+        beta = tl.minimum(steps.to(tl.float32) / (steps + 1).to(tl.float32), decay)
+    move = go & (count > 0)
+    share = tl.maximum(count, 1).to(tl.float32)
+
+    c_row = weight_ptr + expert.to(tl.int64) * D
+    s_row = sums_ptr + expert.to(tl.int64) * D
+    before = tl.zeros([BD], dtype=tl.float32)
+    after = tl.zeros([BD], dtype=tl.float32)
+    for start in range(0, D, BD):
+        column = start + columns
+        c = tl.load(c_row + column, mask=column < D, other=0.0)
+        mean = tl.load(s_row + column, mask=column < D, other=0.0) / share
+        new = tl.where(move, beta * c + (1.0 - beta) * mean, c)
+        before += c * c
+        after += new * new
+    norm_before = tl.sqrt(tl.sum(before, axis=0))
+    norm_after = tl.sqrt(tl.sum(after, axis=0))
+    scale_before = tl.where(norm_before >= MIN_CENTROID_NORM, 1.0 / norm_before, 0.0)
+    scale_after = tl.where(norm_after >= MIN_CENTROID_NORM, 1.0 / norm_after, 0.0)
+    apart = tl.zeros([BD], dtype=tl.float32)
+    along = tl.zeros([BD], dtype=tl.float32)
+    for start in range(0, D, BD):
+        column = start + columns
+        c = tl.load(c_row + column, mask=column < D, other=0.0)
+        s = tl.load(s_row + column, mask=column < D, other=0.0)
+        new = tl.where(move, beta * c + (1.0 - beta) * (s / share), c)
+        u, v = c * scale_before, new * scale_after
+        apart += (u - v) * (u - v)
+        along += (u + v) * (u + v)
+        tl.store(c_row + column, new, mask=column < D)
+        tl.store(s_row + column, tl.where(keep, s, 0.0), mask=column < D)
+    tl.store(turn_ptr + expert, tl.sqrt(tl.sum(apart, axis=0)), mask=go)
+    tl.store(turn_ptr + E + expert, tl.sqrt(tl.sum(along, axis=0)), mask=go)
+    if RULE == "quantile":
+        own = tl.load(hist_ptr + expert.to(tl.int64) * 1024 + bins)
+        below = tl.cumsum(own.to(tl.int64), axis=0)
+        total = tl.sum(own.to(tl.int64), axis=0).to(tl.float64)
+        rank = tl.maximum(total - 1.0, 0.0) * K / E
+        low = _order_statistic(below, own, tl.floor(rank), bins)
+        high = _order_statistic(below, own, tl.ceil(rank), bins)
+        tl.store(quantile_ptr + expert, (low + (high - low) * (rank - tl.floor(rank))).to(tl.float32))
+        tl.store(hist_ptr + expert.to(tl.int64) * 1024 + bins, tl.where(keep, own, 0))
+
+    tl.debug_barrier()  # every thread's loads of the counters come before this program's arrival
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == E - 1:
+        experts = tl.arange(0, BE)
+        real = experts < E
+        counts = tl.load(counts_ptr + experts, mask=real, other=0)
+        bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
+        std = tl.load(std_sum_ptr)
+        scale = tl.load(score_std_ptr)
+        sd = std / tl.maximum(num_tokens, 1).to(tl.float32)
+        sigma = tl.where(scale == 0, sd, 0.99 * scale + 0.01 * sd)
+        tl.store(score_std_ptr, tl.where(go, sigma, scale))
+        total = tl.sum(counts, axis=0)
+        if RULE == "proportional":
+            load = counts.to(tl.float32) * (E / tl.maximum(total, 1).to(tl.float32))
+            moved = bias + bias_rate * sigma * tl.minimum(tl.maximum(1.0 - load, -1.0), 1.0)
+        elif RULE == "sign":
+            excess = total - counts * E
+            moved = bias + bias_rate * ((excess > 0).to(tl.float32) - (excess < 0).to(tl.float32))
+        elif RULE == "quantile":
+            target = bias + tl.load(quantile_ptr + experts, mask=real, other=0.0, cache_modifier=".cg")
+            moved = (1.0 - bias_rate) * bias + bias_rate * target
+        else:
+            moved = bias
+        if RULE != "none":
+            mean = tl.sum(tl.where(real, moved, 0.0), axis=0) / E
+            moved = tl.minimum(tl.maximum(moved - mean, -2.0), 2.0)
+            tl.store(bias_ptr + experts, tl.where(go, moved, bias), mask=real)
+        tl.store(steps_ptr, tl.where(go, steps + 1, steps))
+        tl.store(load_ptr + experts, counts, mask=real & go)
+        dropped = tl.load(num_dropped_ptr)
+        tl.store(dropped_total_ptr, tl.load(dropped_total_ptr) + tl.where(keep, 0, dropped))
+        tl.store(counts_ptr + experts, tl.where(keep, counts, 0), mask=real)
+        tl.store(std_sum_ptr, tl.where(keep, std, 0.0))
+        tl.store(num_tokens_ptr, tl.where(keep, num_tokens, 0))
+        tl.store(num_dropped_ptr, tl.where(keep, dropped, 0))
+        tl.atomic_and(ticket_ptr, 0, sem="relaxed")
+
+
+def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit rows of weight (E, D) fp32, rounded to `dtype`. One launch."""
+    weight = weight.detach()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    d = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if d.numel():
+        _directions_kernel[(weight.shape[0],)](weight, weight.stride(0), d, weight.shape[1], BD=BLOCK, num_warps=4)
+    return d
+
+
+def commit(
+    weight: Tensor,
+    expert_bias: Tensor,
+    score_std: Tensor,
+    steps: Tensor,
+    tokens_seen: Tensor | None,
+    dropped_total: Tensor,
+    tokens_per_expert: Tensor,
+    turn: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    std_sum: Tensor,
+    num_tokens: Tensor,
+    num_dropped: Tensor,
+    margin_hist: Tensor,
+    skip: Tensor | None,
+    top_k: int,
+    decay: float,
+    balance: str,
+    bias_rate: float,
+) -> None:
+    """One launch of `_commit_kernel`: fold the pending state (sums to margin_hist) into the state, and empty it.
+
+    All in place. turn: (2, E) fp32, from which the angle of each centroid's turn is 2 atan2(turn[0], turn[1]).
+    skip: () bool; true leaves everything as it is.
+    """
+    num_experts, hidden_size = weight.shape
+    rule = "none" if top_k == num_experts else balance
+    quantile = torch.empty_like(expert_bias) if rule == "quantile" else None
+    _commit_kernel[(num_experts,)](
+        weight, sums, counts, tokens_seen, margin_hist if rule == "quantile" else None, quantile,
+        expert_bias, score_std, steps, dropped_total, std_sum, num_tokens, num_dropped,
+        tokens_per_expert, turn, skip, *counters(weight.device, 1), hidden_size, decay, bias_rate,
+        E=num_experts, K=top_k, RULE=rule, BE=padded_experts(num_experts), BD=BLOCK, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""Small device helpers shared by the kernels.
+
+Legend: BT tokens a block, BE experts and KP top_k padded to a power of two. Program ids become int64 before they meet
+a stride: T*K*D passes 2^31 at T=65536, K=8, D=7168. An absent tensor is passed as None, which compiles its code away.
+"""
+
+import triton
+import triton.language as tl
+
+# Below every s + b (a cosine plus a bias in [-2, 2]), above the -inf that marks an expert already taken.
+NOT_A_CANDIDATE: tl.constexpr = tl.constexpr(-1.0e30)
+MIN_SQUARED_NORM: tl.constexpr = tl.constexpr(1.0e-30)
+MAX_SQUARED_NORM: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+MIN_COSINE_GATE: tl.constexpr = tl.constexpr(1.0e-3)
+
+
+@triton.jit
+def take_best(ranking, experts, BE: tl.constexpr):
+    """The largest value of each row and the lowest id that holds it: (BT,), (BT,) from (BT, BE)."""
+    best = tl.max(ranking, axis=1)
+    return best, tl.min(tl.where(ranking == best[:, None], experts[None, :], BE), axis=1)
+
+
+@triton.jit
+def at_expert(values, experts, ids):
+    """values (BT, BE) at one expert a row: (BT,)."""
+    return tl.sum(tl.where(experts[None, :] == ids[:, None], values, 0), axis=1)
+
+
+@triton.jit
+def log_sigmoid(z):
+    """log(1 / (1 + exp(-z))) without overflow."""
+    return tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
+
+
+@triton.jit
+def softmax_rows(z, inside):
+    """Softmax over the columns where `inside` is true, 0 elsewhere: (BT, KP)."""
+    z = tl.where(inside, z, float("-inf"))
+    p = tl.exp(z - tl.max(z, axis=1)[:, None])
+    return p / tl.sum(p, axis=1)[:, None]
+
+
+@triton.jit
+def at_slot(values, slots, k):
+    """Column k of values (BT, KP): (BT,)."""
+    return tl.sum(tl.where((slots == k)[None, :], values, 0), axis=1)
+
+
+@triton.jit
+def count_and_rank(
+    ids, valid, dropped, in_batch, tokens, block,
+    rank_ptr, block_counts_ptr, totals_ptr,
+    E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Count the tokens of a block at each expert, from ids (BT, KP), and rank each copy among those.
+
+    Adds to the running totals (E+2,): tokens at each expert, K times the tokens that are not valid, and the dropped
+    tokens. They are integers, so the order of the adds does not matter. Where asked for, row `block` of block_counts
+    (NB, E+2) gets the same, and rank (T, K) how many earlier tokens of the block chose that expert. Tokens that are not
+    valid queue as if at an expert E, K rows each.
+
+    Experts are taken 64 at a time: a whole (BT, BE) tile here, beside that of the scores, would spill.
+    """
+    EC: tl.constexpr = BE if BE < 64 else 64
+    slots = tl.arange(0, KP)
+    row = block_counts_ptr
+    if rank_ptr is not None:
+        row = block_counts_ptr + block * (E + 2)
+        ranks = tl.zeros([BT, KP], dtype=tl.int32)
+    for first in range(0, BE, EC):
+        experts = first + tl.arange(0, EC)
+        taken = tl.zeros([BT, EC], dtype=tl.int32)
+        for k in range(K):
+            taken += (experts[None, :] == at_slot(ids, slots, k)[:, None]).to(tl.int32)
+        taken = tl.where(valid[:, None], taken, 0)
+        counts = tl.sum(taken, axis=0)
+        tl.atomic_add(totals_ptr + experts, counts, mask=(experts < E) & (counts > 0), sem="relaxed")
+        if rank_ptr is not None:
+            tl.store(row + experts, counts, mask=experts < E)
+            before = tl.cumsum(taken, axis=0) - taken
+            for k in range(K):
+                rank = at_expert(before, experts, at_slot(ids, slots, k))
+                ranks += tl.where((slots == k)[None, :], rank[:, None], 0)
+    outside = (in_batch & (valid == 0)).to(tl.int32) * K
+    num_outside = tl.sum(outside, axis=0)
+    num_dropped = tl.sum(dropped.to(tl.int32), axis=0)
+    tl.atomic_add(totals_ptr + E, num_outside, mask=num_outside > 0, sem="relaxed")
+    tl.atomic_add(totals_ptr + E + 1, num_dropped, mask=num_dropped > 0, sem="relaxed")
+    if rank_ptr is not None:
+        tl.store(row + E, num_outside)
+        tl.store(row + E + 1, num_dropped)
+        queue = (tl.cumsum(outside, axis=0) - outside)[:, None] + slots[None, :]
+        place = tl.where(valid[:, None], ranks, queue)
+        tl.store(rank_ptr + tokens[:, None] * K + slots[None, :], place, mask=in_batch[:, None] & (slots < K)[None, :])
+
+
+@triton.jit
+def publish_totals(
+    totals_ptr, ticket_ptr, num_arrivals,
+    counts_ptr, offsets_ptr, dropped_ptr,
+    E: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """The last program to arrive writes counts (E,) int64, offsets (E+1,) int32 and the dropped tokens () int64, and
+    leaves totals and ticket at zero for the next launch."""
+    tl.debug_barrier()  # every thread's adds come before this program's arrival
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == num_arrivals - 1:
+        experts = tl.arange(0, BE)
+        own = tl.atomic_and(totals_ptr + experts, 0, mask=experts < E, sem="relaxed")  # read and set to 0
+        own = tl.where(experts < E, own, 0)
+        tl.store(counts_ptr + experts, own.to(tl.int64), mask=experts < E)
+        tl.store(offsets_ptr, 0)
+        tl.store(offsets_ptr + 1 + experts, tl.cumsum(own, axis=0), mask=experts < E)
+        tl.atomic_and(totals_ptr + E, 0, sem="relaxed")
+        tl.store(dropped_ptr, tl.atomic_and(totals_ptr + E + 1, 0, sem="relaxed").to(tl.int64))
+        tl.atomic_and(ticket_ptr, 0, sem="relaxed")

@@ -1,0 +1,97 @@
+"""Launch configurations: one default a kernel, size and architecture, chosen from the offline figures.
+
+`python -m benchmarks.offline` compiles every row and prints registers, spills and shared memory; none of them spills on
+the four architectures named here. Others take the row of the one they are most like. The interpreter takes the same
+table. A config decides the order of no sum over K or E, but D is summed in tiles of BD and splits of it, so the last
+bits of a score may differ between architectures.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Shared memory that one program may use."""
+assumed_architecture = "sm_90"
+"""What a tensor on no GPU is taken for: in the interpreter, and on the meta device for offline compiling."""
+
+
+class Config(NamedTuple):
+    """BT tokens and BD columns a tile; warps a program; stages of the software pipeline."""
+
+    BT: int
+    BD: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch that are no kernel parameters."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def architecture(device: torch.device) -> str:
+    """Which of ARCHITECTURES the device is, or is most like."""
+    return _architecture(device.index) if device.type == "cuda" else assumed_architecture
+
+
+@lru_cache
+def _architecture(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(index)[0]
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def padded_experts(num_experts: int) -> int:
+    """BE: experts padded to a power of two of at least 16, the least that tl.dot takes."""
+    return max(16, triton.next_power_of_2(num_experts))
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """fp32 stays fp32: three TF32 products on the tensor cores where NVIDIA has them, else plain FMA."""
+    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
+
+
+def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: str) -> Config:
+    """Of `_route_fwd_kernel` and, where few tokens leave a machine idle, `_route_split_kernel`.
+
+    Each block reads all directions from L2, so blocks are as large as their scores fit in registers where there are
+    tokens for it. For decoding they are small, so that many programs share the D of few tokens.
+    """
+    be, columns = padded_experts(num_experts), 64 if dtype.itemsize == 2 else 32
+    stages = 2 if arch == "gfx942" else 3
+    if arch == "gfx942" and be > 256:  # 64 KiB of shared memory
+        columns //= 2
+    if num_tokens <= 256:
+        return Config(16, columns, 4 if be <= 256 else 8, stages if be <= 512 else 2)
+    largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be <= 64 else 64 if be <= 128 else 32}.get(arch, 128)
+    if dtype == torch.float32:  # three products take three times the operands
+        largest = min(largest, max(16, 8192 // be))
+    if be <= 256:
+        tokens = min(largest, 128 if num_tokens >= 16384 else 64)
+        few_warps = tokens * be <= 4096 or (tokens == 32 and dtype.itemsize == 2)
+        return Config(tokens, columns, 4 if few_warps else 8, stages)
+    if be <= 512:
+        return Config(min(largest, 32), columns, 8, stages)
+    return Config(16, columns, 8, 2)
+
+
+def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str) -> Config:
+    """Of `_dispatch_fwd_kernel`: the sums of at most 256 experts x BD columns stay in registers."""
+    be, columns = padded_experts(num_experts), 128 if dtype.itemsize == 2 else 64
+    if be <= 32:
+        return Config(64, columns, 4, 2)
+    if be <= 64:
+        return Config(32, columns, 4, 2)
+    if be <= 128:
+        return Config(32, columns // 2 if arch == "sm_80" else columns, 8, 2)
+    return Config(16 if arch == "sm_80" else 32, columns // 2, 8, 2)
+
+
+def row_config(dtype: torch.dtype) -> Config:
+    """Of the kernels that move rows: combine, its backward, and the fused backward."""
+    return Config(4, 512 if dtype.itemsize == 2 else 256, 4, 2)

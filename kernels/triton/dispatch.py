@@ -1,0 +1,307 @@
+"""Sorted copies of the hidden states and their centroid sums, in one more pass over x.
+
+    x_sorted[positions_tk] = x_t;  sums_e = sum of x_t / ||x_t|| over valid t with e in sel_t
+
+route_fwd (or `_rank_kernel`, from given ids) leaves the counts of each block and the rank of each copy in its block.
+`_prefix_kernel` turns the counts into the first row of each (block, expert). `_dispatch_fwd_kernel` then reads each
+tile of x once: it writes the tile's K copies to their rows and multiplies the tile by its one-hot expert matrix on the
+tensor cores; that product is its share of the centroid sums. Partial sums, one a token split, are added in the order of
+the splits by `_accumulate_kernel`: no float atomics anywhere, the same bits every time.
+
+The one-hot factor is exact in 16 bits. The unit vectors are not, so each goes in as a high and a low part, which keeps
+the sums at 16 bits of mantissa for two products instead of one. Bytes: (1 + K) T D B, or T D B without copies, and
+partials 2 S E D 4.
+
+Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of the tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kmeans_route.kernels.common import count_and_rank, publish_totals
+from kmeans_route.kernels.configs import Config, architecture, dispatch_config, dot_precision, padded_experts
+from kmeans_route.kernels.route import rows_of
+from kmeans_route.kernels.workspace import counters
+
+MAX_PARTIAL_BYTES = 64 << 20
+PREFIX_COLUMNS, PREFIX_ROWS = 16, 64
+RANK_BLOCK = 128
+EXPERTS_A_PROGRAM = 256  # whose sums fit in registers
+SUM_BLOCK = 1024
+
+
+@triton.jit
+def _rank_kernel(
+    ids_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, ticket_ptr,
+    counts_ptr, offsets_ptr, dropped_ptr,
+    T,
+    E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Ranks and block counts of given ids (T, K), as route_fwd leaves them. Grid (NB,)."""
+    block = tl.program_id(0).to(tl.int64)
+    tokens = block * BT + tl.arange(0, BT)
+    slots = tl.arange(0, KP)
+    in_batch = tokens < T
+    valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
+    slot = tokens[:, None] * K + slots[None, :]
+    ids = tl.load(ids_ptr + slot, mask=in_batch[:, None] & (slots < K)[None, :], other=0).to(tl.int32)
+    count_and_rank(
+        ids, valid, in_batch & (valid == 0), in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
+        E, K, BT, BE, KP,
+    )  # fmt: skip
+    publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
+
+
+@triton.jit
+def _prefix_kernel(
+    block_counts_ptr, offsets_ptr, first_row_ptr,
+    NB,
+    E: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """first_row (NB, E+1) int32: offsets_e plus the rows of expert e in earlier blocks; column E is the tail.
+    Grid (ceil((E+1) / BC),)."""
+    columns = tl.program_id(0) * BC + tl.arange(0, BC)
+    rows = tl.arange(0, BN)
+    first = tl.load(offsets_ptr + columns, mask=columns <= E, other=0)
+    for n in range(0, NB, BN):
+        row = (n + rows).to(tl.int64)
+        inside = (row < NB)[:, None] & (columns <= E)[None, :]
+        own = tl.load(block_counts_ptr + row[:, None] * (E + 2) + columns[None, :], mask=inside, other=0)
+        through = tl.cumsum(own, axis=0)
+        tl.store(first_row_ptr + row[:, None] * (E + 1) + columns[None, :], first[None, :] + through - own, mask=inside)
+        first += tl.sum(own, axis=0)
+
+
+@triton.jit
+def _dispatch_fwd_kernel(
+    x_ptr, x_stride_t,
+    ids_ptr, valid_ptr, inv_norm_ptr,
+    rank_ptr, first_row_ptr,
+    x_sorted_ptr, positions_ptr, token_of_row_ptr,
+    partials_ptr,
+    T, D, tiles_per_split,
+    E: tl.constexpr, K: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr, TWO_PARTS: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EB: tl.constexpr,
+):  # fmt: skip
+    """Grid (BE / EB ceil(D / BD), S): EB experts a program; neighbours read the same x, the first of them copies it.
+
+    inv_norm None: raw sums. x_sorted None: no copies. first_row None: sums alone.
+    """
+    PARTS: tl.constexpr = BE // EB
+    part = tl.program_id(0) % PARTS
+    tile = tl.program_id(0) // PARTS
+    column = tile * BD + tl.arange(0, BD)
+    split = tl.program_id(1).to(tl.int64)
+    experts = part * EB + tl.arange(0, EB)
+    in_row = column < D
+    sums = tl.zeros([EB, BD], dtype=tl.float32)
+    for step in range(tiles_per_split):
+        tokens = (split * tiles_per_split + step) * BT + tl.arange(0, BT)
+        in_batch = tokens < T
+        valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
+        inside = in_batch[:, None] & in_row[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * x_stride_t + column[None, :], mask=inside & valid[:, None], other=0.0)
+        taken = tl.zeros([EB, BT], dtype=tl.int32)
+        for k in range(K):
+            expert = tl.load(ids_ptr + tokens * K + k, mask=in_batch, other=0).to(tl.int32)
+            key = tl.where(valid, expert, E)
+            if first_row_ptr is not None:
+                row = tl.load(first_row_ptr + (tokens // RT) * (E + 1) + key, mask=in_batch, other=0)
+                row = (row + tl.load(rank_ptr + tokens * K + k, mask=in_batch, other=0)).to(tl.int64)
+                first_program = tl.program_id(0) == 0
+                tl.store(positions_ptr + tokens * K + k, row, mask=in_batch & first_program)
+                tl.store(token_of_row_ptr + row, tokens, mask=in_batch & first_program)
+                if x_sorted_ptr is not None:
+                    tl.store(x_sorted_ptr + row[:, None] * D + column[None, :], x, mask=inside & (part == 0))
+            taken += (experts[:, None] == key[None, :]).to(tl.int32)
+        if partials_ptr is not None:
+            member = taken.to(x.dtype)
+            if inv_norm_ptr is not None:
+                inv_norm = tl.load(inv_norm_ptr + tokens, mask=in_batch, other=0.0)
+                unit = x.to(tl.float32) * inv_norm[:, None]
+                high = unit.to(x.dtype)
+                sums = tl.dot(member, high, sums, input_precision=PRECISION)
+                if TWO_PARTS:
+                    low = (unit - high.to(tl.float32)).to(x.dtype)
+                    sums = tl.dot(member, low, sums, input_precision=PRECISION)
+            else:
+                sums = tl.dot(member, x, sums, input_precision=PRECISION)
+    if partials_ptr is not None:
+        where = (split * E + experts)[:, None] * D + column[None, :]
+        tl.store(partials_ptr + where, sums, mask=(experts < E)[:, None] & in_row[None, :])
+
+
+@triton.jit
+def _accumulate_kernel(
+    partials_ptr, sums_ptr,
+    batch_counts_ptr, counts_ptr,
+    batch_std_ptr, std_sum_ptr,
+    num_tokens_ptr,
+    dropped_ptr, num_dropped_ptr,
+    batch_hist_ptr, hist_ptr,
+    size, num_splits, num_std, hist_size, K,
+    E: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pending += batch: sums in split order; program 0 adds the counts and scalars. Grid (ceil(max size / BLOCK),)."""
+    block = tl.program_id(0).to(tl.int64)
+    where = block * BLOCK + tl.arange(0, BLOCK)
+    if partials_ptr is not None:
+        total = tl.load(sums_ptr + where, mask=where < size, other=0.0)
+        partial = partials_ptr + where
+        for _ in range(num_splits):
+            total += tl.load(partial, mask=where < size, other=0.0)
+            partial += size
+        tl.store(sums_ptr + where, total, mask=where < size)
+    if batch_hist_ptr is not None:
+        in_hist = where < hist_size
+        bins = tl.load(hist_ptr + where, mask=in_hist, other=0) + tl.load(batch_hist_ptr + where, mask=in_hist, other=0)
+        tl.store(hist_ptr + where, bins, mask=in_hist)
+    if block == 0:
+        experts = tl.arange(0, BE)
+        batch = tl.load(batch_counts_ptr + experts, mask=experts < E, other=0)
+        counts = batch + tl.load(counts_ptr + experts, mask=experts < E, other=0)
+        tl.store(counts_ptr + experts, counts, mask=experts < E)
+        std = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, num_std, BLOCK):
+            part = start + tl.arange(0, BLOCK)
+            std += tl.load(batch_std_ptr + part, mask=part < num_std, other=0.0)
+        tl.store(std_sum_ptr, tl.load(std_sum_ptr) + tl.sum(std, axis=0))
+        num_valid = tl.sum(batch, axis=0) // K
+        tl.store(num_tokens_ptr, tl.load(num_tokens_ptr) + num_valid)
+        tl.store(num_dropped_ptr, tl.load(num_dropped_ptr) + tl.load(dropped_ptr))
+
+
+class Ranks(NamedTuple):
+    """Where copies stand in blocks of `block` tokens, int32: rank (T, K), block_counts (NB, E+2), offsets (E+1,)."""
+
+    rank: Tensor
+    block_counts: Tensor
+    offsets: Tensor
+    block: int
+
+
+class DispatchResult(NamedTuple):
+    """x_sorted (T*K, D) or (0, D); positions (T, K), token_of_row (T*K,) int64; partials (S, E, D) fp32, S may be 0."""
+
+    x_sorted: Tensor
+    positions: Tensor
+    token_of_row: Tensor
+    partials: Tensor
+
+
+def rank_of_ids(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
+    """One launch of `_rank_kernel`: what route_fwd would have left for these ids (T, K)."""
+    (num_tokens, top_k), be = indices.shape, padded_experts(num_experts)
+    block = RANK_BLOCK
+    num_blocks = triton.cdiv(num_tokens, block)
+    rank = indices.new_empty(num_tokens, top_k, dtype=torch.int32)
+    block_counts = indices.new_empty(num_blocks, num_experts + 2, dtype=torch.int32)
+    offsets = indices.new_zeros(num_experts + 1, dtype=torch.int32)
+    counts, dropped = indices.new_empty(num_experts), indices.new_empty(())
+    if num_tokens:
+        totals, ticket = counters(indices.device, num_experts + 2, 1)
+        _rank_kernel[(num_blocks,)](
+            indices.contiguous(), valid, rank, block_counts, totals, ticket, counts, offsets, dropped, num_tokens,
+            E=num_experts, K=top_k, BT=block, BE=be, KP=triton.next_power_of_2(top_k), num_warps=8,
+        )  # fmt: skip
+    return Ranks(rank, block_counts, offsets, block)
+
+
+def token_splits(num_tokens: int, hidden_size: int, num_experts: int, config: Config) -> tuple[int, int]:
+    """Splits of the tokens and the tiles of each: about 264 programs in all, partials of at most 64 MiB.
+
+    It does not look at the device, so that the order of the sums, and the bits, do not depend on it.
+    """
+    tiles = triton.cdiv(num_tokens, config.BT)
+    wanted = triton.cdiv(264, triton.cdiv(hidden_size, config.BD))
+    splits = max(1, min(tiles, wanted, MAX_PARTIAL_BYTES // (num_experts * hidden_size * 4)))
+    per_split = max(1, triton.cdiv(tiles, splits))
+    return max(1, triton.cdiv(tiles, per_split)), per_split
+
+
+def dispatch_fwd(
+    x: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    num_experts: int,
+    ranks: Ranks | None,
+    inv_norm: Tensor | None = None,
+    *,
+    copies: bool = True,
+    want_sums: bool = False,
+    config: Config | None = None,
+) -> DispatchResult:
+    """Launches `_prefix_kernel` and `_dispatch_fwd_kernel`.
+
+    Args:
+        x: (T, D). indices: (T, K). valid: (T,).
+        ranks: from route_fwd or `rank_of_ids`; None for the centroid sums alone, in one launch.
+        inv_norm: (T,) for sums of unit vectors; None for raw sums.
+        copies: write x_sorted. want_sums: give the partial centroid sums.
+    """
+    (num_tokens, hidden_size), top_k = x.shape, indices.shape[1]
+    arch, be = architecture(x.device), padded_experts(num_experts)
+    c = config or dispatch_config(num_experts, x.dtype, arch)
+    num_rows = num_tokens * top_k if ranks is not None else 0
+    splits, per_split = token_splits(num_tokens, hidden_size, num_experts, c)
+    if not want_sums:  # nothing to add up: one tile a program
+        splits, per_split = triton.cdiv(num_tokens, c.BT), 1
+    out = DispatchResult(
+        x.new_empty(num_rows if copies else 0, hidden_size),
+        indices.new_empty(num_tokens if ranks is not None else 0, top_k),
+        indices.new_empty(num_rows),
+        x.new_empty(splits if want_sums else 0, num_experts, hidden_size, dtype=torch.float32),
+    )
+    if num_tokens == 0:
+        return out._replace(partials=out.partials.zero_())
+    first_row = None
+    if ranks is not None:
+        num_blocks = ranks.block_counts.shape[0]
+        first_row = indices.new_empty(num_blocks, num_experts + 1, dtype=torch.int32)
+        _prefix_kernel[(triton.cdiv(num_experts + 1, PREFIX_COLUMNS),)](
+            ranks.block_counts, ranks.offsets, first_row, num_blocks,
+            E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
+        )  # fmt: skip
+    x = rows_of(x)
+    eb = min(be, EXPERTS_A_PROGRAM) if want_sums else be
+    _dispatch_fwd_kernel[(be // eb * triton.cdiv(hidden_size, c.BD), splits)](
+        x, x.stride(0), indices, valid, inv_norm,
+        None if ranks is None else ranks.rank, first_row,
+        out.x_sorted if copies and ranks is not None else None, out.positions, out.token_of_row,
+        out.partials if want_sums else None,
+        num_tokens, hidden_size, per_split,
+        E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=dot_precision(x.dtype, arch),
+        TWO_PARTS=x.dtype != torch.float32, BT=c.BT, BD=c.BD, BE=be, EB=eb, **c.launch,
+    )  # fmt: skip
+    return out
+
+
+def accumulate(
+    partials: Tensor,
+    batch_counts: Tensor,
+    batch_std: Tensor,
+    dropped: Tensor,
+    batch_hist: Tensor,
+    top_k: int,
+    sums: Tensor,
+    counts: Tensor,
+    std_sum: Tensor,
+    num_tokens: Tensor,
+    num_dropped: Tensor,
+    margin_hist: Tensor,
+) -> None:
+    """One launch of `_accumulate_kernel`: add a batch to the pending state, in place."""
+    num_experts = counts.shape[0]
+    size = sums.numel() if partials.numel() else 0
+    hist_size = margin_hist.numel()
+    _accumulate_kernel[(max(1, triton.cdiv(max(size, hist_size), SUM_BLOCK)),)](
+        partials if size else None, sums,
+        batch_counts, counts, batch_std, std_sum, num_tokens, dropped, num_dropped,
+        batch_hist if hist_size else None, margin_hist,
+        size, partials.shape[0], batch_std.numel(), hist_size, top_k,
+        E=num_experts, BE=padded_experts(num_experts), BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip

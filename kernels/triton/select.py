@@ -1,0 +1,173 @@
+"""Device code that both routing kernels end with: from dot products and squared norms to ids, gates and counts.
+
+    s_te = (x_t . d_e) / ||x_t||;  sel_t = the K largest of s_te + b_e;  g_te = gate of s over sel_t
+
+Selection takes K rounds of (largest, lowest id among equals): two plain reductions, no packed keys, exact ties. One
+(BT, BE) tile stays in registers through them: the score of a taken expert is its s + b less its b, and the expert
+becomes -inf. Source of the method: arXiv 2605.12476.
+
+Legend: T tokens, E experts, K top_k; BT tokens a block, BE experts, KP top_k and NGP groups padded to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+from kmeans_route.kernels.common import (
+    MAX_SQUARED_NORM,
+    MIN_COSINE_GATE,
+    MIN_SQUARED_NORM,
+    NOT_A_CANDIDATE,
+    at_expert,
+    count_and_rank,
+    log_sigmoid,
+    softmax_rows,
+    take_best,
+)
+
+
+@triton.jit
+def _keep_best_groups(
+    ranking, experts, E: tl.constexpr, BE: tl.constexpr,
+    NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
+):  # fmt: skip
+    """`ranking` with the experts outside the KG best of NG groups at NOT_A_CANDIDATE; ties to the lower group."""
+    SIZE: tl.constexpr = E // NG
+    groups = tl.arange(0, NGP)
+    group_score = tl.full([ranking.shape[0], NGP], float("-inf"), dtype=tl.float32)
+    for g in range(NG):
+        inside = (experts // SIZE == g) & (experts < E)
+        own = tl.where(inside[None, :], ranking, float("-inf"))
+        best, best_id = take_best(own, experts, BE)
+        if TOP2 and SIZE > 1:
+            own = tl.where(experts[None, :] == best_id[:, None], float("-inf"), own)
+            best += tl.max(own, axis=1)
+        group_score = tl.where((groups == g)[None, :], best[:, None], group_score)
+    kept = tl.zeros([ranking.shape[0], BE], dtype=tl.int32)
+    for _ in range(KG):
+        best, group = take_best(group_score, groups, NGP)
+        group_score = tl.where(groups[None, :] == group[:, None], float("-inf"), group_score)
+        kept += ((experts // SIZE)[None, :] == group[:, None]).to(tl.int32)
+    return tl.where(kept > 0, ranking, NOT_A_CANDIDATE)
+
+
+@triton.jit
+def _gates(selected, scores, left, inside, tau, GATE: tl.constexpr, NORMALIZE: tl.constexpr, K: tl.constexpr):
+    """Gate weights (BT, KP) before `scaling`, as `reference.gates_reference` defines them."""
+    if GATE == "softmax":
+        if NORMALIZE:
+            gates = softmax_rows(selected / tau, inside)
+        else:  # over all candidates: those left, and those taken, which are at -inf
+            z = tl.where((left > NOT_A_CANDIDATE) | (left == float("-inf")), scores / tau, float("-inf"))
+            top = tl.max(z, axis=1)
+            total = tl.sum(tl.exp(z - top[:, None]), axis=1)
+            gates = tl.exp(selected / tau - top[:, None]) / total[:, None]
+    elif GATE == "sigmoid":
+        if NORMALIZE:
+            gates = softmax_rows(log_sigmoid(selected / tau), inside)
+        else:
+            gates = 1.0 / (1.0 + tl.exp(-selected / tau))
+    elif GATE == "cosine":
+        gates = tl.where(inside, tl.maximum(selected, MIN_COSINE_GATE), 0.0)
+        if NORMALIZE:
+            gates = gates / tl.sum(gates, axis=1)[:, None]
+    else:
+        gates = tl.full([selected.shape[0], selected.shape[1]], 1.0 / K, dtype=tl.float32)
+    return gates
+
+
+@triton.jit
+def select_and_store(
+    dots, squares, block, T,
+    bias_ptr, mask_ptr, given_ptr,
+    ids_ptr, weights_ptr, selected_ptr,
+    scores_ptr, candidates_ptr,
+    inv_norm_ptr, valid_ptr,
+    rank_ptr, block_counts_ptr, totals_ptr,
+    std_ptr, hist_ptr,
+    tau, scaling,
+    E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Finish block `block` of BT tokens from dots (BT, BE) and squared norms (BT,), both fp32."""
+    tokens = block * BT + tl.arange(0, BT)
+    experts = tl.arange(0, BE)
+    slots = tl.arange(0, KP)
+    in_batch = tokens < T
+    real = (experts < E)[None, :]
+    where_TE = tokens[:, None] * E + experts[None, :]
+
+    # NaN fails both comparisons, Inf and overflow the second, zero and subnormal rows the first.
+    wanted = in_batch
+    if mask_ptr is not None:
+        wanted = wanted & (tl.load(mask_ptr + tokens, mask=in_batch, other=0) != 0)
+    valid = wanted & (squares >= MIN_SQUARED_NORM) & (squares <= MAX_SQUARED_NORM)
+    inv_norm = tl.where(valid, 1.0 / tl.sqrt(tl.where(valid, squares, 1.0)), 0.0)
+    tl.store(inv_norm_ptr + tokens, inv_norm, mask=in_batch)
+    tl.store(valid_ptr + tokens, valid, mask=in_batch)
+    scores = tl.where(valid[:, None], dots * inv_norm[:, None], 0.0)
+    if scores_ptr is not None:
+        tl.store(scores_ptr + where_TE, scores, mask=in_batch[:, None] & real)
+    if std_ptr is not None:
+        mean = tl.sum(scores, axis=1) / E  # padded columns are 0: their directions were loaded as 0
+        centered = tl.where(real, scores - mean[:, None], 0.0)
+        tl.store(std_ptr + tokens, tl.sqrt(tl.sum(centered * centered, axis=1) / E), mask=in_batch)
+
+    left = scores
+    if bias_ptr is not None:
+        left += tl.load(bias_ptr + experts, mask=experts < E, other=0.0)[None, :]
+    left = tl.where(real, left, NOT_A_CANDIDATE)
+    ranking = left
+    if KG < NG:
+        ranking = _keep_best_groups(left, experts, E, BE, NG, KG, NGP, TOP2)
+        if given_ptr is None:  # replayed ids may lie outside of the groups: their scores are still needed
+            left = ranking
+
+    ids = tl.zeros([BT, KP], dtype=tl.int32) + slots[None, :]
+    ranked = tl.zeros([BT, KP], dtype=tl.float32)  # s + b of what was taken
+    for k in range(K):
+        if given_ptr is not None:
+            best_id = tl.load(given_ptr + tokens * K + k, mask=in_batch, other=0).to(tl.int32)
+            best_id = tl.where(valid, best_id, k)
+            best = at_expert(left, experts, best_id)
+        else:
+            best, best_id = take_best(left, experts, BE)
+            best_id = tl.where(valid, best_id, k)
+        left = tl.where(experts[None, :] == best_id[:, None], float("-inf"), left)
+        ids = tl.where((slots == k)[None, :], best_id[:, None], ids)
+        ranked = tl.where((slots == k)[None, :], best[:, None], ranked)
+    inside = (slots < K)[None, :]
+    selected = ranked
+    if bias_ptr is not None:
+        selected -= tl.load(bias_ptr + ids, mask=inside & (ids < E), other=0.0)
+    selected = tl.where(valid[:, None] & inside, selected, 0.0)
+    if KG < NG and given_ptr is not None:
+        left = tl.where((ranking > NOT_A_CANDIDATE) | (left == float("-inf")), left, NOT_A_CANDIDATE)
+
+    gates = _gates(selected, scores, left, inside, tau, GATE, NORMALIZE, K)
+    gates = tl.where(valid[:, None], gates * scaling, 0.0)
+    out = tokens[:, None] * K + slots[None, :]
+    write = in_batch[:, None] & inside
+    tl.store(ids_ptr + out, ids.to(tl.int64), mask=write)
+    tl.store(weights_ptr + out, gates, mask=write)
+    tl.store(selected_ptr + out, selected, mask=write)
+    if candidates_ptr is not None:
+        tl.store(candidates_ptr + where_TE, (left != NOT_A_CANDIDATE), mask=in_batch[:, None] & real)
+
+    count_and_rank(
+        ids, valid, wanted & (valid == 0), in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
+        E, K, BT, BE, KP,
+    )  # fmt: skip
+
+    if hist_ptr is not None:
+        # Integer adds commute, so the histogram has the same bits every time: T E adds over E x 1024 addresses.
+        rest = left
+        if given_ptr is not None:  # what was replayed is not what the scores would have taken
+            rest = ranking
+            for _ in range(K):
+                best, best_id = take_best(rest, experts, BE)
+                rest = tl.where(experts[None, :] == best_id[:, None], float("-inf"), rest)
+        alpha = tl.max(rest, axis=1)
+        margin = tl.where(ranking > NOT_A_CANDIDATE, alpha[:, None] - ranking, 3.0)
+        bins = tl.minimum(tl.maximum(tl.floor((margin + 2.0) * 256.0), 0.0), 1023.0).to(tl.int32)
+        tl.atomic_add(hist_ptr + experts[None, :] * 1024 + bins, 1, mask=valid[:, None] & real, sem="relaxed")

@@ -1,0 +1,134 @@
+"""`make gpu` without a GPU: the dry run takes the same path at one tiny shape, in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).parent.parent
+LEARNED = {"learned eager", "learned compiled"}
+PAIR = {"kmeans_route", "eager"}
+EXPECTED = {
+    "eval": PAIR | LEARNED | {"compiled reference"},
+    "forward": PAIR | LEARNED,
+    "backward": PAIR,
+    "forward_backward": PAIR | LEARNED,
+    "combine": PAIR,
+    "combine_backward": PAIR,
+    "commit": PAIR,
+    "step": PAIR,
+}
+# An id too many by one, as a kernel might have it, behind everything that checks arguments.
+SPOILED = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+from benchmarks import gpu
+from kmeans_route.kernels import route
+right = route.route_fwd
+def wrong(*args, **kwargs):
+    result = right(*args, **kwargs)
+    result.indices[3] = (result.indices[3] + 1) % 8
+    return result
+route.route_fwd = wrong
+sys.exit(gpu.main(sys.argv[1:]))
+"""
+
+
+def run(folder: Path, *command: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    """Run Python with these arguments from the repository root; what it printed, and the lines of its result file."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(folder)],
+        cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    files = list(folder.glob("*.jsonl"))
+    assert len(files) <= 1
+    text = files[0].read_text(encoding="utf-8") if files else ""
+    assert str(folder) not in text
+    assert str(ROOT) not in text
+    return done, [json.loads(line) for line in text.splitlines()]
+
+
+def test_dry_run_checks_and_times_every_contestant(tmp_path: Path) -> None:
+    done, lines = run(tmp_path, "-m", "benchmarks.gpu", "--dry")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, tests, peaks, cell, end = lines
+    assert [line["kind"] for line in lines] == ["header", "tests", "peaks", "cell", "end"]
+    assert {"device", "driver", "torch", "triton", "python", "date", "command", "commit"} <= header.keys()
+    assert "dry run" in header["device"]
+    assert (tests["outcome"], tests["detail"]) == ("not run", "--dry")
+    assert all(value > 0 for name, value in peaks.items() if name != "kind")
+    assert cell["correct"]
+    assert all(check["ok"] for check in cell["checks"].values())
+    assert {part: set(contestants) for part, contestants in cell["parts"].items()} == EXPECTED
+    for part, contestants in cell["parts"].items():
+        for name, timing in contestants.items():
+            assert ("skipped" in timing) != ("median_us" in timing), (part, name)
+            if "median_us" in timing:
+                assert timing["q1_us"] <= timing["median_us"] <= timing["q3_us"]
+                assert {"gb_per_s", "percent_of_copy", "percent_of_floor", "peak_bytes", "method"} <= timing.keys()
+        assert "median_us" in contestants["kmeans_route"], contestants["kmeans_route"]
+        assert cell["floors"][part]["largest"] in ("hbm", "l2", "flop")
+    assert end["exit_code"] == 0
+    assert end["left"] == []
+    assert "tiny T=32 D=64 E=8 K=2 float32: correct" in done.stdout
+
+
+def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
+    done, lines = run(tmp_path, "-c", SPOILED, "--dry")
+    assert done.returncode == 1, done.stdout + done.stderr
+    (cell,) = (line for line in lines if line["kind"] == "cell")
+    assert not cell["correct"]
+    assert "parts" not in cell
+    assert "differ outside near-ties" in cell["checks"]["eval routing"]["message"]
+    assert "WRONG, not timed" in done.stdout
+    assert "median us" not in done.stdout
+    assert lines[-1]["exit_code"] == 1
+
+
+def test_it_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the run removes, here for this test only
+    assert gpu.main([]) == 2
+    assert "no CUDA or ROCm device" in capsys.readouterr().err
+
+
+def test_cells_that_decide_come_first() -> None:
+    shapes = dict.fromkeys(["OLMoE", "Qwen3-30B-A3B", "DeepSeek-V3"])
+    cells = gpu.ordered_cells(shapes, (1, 64, 512, 4096, 16384, 65536), None)
+    first = [(name, tokens) for name in ("OLMoE", "DeepSeek-V3") for tokens in (1, 4096, 65536)]
+    assert cells[:6] == first
+    assert {name for name, _ in cells[6:12]} == {"OLMoE", "DeepSeek-V3"}
+    assert {name for name, _ in cells[12:]} == {"Qwen3-30B-A3B"}
+    assert len(set(cells)) == len(cells) == 18
+    with pytest.raises(ValueError, match="--shape must be among"):
+        gpu.ordered_cells(shapes, (1,), ["Olmo"])
+
+
+def test_floors_by_hand() -> None:
+    """OLMoE at T = 4096 in bf16 against the table of byte floors: T D B is 16 MiB."""
+    cell = {"num_tokens": 4096, "hidden_size": 2048, "num_experts": 64, "top_k": 8, "block_tokens": 64, "splits": 16}
+    x, table = 4096 * 2048 * 2, 64 * 2048
+    parts = {part: gpu.work(part, cell, 2) for part in EXPECTED}
+    floors = {part: w["bytes"] / x for part, w in parts.items()}
+    assert floors["eval"] == 1
+    assert (floors["forward"], floors["backward"], floors["combine"], floors["combine_backward"]) == (10, 10, 9, 17)
+    assert floors["forward_backward"] == 20
+    assert parts["commit"]["bytes"] == 5 * table * 4
+    assert parts["step"]["bytes"] == 20 * x + 5 * table * 4
+    assert parts["eval"]["l2"] - parts["eval"]["hbm"] == 64 * table * 2, "64 blocks read all directions"
+    assert parts["eval"]["flop"] == 2 * 4096 * 2048 * 64
+    record = cell | {"parts": {"eval": {"a": {"median_us": 20.0}, "b": {"skipped": "no"}}}}
+    gpu.weigh(record, {"copy_bytes_per_s": 1e12, "l2_copy_bytes_per_s": 1e13, "bf16_flop_per_s": 1e15}, 2)
+    timing, floor = record["parts"]["eval"]["a"], record["floors"]["eval"]
+    assert floor["largest"] == "hbm"
+    assert floor["hbm_us"] == pytest.approx((x + 2 * table) / 1e6)
+    assert timing["gb_per_s"] == pytest.approx(x / 20e3)
+    assert timing["percent_of_copy"] == pytest.approx(100 * x / 20e6)
+    assert record["parts"]["eval"]["b"] == {"skipped": "no"}
