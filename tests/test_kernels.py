@@ -18,7 +18,7 @@ from kmeans_route.kernels import combine as combine_kernels
 from kmeans_route.kernels import commit as commit_kernels
 from kmeans_route.kernels import dispatch as dispatch_kernels
 from kmeans_route.kernels import route as route_kernels
-from kmeans_route.kernels import workspace
+from kmeans_route.kernels import tune, workspace
 from kmeans_route.kernels.configs import Config
 from kmeans_route.testing import assert_same_selection, make_centroids, make_hidden_states, make_tied_rows
 from tests.compare import assert_same_bits, assert_same_routing, generator, make_inputs
@@ -353,3 +353,32 @@ def test_compiled_without_breaks_equals_eager() -> None:
     torch._dynamo.reset()
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+
+
+def test_tuning_takes_the_fastest_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a clock that favours one config and devices that refuse another; off, nothing is searched."""
+    default, best, refused = Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 2)
+    tried: list[Config] = []
+
+    def launch(config: Config) -> None:
+        tried.append(config)
+        if config == refused:
+            raise RuntimeError("out of resources")
+
+    def clock(call: Any) -> float:
+        call()
+        return 1.0 if tried[-1] == best else 2.0
+
+    device = torch.device("cpu")
+    assert tune.tuned("route_config", (8,), device, default, launch) == default
+    assert tried == []
+    monkeypatch.setattr(tune, "ENABLED", True)
+    monkeypatch.setattr(tune, "time_ms", clock)
+    monkeypatch.setattr(tune, "candidates", lambda: iter([refused, best]))
+    monkeypatch.setattr(tune, "_winners", {})
+    for _ in range(2):
+        assert tune.tuned("route_config", (8,), device, default, launch) == best
+    assert tried == [default, refused, best]
+    assert "route_config('sm_90', 8): Config(BT=32" in capsys.readouterr().err

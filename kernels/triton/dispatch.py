@@ -9,8 +9,8 @@ tensor cores; that product is its share of the centroid sums. Partial sums, one 
 the splits by `_accumulate_kernel`: no float atomics anywhere, the same bits every time.
 
 The one-hot factor is exact in 16 bits. The unit vectors are not, so each goes in as a high and a low part, which keeps
-the sums at 16 bits of mantissa for two products instead of one. Bytes: (1 + K) T D B, or T D B without copies, and
-partials 2 S E D 4.
+the sums at 16 bits of mantissa (22 in fp16) for two products instead of one. Bytes: (1 + K) T D B, or T D B without
+copies, and partials 2 S E D 4.
 
 Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of the tokens.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from kmeans_route.kernels.common import count_and_rank, publish_totals
 from kmeans_route.kernels.configs import Config, architecture, dispatch_config, dot_precision, padded_experts
 from kmeans_route.kernels.route import rows_of
+from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
 MAX_PARTIAL_BYTES = 64 << 20
@@ -122,7 +123,7 @@ def _dispatch_fwd_kernel(
             member = taken.to(x.dtype)
             if inv_norm_ptr is not None:
                 inv_norm = tl.load(inv_norm_ptr + tokens, mask=in_batch, other=0.0)
-                unit = x.to(tl.float32) * inv_norm[:, None]
+                unit = x.to(tl.float32) * (inv_norm * 256.0)[:, None]  # else the low parts would be subnormal in fp16
                 high = unit.to(x.dtype)
                 sums = tl.dot(member, high, sums, input_precision=PRECISION)
                 if TWO_PARTS:
@@ -131,6 +132,8 @@ def _dispatch_fwd_kernel(
             else:
                 sums = tl.dot(member, x, sums, input_precision=PRECISION)
     if partials_ptr is not None:
+        if inv_norm_ptr is not None:
+            sums *= 1.0 / 256.0
         where = (split * E + experts)[:, None] * D + column[None, :]
         tl.store(partials_ptr + where, sums, mask=(experts < E)[:, None] & in_row[None, :])
 
@@ -245,7 +248,12 @@ def dispatch_fwd(
     """
     (num_tokens, hidden_size), top_k = x.shape, indices.shape[1]
     arch, be = architecture(x.device), padded_experts(num_experts)
-    c = config or dispatch_config(num_experts, x.dtype, arch)
+    c = config or tuned(
+        "dispatch_config", (num_experts, x.dtype), x.device, dispatch_config(num_experts, x.dtype, arch),
+        lambda c: dispatch_fwd(
+            x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=c
+        ),
+    )  # fmt: skip
     num_rows = num_tokens * top_k if ranks is not None else 0
     splits, per_split = token_splits(num_tokens, hidden_size, num_experts, c)
     if not want_sums:  # nothing to add up: one tile a program

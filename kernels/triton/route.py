@@ -23,6 +23,7 @@ from torch import Tensor
 from kmeans_route.kernels.common import publish_totals
 from kmeans_route.kernels.configs import Config, architecture, dot_precision, padded_experts, route_config
 from kmeans_route.kernels.select import select_and_store
+from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
 PROGRAMS = 128  # wanted at least: about the multiprocessors of one GPU
@@ -192,7 +193,14 @@ def route_fwd(
     top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score = options
     (num_tokens, hidden_size), num_experts = x.shape, directions.shape[0]
     arch = architecture(x.device)
-    c = config or route_config(num_tokens, num_experts, x.dtype, arch)
+    c = config or tuned(
+        "route_config", (num_tokens, num_experts, x.dtype), x.device,
+        route_config(num_tokens, num_experts, x.dtype, arch),
+        lambda c: route_fwd(
+            x, directions, expert_bias, mask, indices, options,
+            want_scores=want_scores, want_std=want_std, want_hist=want_hist, want_rank=want_rank, config=c,
+        ),
+    )  # fmt: skip
     num_blocks, be = triton.cdiv(num_tokens, c.BT), padded_experts(num_experts)
     over_all = gate == "softmax" and not normalize
     by_expert, by_slot = (num_tokens, num_experts), (num_tokens, top_k)
