@@ -290,21 +290,25 @@ def _route_dispatch(
     The last five results: x_sorted, positions, token_of_row, offsets, partial centroid sums (S, E, D).
     """
     options = RouteOptions(top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score)
-    num_experts, want = directions.shape[0], {"want_scores": want_scores, "want_std": want_std, "want_hist": want_hist}
+    num_experts = directions.shape[0]
     with _no_autocast(x):
         if backend == "triton":
             from kmeans_route.kernels.dispatch import Ranks, dispatch_fwd
             from kmeans_route.kernels.route import route_fwd
 
             _check_replay(indices, directions)
-            r = route_fwd(x, directions, expert_bias, mask, indices, options, want_rank=True, **want)
+            r = route_fwd(
+                x, directions, expert_bias, mask, indices, options,
+                want_scores=want_scores, want_std=want_std, want_hist=want_hist, want_rank=True,
+            )  # fmt: skip
             factor = r.inv_norm if accumulate == "unit" else None
             ranks = Ranks(r.rank, r.block_counts, r.offsets, r.block)
-            sent = dispatch_fwd(
-                x, r.indices, r.valid, num_experts, ranks, factor, want_sums=bool(accumulate)
-            )  # fmt: skip
+            sent = dispatch_fwd(x, r.indices, r.valid, num_experts, ranks, factor, want_sums=bool(accumulate))
             return *r[:11], sent.x_sorted, sent.positions, sent.token_of_row, r.offsets, sent.partials
-        routed = body.route_fwd(x, directions, expert_bias, mask, indices, options, **want)
+        routed = body.route_fwd(
+            x, directions, expert_bias, mask, indices, options,
+            want_scores=want_scores, want_std=want_std, want_hist=want_hist,
+        )  # fmt: skip
         ids, counts, inv_norm, valid = routed[0], routed[5], routed[6], routed[7]
         partials = x.new_zeros(1 if accumulate else 0, num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
         if accumulate:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -48,7 +47,7 @@ def _architecture(index: int | None) -> str:
 
 def padded_experts(num_experts: int) -> int:
     """BE: experts padded to a power of two of at least 16, the least that tl.dot takes."""
-    return max(16, triton.next_power_of_2(num_experts))
+    return max(16, 1 << (num_experts - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype, arch: str) -> str:

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton.testing
@@ -42,10 +43,10 @@ def tuned(
         return default
     known = (function, architecture(device), *key)
     if known not in _winners:
-        times = {default: time_ms(lambda: launch(default))}
+        times = {default: time_ms(partial(launch, default))}
         for config in candidates():
             try:
-                times[config] = time_ms(lambda config=config: launch(config))
+                times[config] = time_ms(partial(launch, config))
             except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError):
                 continue
         best = min(times, key=times.__getitem__)
