@@ -77,11 +77,11 @@ class Launch:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif value == 1:  # the just-in-time compiler makes a constant of it too
-                signature[name], constants[name] = "constexpr", 1
+            elif value == 1 and not self.kernel.params[place].do_not_specialize:
+                signature[name], constants[name] = "constexpr", 1  # as the just-in-time compiler does
             else:
                 signature[name] = "i32"
-                if value % 16 == 0:
+                if value % 16 == 0 and not self.kernel.params[place].do_not_specialize:
                     attributes[(place,)] = [["tt.divisibility", 16]]
         key = f"{self.name} {signature} {constants} {sorted(attributes)} {self.options}"
         return ASTSource(self.kernel, signature, constants, attributes), key
@@ -230,7 +230,7 @@ def work_of(launch: Launch) -> Work:
         copies = 0 if a["x_sorted_ptr"] is None else top_k * row
         partials = 0 if a["partials_ptr"] is None else a["partials_ptr"].numel() * 4
         products = 0 if not partials else (2 if a["TWO_PARTS"] and a["inv_norm_ptr"] is not None else 1)
-        tables = table * launch.grid[0]
+        tables = table * -(-hidden_size // a["BD"]) * (a["BE"] // a["EB"])
         flop = 2 * num_tokens * hidden_size * a["BE"] * products
         return Work(row + copies + partials + table, row * (a["BE"] // a["EB"]) + copies + partials + tables, flop)
     if launch.name == "combine_fwd":

@@ -163,7 +163,7 @@ def row_sums(values: Tensor) -> Tensor:
 def _score_std(scores: Tensor) -> Tensor:
     """Population standard deviation of each row, (T,); the mean is subtracted first: cosines share an offset."""
     centered = scores - scores.mean(1, keepdim=True)
-    std: Tensor = torch.linalg.vector_norm(centered, dim=1).mul_(1 / math.sqrt(scores.shape[1]))
+    std: Tensor = torch.linalg.vector_norm(centered, dim=1).div_(math.sqrt(scores.shape[1]))
     return std
 
 

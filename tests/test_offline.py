@@ -54,11 +54,11 @@ def test_one_shape_on_every_architecture() -> None:
     assert products["LDGSTS"] > 0, "x must come through asynchronous 128-bit copies"
     assert row(document, "sm_100", "training", "route_fwd")["compiled"]["instructions"]["UTCHMMA"] > 0
     assert row(document, "gfx942", "training", "route_fwd")["compiled"]["instructions"]["v_mfma"] > 0
+    check_bytes(document)
 
 
-def test_bytes_are_those_of_the_table() -> None:
-    """KERNELS' floors at OLMoE, T 16384, bf16: T D B = 64 MiB a pass, give or take the tables of T K entries."""
-    document = offline("--shape", "OLMoE", "--arch", "sm_90")
+def check_bytes(document: dict[str, Any]) -> None:
+    """The floors at OLMoE, T 16384, bf16: T D B = 64 MiB a pass, give or take the tables of T K entries."""
     one_pass, top_k = 16384 * 2048 * 2, 8
     passes = {
         ("prefill", "route_fwd"): 1,
@@ -71,9 +71,8 @@ def test_bytes_are_those_of_the_table() -> None:
     }
     for (regime, kernel), count in passes.items():
         moved = row(document, "sm_90", regime, kernel)["work"]["hbm"]
-        assert count * one_pass <= moved <= count * one_pass + 0.2 * one_pass, (regime, kernel, moved / one_pass)
-    commit = row(document, "sm_90", "training", "commit")["work"]["hbm"]
-    assert commit <= 5 * 64 * 2048 * 4
+        assert count * one_pass <= moved <= (count + 0.2) * one_pass, (regime, kernel, moved / one_pass)
+    assert row(document, "sm_90", "training", "commit")["work"]["hbm"] <= 5 * 64 * 2048 * 4
 
 
 def test_a_spill_is_a_problem() -> None:

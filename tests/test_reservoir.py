@@ -160,6 +160,7 @@ def test_forward_routes_by_gaussian_directions_until_the_commit() -> None:
     assert not torch.equal(router(x).weights, before)
 
 
+@pytest.mark.not_interpreted
 def test_the_reservoir_keeps_the_smallest_hashes_and_no_more(backend: str) -> None:
     router = KMeansRouter(D, E, K, backend=backend)
     seen: set[int] = set()

@@ -74,6 +74,7 @@ def test_mask_takes_the_leading_shape(backend: str) -> None:
     assert_same_routing(route(x.reshape(3, 4, 8), weight, 2, bias, mask=strided, backend=backend), flat)
 
 
+@pytest.mark.not_interpreted
 def test_full_mask_is_no_mask(backend: str) -> None:
     x, weight, bias = make_inputs(40, 24, 13, torch.float32)
     for name in OPTIONS:
@@ -102,6 +103,7 @@ def test_replay(dtype: torch.dtype) -> None:
         np.testing.assert_allclose(numpy(leaf.grad), exact, rtol=0, atol=(EPS[dtype] + 1e-5) * np.abs(exact).max())
 
 
+@pytest.mark.not_interpreted
 def test_replay_of_own_ids_gives_the_same_bits(backend: str) -> None:
     """Recomputation: ids replayed from the first pass give its weights and gradient, bit for bit."""
     x, weight, bias = make_inputs(50, 24, 12, torch.float32, seed=7)

@@ -21,7 +21,7 @@ from kmeans_route.kernels.configs import row_config
 from kmeans_route.kernels.route import rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _combine_fwd_kernel(
     y_sorted_ptr, y_sorted_stride,
     weights_ptr, positions_ptr, valid_ptr,
@@ -46,7 +46,7 @@ def _combine_fwd_kernel(
     tl.store(y_ptr + tokens[:, None] * D + column[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _combine_bwd_kernel(
     dy_ptr, dy_stride_t,
     y_sorted_ptr, y_sorted_stride,
@@ -102,7 +102,7 @@ def _d_scores(d_weights, selected, inside, tau, scaling, GATE: tl.constexpr, NOR
     return tl.where(inside, ds, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_bwd_kernel(
     x_ptr, x_stride_t,
     d_ptr,

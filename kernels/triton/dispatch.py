@@ -35,7 +35,7 @@ EXPERTS_A_PROGRAM = 256  # whose sums fit in registers
 SUM_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rank_kernel(
     ids_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, ticket_ptr,
     counts_ptr, offsets_ptr, dropped_ptr,
@@ -57,7 +57,7 @@ def _rank_kernel(
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NB"])
 def _prefix_kernel(
     block_counts_ptr, offsets_ptr, first_row_ptr,
     NB,
@@ -77,7 +77,7 @@ def _prefix_kernel(
         first += tl.sum(own, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles_per_split"])
 def _dispatch_fwd_kernel(
     x_ptr, x_stride_t,
     ids_ptr, valid_ptr, inv_norm_ptr,
@@ -88,15 +88,17 @@ def _dispatch_fwd_kernel(
     E: tl.constexpr, K: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr, TWO_PARTS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
-    """Grid (BE / EB ceil(D / BD), S): EB experts a program; neighbours read the same x, the first of them copies it.
+    """Grid (BE / EB ceil(D / BD) S,): EB experts a program; neighbours read the same x, the first of them copies it.
 
+    One axis, since the others stop at 65535 programs.
     inv_norm None: raw sums. x_sorted None: no copies. first_row None: sums alone.
     """
     PARTS: tl.constexpr = BE // EB
-    part = tl.program_id(0) % PARTS
-    tile = tl.program_id(0) // PARTS
-    column = tile * BD + tl.arange(0, BD)
-    split = tl.program_id(1).to(tl.int64)
+    programs_a_split = tl.cdiv(D, BD) * PARTS
+    place = tl.program_id(0) % programs_a_split
+    split = (tl.program_id(0) // programs_a_split).to(tl.int64)
+    part = place % PARTS
+    column = place // PARTS * BD + tl.arange(0, BD)
     experts = part * EB + tl.arange(0, EB)
     in_row = column < D
     sums = tl.zeros([EB, BD], dtype=tl.float32)
@@ -113,7 +115,7 @@ def _dispatch_fwd_kernel(
             if first_row_ptr is not None:
                 row = tl.load(first_row_ptr + (tokens // RT) * (E + 1) + key, mask=in_batch, other=0)
                 row = (row + tl.load(rank_ptr + tokens * K + k, mask=in_batch, other=0)).to(tl.int64)
-                first_program = tl.program_id(0) == 0
+                first_program = place == 0
                 tl.store(positions_ptr + tokens * K + k, row, mask=in_batch & first_program)
                 tl.store(token_of_row_ptr + row, tokens, mask=in_batch & first_program)
                 if x_sorted_ptr is not None:
@@ -138,7 +140,7 @@ def _dispatch_fwd_kernel(
         tl.store(partials_ptr + where, sums, mask=(experts < E)[:, None] & in_row[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_std"])
 def _accumulate_kernel(
     partials_ptr, sums_ptr,
     batch_counts_ptr, counts_ptr,
@@ -276,7 +278,7 @@ def dispatch_fwd(
         )  # fmt: skip
     x = rows_of(x)
     eb = min(be, EXPERTS_A_PROGRAM) if want_sums else be
-    _dispatch_fwd_kernel[(be // eb * triton.cdiv(hidden_size, c.BD), splits)](
+    _dispatch_fwd_kernel[(be // eb * triton.cdiv(hidden_size, c.BD) * splits,)](
         x, x.stride(0), indices, valid, inv_norm,
         None if ranks is None else ranks.rank, first_row,
         out.x_sorted if copies and ranks is not None else None, out.positions, out.token_of_row,

@@ -30,7 +30,7 @@ PROGRAMS = 128  # wanted at least: about the multiprocessors of one GPU
 NUM_MARGIN_BINS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_fwd_kernel(
     x_ptr, x_stride_t,
     d_ptr,
@@ -76,7 +76,7 @@ def _route_fwd_kernel(
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _route_split_kernel(
     x_ptr, x_stride_t,
     d_ptr,

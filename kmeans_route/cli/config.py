@@ -100,7 +100,9 @@ class TrainConfig:
             rule = "loss-free sign" if self.router != "kmeans" else "sign"
         else:
             rule = "no balancing" if self.balance == "none" else self.balance
-        return f"{'K-Means' if self.router == 'kmeans' else self.router}, {rule}"
+        if self.router != "kmeans":
+            return f"{self.router}, {rule}"
+        return f"K-Means, {rule}" + ("" if self.tau == 0.05 else f", tau {self.tau:g}")
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
