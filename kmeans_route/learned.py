@@ -170,18 +170,18 @@ class LearnedRouter(StatefulRouter):
         )  # fmt: skip
 
     @torch.no_grad()
-    def commit_pending(self, skip: Tensor | None = None) -> None:
+    def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
         """Move the selection bias by its rule; see `commit`."""
         if self.frozen:
             return
-        p = self.pending
+        p = self.pending if batch is None else batch
         go = p.num_tokens > 0 if skip is None else (p.num_tokens > 0) & ~skip
         bias = reference.balance_bias(
             self.expert_bias, p.counts, torch.ones_like(p.std_sum), p.margin_hist, self.commit_options
         )
         self.expert_bias.copy_(torch.where(go, bias, self.expert_bias))
         self.tokens_per_expert.copy_(torch.where(go, p.counts, self.tokens_per_expert))
-        p.clear_(skip)
+        self.pending.clear_(skip)
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars of the last committed step, named as those of `KMeansRouter`."""

@@ -307,32 +307,32 @@ class KMeansRouter(StatefulRouter):
         return self._cached[1]
 
     @torch.no_grad()
-    def commit_pending(self, skip: Tensor | None = None) -> None:
+    def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
         """Fold what forward has gathered into centroids and bias; see `commit`."""
         if self.frozen:
             return
+        batch = self.pending if batch is None else batch
         if not self._initialized:
-            if int(self.pending.num_tokens) == 0 or (skip is not None and bool(skip)):
+            if int(batch.num_tokens) == 0 or (skip is not None and bool(skip)):
                 return
             if self.init != "normal":
-                self._commit_first_data()
+                self._commit_first_data(batch)
                 return
             self._mark_initialized()
-        self._commit_step(skip)
+        self._commit_step(skip, batch)
 
-    def _commit_first_data(self) -> None:
+    def _commit_first_data(self, batch: Pending) -> None:
         """Set the centroids from the reservoir and nothing else: steps, bias and sigma stay 0."""
-        self._set_from_reservoir(self.pending.hashes, self.pending.rows)
-        self.dropped_total.add_(self.pending.num_dropped)
-        self.tokens_per_expert = self.pending.counts.clone()
+        self._set_from_reservoir(batch.hashes, batch.rows)
+        self.dropped_total.add_(batch.num_dropped)
+        self.tokens_per_expert = batch.counts.clone()
         self.pending.clear_()
         self._mark_initialized()
 
-    def _commit_step(self, skip: Tensor | None) -> None:
+    def _commit_step(self, skip: Tensor | None, p: Pending) -> None:
         if choose_backend(self.backend, self.weight.device) == "triton":
-            self._commit_triton(skip)
+            self._commit_triton(skip, p)
             return
-        p = self.pending
         go = p.num_tokens > 0 if skip is None else (p.num_tokens > 0) & ~skip
         old = reference.State(self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen)
         new = reference.commit_reference(
@@ -344,19 +344,21 @@ class KMeansRouter(StatefulRouter):
                 buffer.copy_(value)
         self.dropped_total.add_(p.num_dropped if skip is None else p.num_dropped * ~skip)
         self.tokens_per_expert.copy_(torch.where(go, p.counts, self.tokens_per_expert))
-        p.clear_(skip)
+        self.pending.clear_(skip)
 
-    def _commit_triton(self, skip: Tensor | None) -> None:
+    def _commit_triton(self, skip: Tensor | None, p: Pending) -> None:
         """The same in one launch."""
         from kmeans_route.kernels import commit
 
-        p, o = self.pending, self.commit_options
+        o = self.commit_options
         commit.commit(
             self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen, self.dropped_total,
             self.tokens_per_expert, self.centroid_turn,
             p.sums, p.counts, p.std_sum, p.num_tokens, p.num_dropped, p.margin_hist, skip,
             o.top_k, o.decay, o.balance, o.bias_rate,
         )  # fmt: skip
+        if p is not self.pending:
+            self.pending.clear_(skip)
         self._cached = None  # a kernel's writes leave no trace in the version counter
 
     def _mark_initialized(self) -> None:

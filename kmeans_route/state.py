@@ -116,8 +116,8 @@ class StatefulRouter(nn.Module):
         self._commits_by_hand = True
         self.commit_pending(skip)
 
-    def commit_pending(self, skip: Tensor | None = None) -> None:
-        """`commit` as `attach` calls it. See the subclasses."""
+    def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
+        """`commit` as `attach` calls it: with `batch`, what all ranks have gathered, in place of this rank's own."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:

@@ -310,8 +310,10 @@ def test_what_attach_refuses() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     with pytest.raises(ValueError, match="model must contain at least one router, got none in Linear"):
         attach(nn.Linear(2, 2), optimizer)
-    with pytest.raises(RuntimeError, match="attach must run in a single process in this version, got a process group"):
+    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed group, got object: call"):
         attach(model, optimizer, process_group=object())
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        attach(model, optimizer, every_n_steps=0)
     attach(model.blocks[1], optimizer)
     with pytest.raises(RuntimeError, match=r"router 'blocks\.1\.router' must not be attached twice"):
         attach(model, torch.optim.SGD(model.parameters(), 1e-2))
