@@ -56,7 +56,7 @@ def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, 
     """
     places, num_ranks = hashes.numel(), dist.get_world_size(group)
     everyone = hashes.new_empty(num_ranks * places)
-    dist.all_gather(list(everyone.split(places)), hashes, group=group)
+    dist.all_gather(list(everyone.view(num_ranks, places).unbind()), hashes, group=group)
     order = everyone.sort(stable=True).indices  # equal hashes: the lowest rank first
     values = everyone[order]
     again = torch.zeros_like(values, dtype=torch.bool)

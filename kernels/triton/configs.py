@@ -66,7 +66,10 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
     if arch == "gfx942" and be > 256:  # 64 KiB of shared memory
         columns //= 2
     if num_tokens <= 256:
-        return Config(16, columns, 4 if be <= 256 else 8, stages if be <= 512 else 2)
+        warps = 4 if be <= (128 if arch == "sm_80" else 256) else 8
+        if arch == "gfx942" and be == 16:  # 64 lanes a warp: more would read x in smaller pieces
+            warps = 2
+        return Config(16, columns, warps, stages if be <= 512 else 2)
     largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be <= 64 else 64 if be <= 128 else 32}.get(arch, 128)
     if dtype == torch.float32:  # three products take three times the operands
         largest = min(largest, max(16, 8192 // be))
@@ -80,15 +83,20 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
 
 
 def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str) -> Config:
-    """Of `_dispatch_fwd_kernel`: the sums of at most 256 experts x BD columns stay in registers."""
+    """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers."""
     be, columns = padded_experts(num_experts), 128 if dtype.itemsize == 2 else 64
     if be <= 32:
         return Config(64, columns, 4, 2)
     if be <= 64:
         return Config(32, columns, 4, 2)
-    if be <= 128:
-        return Config(32, columns // 2 if arch == "sm_80" else columns, 8, 2)
-    return Config(16 if arch == "sm_80" else 32, columns // 2, 8, 2)
+    if be <= 128 and arch != "sm_80":
+        return Config(32, columns, 8, 2)
+    return Config(32, columns // 2, 4 if arch == "gfx942" else 8, 2)
+
+
+def dispatch_experts(num_experts: int, arch: str) -> int:
+    """EB: experts a program of `_dispatch_fwd_kernel`; several programs share the reads of x where there are more."""
+    return min(padded_experts(num_experts), 256 if arch in ("sm_90", "sm_100") else 128)
 
 
 def row_config(dtype: torch.dtype) -> Config:

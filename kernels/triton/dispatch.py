@@ -23,7 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import count_and_rank, publish_totals
-from kmeans_route.kernels.configs import Config, architecture, dispatch_config, dot_precision, padded_experts
+from kmeans_route.kernels.configs import (
+    Config,
+    architecture,
+    dispatch_config,
+    dispatch_experts,
+    dot_precision,
+    padded_experts,
+)
 from kmeans_route.kernels.route import rows_of
 from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
@@ -31,7 +38,6 @@ from kmeans_route.kernels.workspace import counters
 MAX_PARTIAL_BYTES = 64 << 20
 PREFIX_COLUMNS, PREFIX_ROWS = 16, 64
 RANK_BLOCK = 128
-EXPERTS_A_PROGRAM = 256  # whose sums fit in registers
 SUM_BLOCK = 1024
 
 
@@ -277,7 +283,7 @@ def dispatch_fwd(
             E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
         )  # fmt: skip
     x = rows_of(x)
-    eb = min(be, EXPERTS_A_PROGRAM) if want_sums else be
+    eb = dispatch_experts(num_experts, arch) if want_sums else be
     _dispatch_fwd_kernel[(be // eb * triton.cdiv(hidden_size, c.BD) * splits,)](
         x, x.stride(0), indices, valid, inv_norm,
         None if ranks is None else ranks.rank, first_row,
