@@ -69,6 +69,8 @@ def _tell(runs: list[Run], paths: list[Path], time_s: float, output: Output) -> 
     spread = ", mean ± standard deviation over seeds" if len({run["config"]["seed"] for run in runs}) > 1 else ""
     output.table(f"Same weights, same text, three routers{spread}", *table_rows(runs))
     checks = verdicts(runs)
+    if len({run["config"]["seed"] for run in runs}) == 1:
+        output.note("one seed decides neither of these; `make demo-seeds` asks them of three, at 800 steps:")
     for check in checks:
         output.note(f"check {'passed' if check['passed'] else 'FAILED'}: {check['text']}")
     output.note(f"report: {paths[-1]} ({duration(time_s)})")
