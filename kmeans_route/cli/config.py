@@ -32,8 +32,8 @@ class TrainConfig:
         aux_loss_coef: of balance="aux".
         eval_every: steps between validation passes; 0 evaluates at the end only.
         eval_bytes: validation bytes scored in one pass, spread evenly over the held-out files.
-        threads: CPU threads; the order of sums, so the last bits, depends on it. At the default sizes one is faster than
-            two: the tensors are small.
+        threads: CPU threads; the order of sums, so the last bits, depends on it. The tensors are so small that one is
+            faster than two.
         device: a torch device string.
 
     Raises:
