@@ -88,7 +88,7 @@ def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str) -> Config:
     if be <= 32:
         return Config(64, columns, 4, 2)
     if be <= 64:
-        return Config(32, columns, 4, 2)
+        return Config(32, columns, 8 if arch == "sm_80" and dtype == torch.float32 else 4, 2)
     if be <= 128 and arch != "sm_80":
         return Config(32, columns, 8, 2)
     return Config(32, columns // 2, 4 if arch == "gfx942" else 8, 2)
