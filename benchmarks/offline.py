@@ -10,6 +10,7 @@ size, E experts, K top_k.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import subprocess
@@ -435,6 +436,7 @@ def main() -> int:
     if arguments.json:
         command = " ".join(["python -m benchmarks.offline", *sys.argv[1:]])
         versions = {"triton": triton.__version__, "torch": torch.__version__}
+        versions["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
         rows_json = [row.as_json() for row in rows]
         print(json.dumps({"command": command, **versions, "rows": rows_json, "problems": problems}))
     else:

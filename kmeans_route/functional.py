@@ -85,7 +85,8 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def directions_for(backend: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`directions` by the chosen backend, without the checks."""
-    if backend == "triton" and weight.dtype == torch.float32:
+    # A compiler fuses the plain form by itself; a launch that is no operator has no place in its graph.
+    if backend == "triton" and weight.dtype == torch.float32 and not torch.compiler.is_compiling():
         from kmeans_route.kernels import commit
 
         return commit.directions(weight, dtype)

@@ -89,6 +89,8 @@ def test_launches_of_a_training_step(launches: list[str]) -> None:
 CASES = [
     # T, D, E, K: one expert; many blocks and one split; several blocks and splits; one token; odd everything
     (5, 8, 1, 1),
+    (3, 2880, 8, 2),
+    (9, 24, 6, 6),
     (300, 24, 8, 2),
     (70, 136, 13, 3),
     (1, 40, 60, 8),

@@ -17,7 +17,6 @@ from torch import Tensor
 from kmeans_route.kernels.configs import padded_experts
 from kmeans_route.kernels.workspace import counters
 
-NUM_MARGIN_BINS = 1024
 BLOCK = 1024
 MIN_CENTROID_NORM: tl.constexpr = tl.constexpr(1.0e-12)
 
