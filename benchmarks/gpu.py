@@ -118,6 +118,7 @@ def run_tests(args: argparse.Namespace) -> Record:
     # project's own pythonpath setting would turn that around.
     paths = dict.fromkeys([str(Path(kmeans_route.__file__).resolve().parent.parent), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    environment["KMEANS_ROUTE_GPU_TESTS"] = "1"  # see tests/conftest.py
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""On a GPU: real sizes in bf16, streams, CUDA graphs, repeated bits. Left out where there is no GPU."""
+"""On a GPU: real sizes in bf16, streams, CUDA graphs, repeated bits. Left out unless KMEANS_ROUTE_GPU_TESTS=1 and there is one."""
 
 import pytest
 import torch
