@@ -1,4 +1,4 @@
-"""On a GPU: real sizes in bf16, streams, CUDA graphs, repeated bits. Left out unless KMEANS_ROUTE_GPU_TESTS=1 and there is one."""
+"""Real sizes in bf16, streams, CUDA graphs, repeated bits. Needs a GPU and KMEANS_ROUTE_GPU_TESTS=1."""
 
 import pytest
 import torch
