@@ -73,8 +73,8 @@ def coarse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what cannot run here: GPU tests outside of a GPU run; in the interpreter bf16, which it computes wrongly,
-    and fp64, which the kernels do not take."""
+    """Leave out what cannot run here: GPU tests outside of a GPU run; in the interpreter bf16, which it gets wrong, and
+    fp64, which the kernels do not take."""
     items[:] = [item for item in items if not _beyond_the_interpreter(item)]
 
 
