@@ -1,10 +1,18 @@
-"""The exchange between ranks that see different tokens: all pending state of all layers, once per optimizer step.
+"""The exchange between ranks that see different tokens: all pending state of all layers, once per commit.
 
 Every rank ends up with the sums over all ranks, so every rank commits the same. It is one all-reduce a dtype (fp32
 sums; int64 counts; int32 histograms where a balance rule keeps them), all in flight at once. Only before the first
 centroids are there does more travel: the token reservoir, merged to the tokens that one process would have kept.
 
-Legend: E experts, D hidden size, R ranks.
+Two options lay the sums of all layers end to end, cut them into one chunk a rank, and send each chunk to its owner,
+who adds the ranks' parts in fp32 and in the order of the ranks:
+
+- wire="bf16" rounds what it sends, and returns the sums rounded. What rounding left out stays where it arose and is
+  added to the next exchange (error feedback), so that nothing is lost in the long run.
+- shard=True returns no sums: each owner commits its chunk of the centroids in fp32, and the new centroids travel in
+  bf16. All ranks route by the same rounded centroids; their owner keeps the rest and goes on from the exact ones.
+
+Legend: E experts, D hidden size, R ranks, N elements of all sums.
 """
 
 import copy
@@ -14,39 +22,183 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmeans_route import metrics
 from kmeans_route.reservoir import EMPTY_HASH
+from kmeans_route.router import KMeansRouter
 from kmeans_route.state import Pending, StatefulRouter
 
-SUMMED = ("sums", "std_sum", "counts", "num_tokens", "num_dropped", "margin_hist")
+COUNTED = ("std_sum", "counts", "num_tokens", "num_dropped", "margin_hist")
+WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def exchange(routers: list[StatefulRouter], group: Any) -> list[Pending]:
-    """The pending state of each router, summed over the ranks of `group`; the routers' own stays as it is.
+class Exchange:
+    """The exchanges of one attachment, one at a time: `start`, `finish`, the commits, `settle`.
 
     Every rank of the group must call it with the same routers in the same order.
+
+    Args:
+        group: of the ranks that see different tokens.
+        wire: "fp32" or "bf16", how sums travel.
+        shard: each rank commits its own chunk of the centroids.
     """
-    merged = [copy.copy(router.pending) for router in routers]
-    flat: dict[torch.dtype, list[tuple[Pending, str]]] = {}
-    for pending in merged:
-        for field in SUMMED:
-            flat.setdefault(getattr(pending, field).dtype, []).append((pending, field))
-    buffers = {
-        dtype: torch.cat([getattr(pending, field).reshape(-1) for pending, field in places])
-        for dtype, places in flat.items()
-    }
-    works = [dist.all_reduce(buffer, group=group, async_op=True) for buffer in buffers.values() if buffer.numel()]
-    for work in works:
-        work.wait()
-    for dtype, places in flat.items():
-        start = 0
-        for pending, field in places:
-            own: Tensor = getattr(pending, field)
-            setattr(pending, field, buffers[dtype][start : start + own.numel()].view(own.shape))
-            start += own.numel()
-    for pending in merged:
-        if pending.hashes.numel():
-            pending.hashes, pending.rows = merge_reservoirs(pending.hashes, pending.rows, group)
-    return merged
+
+    def __init__(self, group: Any, *, wire: str = "fp32", shard: bool = False) -> None:
+        self.group, self.shard, self.dtype = group, shard, WIRE_DTYPES[wire]
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.routers: list[StatefulRouter] = []
+        self._works: list[Any] = []
+        # What rounding left out: of this rank's sums (R, n), and of the chunk that it owns (n,); n = ceil(N / R).
+        self.left_of_sums = self.left_of_chunk = torch.empty(0)
+
+    def start(self, routers: list[StatefulRouter]) -> None:
+        """Copy what is pending and send it; the routers' own stays as it is."""
+        self.routers = routers
+        self._merged = [copy.copy(router.pending) for router in routers]
+        chunked = self.shard or self.dtype != torch.float32
+        self._averaging = [
+            (router, pending)
+            for router, pending in zip(routers, self._merged, strict=True)
+            if chunked and isinstance(router, KMeansRouter)
+        ]
+        places: dict[torch.dtype, list[tuple[Pending, str]]] = {}
+        for pending in self._merged:
+            for field in COUNTED if chunked else ("sums", *COUNTED):
+                places.setdefault(getattr(pending, field).dtype, []).append((pending, field))
+        for those in places.values():
+            own = [getattr(pending, field) for pending, field in those]
+            buffer = torch.cat([tensor.reshape(-1) for tensor in own])
+            for (pending, field), view in zip(those, _views(buffer, own), strict=True):
+                setattr(pending, field, view)
+            if buffer.numel():
+                self._works.append(dist.all_reduce(buffer, group=self.group, async_op=True))
+        if self._averaging:
+            self._send_sums()
+
+    def _send_sums(self) -> None:
+        flat = self._end_to_end([pending.sums for _, pending in self._averaging])
+        if self.left_of_sums.shape != flat.shape:  # the first time, or a router was frozen or thawed
+            self.left_of_sums, self.left_of_chunk = torch.zeros_like(flat), torch.zeros_like(flat[0])
+        flat += self.left_of_sums
+        sent = flat.to(self.dtype)
+        self._new_left_of_sums = flat - sent
+        self._received = torch.empty_like(sent)
+        work = dist.all_to_all_single(self._received.view(-1), sent.view(-1), group=self.group, async_op=True)
+        self._works.append(work)
+
+    def under_way(self, routers: list[StatefulRouter]) -> bool:
+        """Whether an exchange of just these routers has been started and not finished."""
+        return bool(self._works) and self.routers == routers
+
+    def wait(self) -> None:
+        """Until all that is under way has arrived. Without `finish` it is forgotten: the routers still hold it."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+
+    def finish(self) -> list[Pending]:
+        """What the routers are to commit: their pending state, summed over the ranks."""
+        self.wait()
+        if self._averaging:
+            self._take_sums()
+        for pending in self._merged:
+            if pending.hashes.numel():
+                pending.hashes, pending.rows = merge_reservoirs(pending.hashes, pending.rows, self.group)
+        return self._merged
+
+    def _take_sums(self) -> None:
+        # A router without centroids commits its reservoir and leaves the sums alone, and so what they leave out.
+        self._uses_sums = [not pending.hashes.numel() for _, pending in self._averaging]
+        chunk = self._received.float().sum(0)
+        if self.shard:
+            self._before = self._end_to_end([router.weight for router, _ in self._averaging])
+            exact = self._before.clone()
+            exact[self.rank] += self.left_of_chunk
+            self._set_centroids(exact)
+            flat = torch.zeros_like(self._before)
+            flat[self.rank] = chunk
+        else:
+            flat, self._new_left_of_chunk = self._gather(chunk + self.left_of_chunk)
+        sums = [pending.sums for _, pending in self._averaging]
+        for (_, pending), view in zip(self._averaging, _views(flat, sums), strict=True):
+            pending.sums = view
+
+    def agree(self, skip: Tensor | None) -> Tensor | None:
+        """Whether any rank skips; all ranks then do."""
+        if skip is None:
+            return None
+        flag = skip.to(torch.int32).reshape(1)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return flag[0] > 0
+
+    def settle(self, skip: Tensor | None) -> None:
+        """After the commits: gather the centroids where they are sharded, and keep what rounding has left out."""
+        if not self._averaging:
+            return
+        committed = [
+            pending.num_tokens > 0 if skip is None else (pending.num_tokens > 0) & ~skip
+            for _, pending in self._averaging
+        ]
+        averaged = [go & uses for go, uses in zip(committed, self._uses_sums, strict=True)]
+        moved = self._where(averaged)
+        self.left_of_sums = torch.where(moved, self._new_left_of_sums, self.left_of_sums)
+        if self.shard:
+            moved = self._where(committed)
+            self._gather_centroids(moved, averaged)
+        self.left_of_chunk = torch.where(moved[self.rank], self._new_left_of_chunk, self.left_of_chunk)
+
+    def _gather_centroids(self, moved: Tensor, averaged: list[Tensor]) -> None:
+        exact = self._end_to_end([router.weight for router, _ in self._averaging])[self.rank]
+        gathered, self._new_left_of_chunk = self._gather(exact)
+        self._set_centroids(torch.where(moved, gathered, self._before))
+        weights = [router.weight for router, _ in self._averaging]
+        for (router, _), old, go in zip(self._averaging, _views(self._before, weights), averaged, strict=True):
+            turn = metrics.centroid_turn(old, router.weight)
+            router.centroid_turn.copy_(torch.where(go, turn, router.centroid_turn))
+
+    def _set_centroids(self, flat: Tensor) -> None:
+        weights = [router.weight for router, _ in self._averaging]
+        for weight, view in zip(weights, _views(flat, weights), strict=True):
+            weight.copy_(view)
+
+    def _gather(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """Every rank's chunk (R, n) fp32, rounded to bf16 on the way, and what rounding left out of one's own (n,)."""
+        sent = chunk.bfloat16()
+        received = sent.new_empty(self.num_ranks, sent.numel())
+        # An old name and a new one for the same call.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(received.view(-1), sent, group=self.group)
+        return received.float(), chunk - sent
+
+    def _end_to_end(self, tensors: list[Tensor]) -> Tensor:
+        """All of them in one (R, n), zeros at the end."""
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        return torch.nn.functional.pad(flat, (0, -flat.numel() % self.num_ranks)).view(self.num_ranks, -1)
+
+    def _where(self, each: list[Tensor]) -> Tensor:
+        """One boolean a router, spread over its elements: (R, n)."""
+        spread = [go.expand(router.weight.shape) for (router, _), go in zip(self._averaging, each, strict=True)]
+        return self._end_to_end(spread)
+
+
+def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The start of flat, cut into views of the tensors' shapes."""
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = flat.view(-1)[: sum(sizes)].split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def wire_bytes(num_experts: int, hidden_size: int, num_ranks: int, *, wire: str = "fp32", shard: bool = False) -> float:
+    """Bytes that each rank sends for one router and commit, and receives as many, by a ring.
+
+    An all-reduce sends 2 (R - 1) / R times its buffer, an all-to-all or all-gather half of that. The counts, E + 2
+    int64, are in it; the histograms of balance="quantile" and the first commit's reservoir are not.
+    """
+    elements, counted = num_experts * hidden_size, 4 + 8 * (num_experts + 2)
+    if shard:
+        halves = elements * (WIRE_DTYPES[wire].itemsize + 2)
+    else:
+        halves = 2 * elements * WIRE_DTYPES[wire].itemsize
+    return (halves + 2 * counted) * (num_ranks - 1) / num_ranks
 
 
 def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor]:
@@ -69,14 +221,22 @@ def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, 
     return chosen, given
 
 
-def check_same_routers(routers: dict[str, StatefulRouter], group: Any) -> None:
+def check_same_routers(routers: dict[str, StatefulRouter], options: str, group: Any) -> None:
     """Refuse ranks whose routers differ, on every rank alike, before they wait for each other in vain.
 
     Raises:
-        RuntimeError: the routers' names, options or state are not the same on all ranks.
+        RuntimeError: the options of attach, or the routers' names, options or state are not the same on all ranks.
     """
     own = {name: (repr(router), _fingerprint(router)) for name, router in routers.items()}
-    everyone: list[dict[str, tuple[str, Any]]] = [{} for _ in range(dist.get_world_size(group))]
+    asked: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(asked, options, group=group)
+    for rank, theirs_asked in enumerate(asked):
+        if theirs_asked != asked[0]:
+            raise RuntimeError(
+                f"options of attach must be the same on all ranks, got {theirs_asked} on rank {rank}, on rank 0: "
+                f"{asked[0]}"
+            )
+    everyone: list[dict[str, tuple[str, Any]]] = [{} for _ in asked]
     dist.all_gather_object(everyone, own, group=group)
     for rank, theirs in enumerate(everyone):
         if list(theirs) != list(everyone[0]):

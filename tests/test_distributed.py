@@ -1,6 +1,8 @@
 """Ranks that see different tokens: they commit what one process would, from gloo runs with 2 and 4 processes."""
 
+import datetime
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kmeans_route import KMeansRouter, MoE, attach
-from kmeans_route.distributed import exchange
+from kmeans_route.distributed import Exchange
 from tests.ranks import run_on_ranks
 
 D_IN, D, E, K = 12, 16, 6, 2
@@ -139,18 +141,47 @@ def test_what_is_refused_on_every_rank(tmp_path: Path) -> None:
         assert "must be attached" in messages[3]
 
 
-def die_in_the_middle(rank: int) -> None:
-    router = KMeansRouter(D, E, K)
-    attachment = attach(nn.Sequential(router), torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
-    if rank == 1:
-        os._exit(7)
-    router.train()(torch.randn(8, D))
-    attachment.commit()
+def survive(rank: int, folder: str, cases: tuple[str, ...]) -> None:
+    """Rank 1 hangs, then dies; rank 0 writes down what it got, and after how many seconds."""
+    told = {}
+    for case in cases:
+        timeout = datetime.timedelta(seconds=3)
+        dist.init_process_group("gloo", f"file://{folder}/{case}", rank=rank, world_size=2, timeout=timeout)
+        router = KMeansRouter(D, E, K)
+        attachment = attach(nn.Sequential(router), torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        if rank == 1:
+            if case == "dies":
+                os._exit(7)
+            time.sleep(6)  # until rank 0 has given up
+        else:
+            router.train()(torch.randn(8, D))
+            start = time.monotonic()
+            try:
+                attachment.commit()
+            except RuntimeError as error:
+                told[case] = (time.monotonic() - start, str(error), int(router.pending.num_tokens))
+            time.sleep(max(0.0, start + 6 - time.monotonic()))
+        dist.destroy_process_group()
+    torch.save(told, Path(folder) / "told.pt")
 
 
-def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
-    with pytest.raises((torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)):
-        run_on_ranks(die_in_the_middle, 2, tmp_path)
+def test_a_rank_that_hangs_or_dies_ends_the_others(tmp_path: Path) -> None:
+    """Within the group's timeout, with an error; what was pending is still there."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=survive, args=(rank, str(tmp_path), ("hangs", "dies"))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert not process.is_alive()
+    assert [process.exitcode for process in processes] == [0, 7]
+    told = torch.load(tmp_path / "told.pt")
+    assert list(told) == ["hangs", "dies"]
+    for case, (seconds, message, pending) in told.items():
+        assert message, case
+        assert seconds < 5, case
+        assert pending == 8, case
+    assert told["hangs"][0] > 2
 
 
 def group_of_two(rank: int) -> Tensor:
@@ -159,7 +190,9 @@ def group_of_two(rank: int) -> Tensor:
     router = KMeansRouter(D, E, K, init="normal")
     attachment = attach(nn.Sequential(router), torch.optim.SGD([nn.Parameter(torch.zeros(1))]), groups[rank // 2])
     router.train()(torch.randn(10, D, generator=torch.Generator().manual_seed(rank)))
-    (merged,) = exchange([router], groups[rank // 2])
+    check = Exchange(groups[rank // 2])
+    check.start([router])
+    (merged,) = check.finish()
     attachment.commit()
     assert int(merged.num_tokens) == 20
     return router.weight.clone()
