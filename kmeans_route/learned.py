@@ -184,7 +184,10 @@ class LearnedRouter(StatefulRouter):
         self.pending.clear_(skip)
 
     def metrics(self) -> dict[str, float]:
-        """Flat scalars of the last committed step, named as those of `KMeansRouter`."""
+        """Flat scalars of the last committed step, named as those of `KMeansRouter`.
+
+        Where the weight is sharded over ranks `direction_cosine` is absent: it would take all ranks to read it.
+        """
         counts = self.tokens_per_expert
         values = {
             "maxvio": metrics.max_vio(counts),
@@ -193,6 +196,7 @@ class LearnedRouter(StatefulRouter):
             "load_gini": metrics.gini(counts),
             "dead_experts": metrics.dead_experts(counts),
             "bias_abs_max": self.expert_bias.abs().max(),
-            "direction_cosine": metrics.mean_pairwise_cosine(self.weight.detach()),
         }
+        if not hasattr(self.weight, "full_tensor"):
+            values["direction_cosine"] = metrics.mean_pairwise_cosine(self.weight.detach())
         return {name: float(value) for name, value in values.items()}
