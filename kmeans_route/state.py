@@ -144,13 +144,13 @@ class StatefulRouter(nn.Module):
         return counting
 
     def _check_unattached(self) -> None:
-        remedy = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
             if world > 1:
                 raise RuntimeError(
                     f"a router that trains on {world} ranks must be attached, got one that is not, so that the ranks "
-                    f"would drift apart: {remedy}"
+                    "would drift apart: call kmeans_route.attach(model, optimizer); if each rank is to learn alone, "
+                    "with a process group of its own"
                 )
         if ops.in_backward():
             if not (self._has_gathered or self._warned):
@@ -163,6 +163,7 @@ class StatefulRouter(nn.Module):
                 )
             return
         self._has_gathered = True
+        remedy = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
         if not (self._warned or self._commits_by_hand):
             self._warned = True
             warnings.warn(f"router {self.name!r} trains but nothing commits its statistics: {remedy}", stacklevel=4)
