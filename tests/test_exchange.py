@@ -1,7 +1,5 @@
 """The ways in which ranks exchange: beside the backward pass, in bf16 with error feedback, sharded; their bytes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.exchange import recorded, sent_by_a_ring
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
 from kmeans_route.attach import Attachment
 from kmeans_route.distributed import wire_bytes
@@ -193,31 +192,6 @@ def test_overlapping_changes_no_bit(tmp_path: Path) -> None:
                 assert torch.equal(states[f"{name}-2"][key], tensor), (name, key)
 
 
-@contextmanager
-def recorded(calls: list[tuple[str, int]]) -> Iterator[None]:
-    """Note each collective of torch.distributed and the bytes of what it sends."""
-    names = ["all_reduce", "all_to_all_single", "all_gather", "all_gather_into_tensor", "all_gather_single"]
-    own: dict[str, Callable[..., Any]] = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
-
-    def wrapper(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            sent = args[0] if name == "all_reduce" else args[1]
-            calls.append(
-                (name.removesuffix("_single").removesuffix("_into_tensor"), sent.numel() * sent.element_size())
-            )
-            return own[name](*args, **kwargs)
-
-        return call
-
-    try:
-        for name in own:
-            setattr(dist, name, wrapper(name))
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(dist, name, function)
-
-
 def calls_of_a_step(rank: int, num_ranks: int) -> dict[str, list[list[tuple[str, int]]]]:
     """For each wire: what a forward, the backward pass and the step of the second commit send."""
     found = {}
@@ -250,12 +224,7 @@ def test_one_exchange_a_step_and_its_bytes(tmp_path: Path) -> None:
         assert sorted(calls["overlap"][0]) == sorted(after["fp32"])
         assert all(stages[1] == [] for stages in calls.values())
         for name, options in WIRES.items():
-            by_ring = {
-                "all_reduce": 2 * (RANKS - 1) / RANKS,
-                "all_to_all": (RANKS - 1) / RANKS,
-                "all_gather": RANKS - 1,
-            }
-            sent = sum(by_ring[call] * size for call, size in after[name])
+            sent = sent_by_a_ring(after[name], RANKS)
             assert sent == pytest.approx(3 * wire_bytes(E, D, RANKS, **options))
 
 
