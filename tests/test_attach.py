@@ -1,4 +1,4 @@
-"""attach: one commit per optimizer step, whatever happens between two steps; each token counted once."""
+"""attach: one commit per optimizer step, whatever happens between two steps."""
 
 import copy
 import warnings
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
 from tests.compare import assert_same_bits, generator
@@ -29,11 +28,10 @@ def warnings_are_errors() -> Iterator[None]:
 
 
 class Model(nn.Module):
-    """Two blocks with a mixture each, recomputed in the backward pass as `recompute` says."""
+    """Two blocks with a mixture each. For blocks that are recomputed in the backward pass see test_recompute.py."""
 
-    def __init__(self, recompute: str = "", **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.recompute = recompute
         self.inward = nn.Linear(D, D)
         self.blocks = nn.ModuleList(MoE(D, 8, E, K, name=f"blocks.{i}", **options) for i in range(2))
         self.outward = nn.Linear(D, 1)
@@ -41,16 +39,13 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.inward(x)
         for block in self.blocks:
-            if self.recompute:
-                h = h + checkpoint(block, h, use_reentrant=self.recompute == "reentrant")
-            else:
-                h = h + block(h)
+            h = h + block(h)
         return self.outward(h).square().mean()
 
 
-def make(recompute: str = "", **options: Any) -> Model:
+def make(**options: Any) -> Model:
     torch.manual_seed(7)
-    return Model(recompute, **options)
+    return Model(**options)
 
 
 def batch(seed: int, num_tokens: int = 120) -> Tensor:
@@ -198,55 +193,6 @@ def test_a_real_gradient_scaler(fused: bool) -> None:
     assert [int(router.steps) for router in routers_of(model)] == [1, 1]
     for router in routers_of(model):
         assert int(router.tokens_per_expert.sum()) == 2 * 120 * K
-
-
-@pytest.mark.parametrize("recompute", ["", "non-reentrant", "reentrant"])
-@pytest.mark.parametrize("balance", ["proportional", "quantile"])
-def test_recomputed_tokens_count_once(recompute: str, balance: str) -> None:
-    plain, other = make(balance=balance), make(recompute, balance=balance)
-    optimizers = [torch.optim.SGD(model.parameters(), 1e-2) for model in (plain, other)]
-    for model, optimizer in zip((plain, other), optimizers, strict=True):
-        attach(model, optimizer)
-    for step in range(3):
-        for part in batch(step).split(60):
-            losses = [model(part) for model in (plain, other)]
-            assert_same_bits(losses[1], losses[0])
-            for loss in losses:
-                loss.backward()
-            assert_same(pending_of(other), pending_of(plain))
-        for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
-            assert p.grad is not None
-            assert q.grad is not None
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        assert_same(state_of(other), state_of(plain))
-    assert [int(router.steps) for router in routers_of(other)] == [2, 2]
-
-
-def test_unattached_non_reentrant_checkpointing_counts_once() -> None:
-    plain, other = make(), make("non-reentrant")
-    by_hand(plain)
-    by_hand(other)
-    for model in (plain, other):
-        model(batch(0)).backward()
-    assert tokens_pending(other) == [120, 120]
-    assert_same(pending_of(other), pending_of(plain))
-
-
-def test_unattached_reentrant_checkpointing_counts_nothing_and_says_so_once() -> None:
-    """Its first forward looks like a user's no_grad, and its second runs in a backward pass."""
-    model = make("reentrant")
-    by_hand(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(3):
-            model(batch(step)).backward()
-    assert tokens_pending(model) == [0, 0]
-    told = [str(w.message) for w in caught if "reentrant" in str(w.message) and "router" in str(w.message)]
-    assert len(told) == 2, "once for each router"
-    assert all(REMEDY in message for message in told)
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode", "frozen"])
