@@ -104,6 +104,8 @@ class MoE(nn.Module):
     def _record_loads(self, loads: Tensor) -> None:
         """In place, so that a captured graph writes where one reads, and because torch.compile takes a checkpointed
         layer into its graph only where the forward reassigns no attribute."""
+        if torch.compiler.is_exporting():  # a program holds no more than what it computes with
+            return
         held = self.tokens_per_expert
         # Loading with assign=True may bring the state to another device without a word.
         if held.device != loads.device or (not torch.compiler.is_compiling() and held.is_inference()):
