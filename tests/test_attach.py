@@ -131,6 +131,50 @@ def test_forwards_inside_the_step_count() -> None:
     assert calls == [[step, step] for step in (0, 0, 1) for _ in range(len(calls) // 3)]
 
 
+def test_the_step_of_another_optimizer_does_not_commit() -> None:
+    """Two optimizers over one model: the one attached to commits, once each time that it steps."""
+    model, twin = make(), make()
+    by_hand(twin)
+    tied = torch.optim.AdamW(model.blocks.parameters(), 1e-2)
+    other = torch.optim.SGD([*model.inward.parameters(), *model.outward.parameters()], 1e-2)
+    attach(model, tied)
+    for step in range(3):
+        before = state_of(model)
+        for each in (model, twin):
+            each(batch(step)).backward()
+        other.step()
+        assert_same(state_of(model), before)
+        assert_same(pending_of(model), pending_of(twin))
+        tied.step()
+        by_hand(twin)
+        after = state_of(model)
+        assert_same(after, state_of(twin))
+        other.step()
+        assert_same(state_of(model), after)
+        assert [int(router.steps) for router in routers_of(model)] == [step, step]
+        twin.load_state_dict(model.state_dict())  # the parameters: those of the twin have no optimizer
+        model.zero_grad()
+        twin.zero_grad()
+
+
+def test_clipping_gradients_touches_neither_state_nor_pending() -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attach(model, optimizer)
+    for step in range(2):
+        (1e3 * model(batch(step))).backward()
+        before, gathered = state_of(model), pending_of(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-4)
+        assert float(norm) > 1e-3
+        assert_same(state_of(model), before)
+        assert_same(pending_of(model), gathered)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [int(router.steps) for router in routers_of(model)] == [1, 1]
+    assert not any(router.weight.requires_grad for router in routers_of(model))
+
+
 class Still(torch.optim.SGD):
     """Moves nothing, and like a fused optimizer leaves `found_inf` to the device: its step hooks always run."""
 
@@ -166,6 +210,47 @@ def test_a_step_that_the_scaler_skips_joins_the_next_commit(first_data: bool) ->
     assert tokens_pending(skipping) == [0, 0]
     assert_same(state_of(skipping), state_of(joined))
     assert [int(router.steps) for router in routers_of(skipping)] == ([0, 0] if first_data else [1, 1])
+
+
+@pytest.mark.parametrize("first_data", [True, False], ids=["first_data", "later"])
+def test_every_n_steps_joins_what_n_steps_gathered(first_data: bool) -> None:
+    """The state moves at each third step, a skipped one among them: it counts as a step, and its tokens count."""
+    seldom, joined = make(), make()
+    optimizers = [Still(model.parameters()) for model in (seldom, joined)]
+    attach(seldom, optimizers[0], every_n_steps=3)
+    attach(joined, optimizers[1])
+    if not first_data:
+        for model, optimizer in zip((seldom, joined), optimizers, strict=True):
+            model(batch(0))
+            for _ in range(3):
+                optimizer.step()
+    for commits in range(2):
+        before = state_of(seldom)
+        for step in range(1, 4):
+            assert_same(state_of(seldom), before)
+            assert tokens_pending(seldom) == [120 * (step - 1)] * 2
+            for model in (seldom, joined):
+                model(batch(10 * commits + step))
+            optimizers[0].found_inf = torch.tensor([float(step == 2)])
+            optimizers[0].step()
+        optimizers[1].step()
+        assert tokens_pending(seldom) == [0, 0]
+        assert_same(state_of(seldom), state_of(joined))
+        assert all(int(router.tokens_per_expert.sum()) == 3 * 120 * K for router in routers_of(seldom))
+        steps = commits if first_data else commits + 1
+        assert [int(router.steps) for router in routers_of(seldom)] == [steps, steps]
+
+
+def test_a_commit_due_at_a_skipped_step_is_made_up_for() -> None:
+    model = make()
+    optimizer = Still(model.parameters())
+    attach(model, optimizer, every_n_steps=2)
+    for step in range(4):
+        model(batch(step))
+        optimizer.found_inf = torch.tensor([float(step == 1)])
+        optimizer.step()
+    assert tokens_pending(model) == [0, 0]
+    assert all(int(router.tokens_per_expert.sum()) == 4 * 120 * K for router in routers_of(model))
 
 
 @pytest.mark.parametrize("fused", [True, False])
