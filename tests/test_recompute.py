@@ -330,6 +330,7 @@ def test_micro_batches_are_one_batch(recompute: str, device: str) -> None:
         for part in x.chunk(num_parts):
             (model(part) / num_parts).backward()
         gathered = pending_of(model)
+        assert {int(n) for name, n in gathered.items() if name.endswith("num_tokens")} == {4 * PART}
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         results.append((gathered, gradients, {name: b.clone() for name, b in model.named_buffers()}))
