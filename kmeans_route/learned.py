@@ -93,11 +93,13 @@ class LearnedRouter(StatefulRouter):
         device = self.weight.device
         self.pending = Pending(self.num_experts, 0, device, with_hist=self._want_hist, with_reservoir=False)
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
-        self.aux_loss = torch.zeros((), device=device)
+        self.aux_loss = torch.zeros((), dtype=torch.float32, device=device)
         if self.weight.is_meta:
             return
         with torch.no_grad():
-            rows = torch.randn(self.num_experts, self.hidden_size, generator=self._private_generator())
+            rows = torch.randn(
+                self.num_experts, self.hidden_size, generator=self._private_generator(), dtype=torch.float32
+            )
             self.weight.copy_(rows * self.hidden_size**-0.5)
             self.expert_bias.zero_()
 
@@ -111,7 +113,7 @@ class LearnedRouter(StatefulRouter):
     def forward(self, x: Tensor, mask: Tensor | None = None, *, details: bool = False) -> RouterOutput | Routing:
         """Route x (..., D); in training also set `aux_loss` and gather the loads."""
         x_TD, probabilities, routing = self._route(x, mask)
-        if self.balance == "aux":
+        if self.balance == "aux" and not torch.compiler.is_exporting():
             self.aux_loss = self._switch_loss(probabilities, routing)
         if self.counts_now():
             self._gather(x_TD, probabilities.detach(), routing)

@@ -137,7 +137,8 @@ def pairwise_cosine(weight: Tensor) -> Tensor:
         ValueError: weight has fewer than two dimensions.
     """
     d = _directions(weight, "weight")
-    return (d @ d.mT).clamp(-1, 1)
+    with torch.autocast(d.device.type, enabled=False):
+        return (d @ d.mT).clamp(-1, 1)
 
 
 def mean_pairwise_cosine(weight: Tensor) -> Tensor:

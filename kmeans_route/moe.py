@@ -1,5 +1,6 @@
 """A sparse mixture-of-experts layer whose router is a flag: "kmeans", "softmax" or "sigmoid"."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,9 @@ class MoE(nn.Module):
     Shape:
         x (..., D), mask x.shape[:-1] bool -> y like x. Tokens that are not valid get 0.
 
-    After a forward `tokens_per_expert` (E,) holds its loads and `aux_loss` () what to add to the training loss (0 for
-    routers without one). The weights of the experts come from torch's global generator and do not depend on the router.
+    After a forward `tokens_per_expert` (E,) holds its loads, until the next one writes over them, and `aux_loss` ()
+    what to add to the training loss (0 for routers without one). The weights of the experts come from torch's global
+    generator and do not depend on the router.
 
     Example:
         >>> import torch, kmeans_route
@@ -80,6 +82,13 @@ class MoE(nn.Module):
             return self.router.aux_loss
         return self.router.score_std.new_zeros(())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        loads, device = self.tokens_per_expert, self.router.expert_bias.device
+        if loads.device != device:
+            self.tokens_per_expert = torch.zeros_like(loads, device=device) if loads.is_meta else loads.to(device)
+        return self
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Route, dispatch, apply the experts, combine."""
         x_TD = flatten_hidden_states(x, self.hidden_size)
@@ -89,8 +98,20 @@ class MoE(nn.Module):
         else:
             routing = cast(Routing, self.router(x_TD, flat_mask, details=True))
             sent = dispatch(x_TD, routing, backend=self.backend)
-        self.tokens_per_expert = routing.tokens_per_expert
+        self._record_loads(routing.tokens_per_expert)
         return self._apply_experts(x_TD, routing, sent)[0].view(x.shape)
+
+    def _record_loads(self, loads: Tensor) -> None:
+        """In place, so that a captured graph writes where one reads, and because torch.compile takes a checkpointed
+        layer into its graph only where the forward reassigns no attribute."""
+        if torch.compiler.is_exporting():  # a program holds no more than what it computes with
+            return
+        held = self.tokens_per_expert
+        # Loading with assign=True may bring the state to another device without a word.
+        if held.device != loads.device or (not torch.compiler.is_compiling() and held.is_inference()):
+            self.tokens_per_expert = loads.clone()
+        else:
+            held.copy_(loads)
 
     def _apply_experts(self, x: Tensor, routing: Routing, sent: Dispatch) -> tuple[Tensor, Tensor]:
         y_sorted = self.experts(sent.x_sorted, sent.offsets)

@@ -33,6 +33,10 @@ INITS = ("tokens", "kmeans++", "normal")
 BIAS_RATES = {"proportional": 0.05, "sign": 0.001, "quantile": 0.1, "none": 0.0}
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class KMeansRouter(StatefulRouter):
     """Route each hidden state to the top_k experts whose running-average centroids have the largest cosine with it.
 
@@ -60,6 +64,14 @@ class KMeansRouter(StatefulRouter):
 
     Shape:
         x: (..., D). weights, indices: (T, K), T the product of the leading dimensions. scores: (T, E).
+
+    Copies (deepcopy, pickle, AveragedModel) are not attached. `torch.optim.swa_utils.AveragedModel` with its default
+    use_buffers=False takes over the latest state at each update, which is an average in itself: the one to evaluate
+    with. With use_buffers=True it averages averages: an EMA rounds `steps` down, and PyTorch's own SWA rule refuses the
+    bool `initialized`. `torch.export` is for eval mode.
+
+    After the first data no tensor of the state moves in forward, backward or commit, so that CUDA graphs may hold them;
+    loading, resetting and moving the router make new ones.
 
     Raises:
         ValueError, TypeError: an option or a tensor is out of its range, see the message.
@@ -158,7 +170,7 @@ class KMeansRouter(StatefulRouter):
         self._initialized = False
         self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
         self._new_pending()
-        self.centroid_turn = torch.zeros(2, self.num_experts, device=self.weight.device)
+        self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
         if self.weight.is_meta:
             return
         with torch.no_grad():
@@ -299,6 +311,8 @@ class KMeansRouter(StatefulRouter):
         """Directions in the dtype of the hidden states; kept until the centroids change."""
         if torch.compiler.is_compiling():
             return directions(self.weight, dtype)
+        if _is_capturing(self.weight.device):  # a replay must follow the centroids, and knows no Python
+            return directions_for(backend, self.weight, dtype)
         if torch.is_inference_mode_enabled() or self.weight.is_inference():  # such tensors cannot be kept for autograd
             return directions_for(backend, self.weight, dtype)
         key = (self.weight.data_ptr(), self.weight._version, dtype)

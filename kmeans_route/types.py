@@ -7,6 +7,7 @@ Legend: T tokens, D hidden size, E experts, K top_k. A token is *valid* when its
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Routing(NamedTuple):
@@ -72,3 +73,10 @@ class MoEDetails(NamedTuple):
     dispatch: Dispatch
     y_sorted: Tensor
     y: Tensor
+
+
+# So that torch.export.save can write down a program that returns one. The call is private to PyTorch, but the only one
+# there is for named tuples; without it everything else works.
+if hasattr(_pytree, "_register_namedtuple"):
+    for _result in (Routing, Dispatch, RouterOutput, MoEDetails):
+        _pytree._register_namedtuple(_result, serialized_type_name=f"kmeans_route.{_result.__name__}")

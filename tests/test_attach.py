@@ -1,4 +1,4 @@
-"""attach: one commit per optimizer step, whatever happens between two steps; each token counted once."""
+"""attach: one commit per optimizer step, whatever happens between two steps."""
 
 import copy
 import warnings
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
 from tests.compare import assert_same_bits, generator
@@ -29,11 +28,10 @@ def warnings_are_errors() -> Iterator[None]:
 
 
 class Model(nn.Module):
-    """Two blocks with a mixture each, recomputed in the backward pass as `recompute` says."""
+    """Two blocks with a mixture each. For blocks that are recomputed in the backward pass see test_recompute.py."""
 
-    def __init__(self, recompute: str = "", **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.recompute = recompute
         self.inward = nn.Linear(D, D)
         self.blocks = nn.ModuleList(MoE(D, 8, E, K, name=f"blocks.{i}", **options) for i in range(2))
         self.outward = nn.Linear(D, 1)
@@ -41,16 +39,13 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.inward(x)
         for block in self.blocks:
-            if self.recompute:
-                h = h + checkpoint(block, h, use_reentrant=self.recompute == "reentrant")
-            else:
-                h = h + block(h)
+            h = h + block(h)
         return self.outward(h).square().mean()
 
 
-def make(recompute: str = "", **options: Any) -> Model:
+def make(**options: Any) -> Model:
     torch.manual_seed(7)
-    return Model(recompute, **options)
+    return Model(**options)
 
 
 def batch(seed: int, num_tokens: int = 120) -> Tensor:
@@ -136,6 +131,50 @@ def test_forwards_inside_the_step_count() -> None:
     assert calls == [[step, step] for step in (0, 0, 1) for _ in range(len(calls) // 3)]
 
 
+def test_the_step_of_another_optimizer_does_not_commit() -> None:
+    """Two optimizers over one model: the one attached to commits, once each time that it steps."""
+    model, twin = make(), make()
+    by_hand(twin)
+    tied = torch.optim.AdamW(model.blocks.parameters(), 1e-2)
+    other = torch.optim.SGD([*model.inward.parameters(), *model.outward.parameters()], 1e-2)
+    attach(model, tied)
+    for step in range(3):
+        before = state_of(model)
+        for each in (model, twin):
+            each(batch(step)).backward()
+        other.step()
+        assert_same(state_of(model), before)
+        assert_same(pending_of(model), pending_of(twin))
+        tied.step()
+        by_hand(twin)
+        after = state_of(model)
+        assert_same(after, state_of(twin))
+        other.step()
+        assert_same(state_of(model), after)
+        assert [int(router.steps) for router in routers_of(model)] == [step, step]
+        twin.load_state_dict(model.state_dict())  # the parameters: those of the twin have no optimizer
+        model.zero_grad()
+        twin.zero_grad()
+
+
+def test_clipping_gradients_touches_neither_state_nor_pending() -> None:
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    attach(model, optimizer)
+    for step in range(2):
+        (1e3 * model(batch(step))).backward()
+        before, gathered = state_of(model), pending_of(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-4)
+        assert float(norm) > 1e-3
+        assert_same(state_of(model), before)
+        assert_same(pending_of(model), gathered)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [int(router.steps) for router in routers_of(model)] == [1, 1]
+    assert not any(router.weight.requires_grad for router in routers_of(model))
+
+
 class Still(torch.optim.SGD):
     """Moves nothing, and like a fused optimizer leaves `found_inf` to the device: its step hooks always run."""
 
@@ -173,6 +212,47 @@ def test_a_step_that_the_scaler_skips_joins_the_next_commit(first_data: bool) ->
     assert [int(router.steps) for router in routers_of(skipping)] == ([0, 0] if first_data else [1, 1])
 
 
+@pytest.mark.parametrize("first_data", [True, False], ids=["first_data", "later"])
+def test_every_n_steps_joins_what_n_steps_gathered(first_data: bool) -> None:
+    """The state moves at each third step, a skipped one among them: it counts as a step, and its tokens count."""
+    seldom, joined = make(), make()
+    optimizers = [Still(model.parameters()) for model in (seldom, joined)]
+    attach(seldom, optimizers[0], every_n_steps=3)
+    attach(joined, optimizers[1])
+    if not first_data:
+        for model, optimizer in zip((seldom, joined), optimizers, strict=True):
+            model(batch(0))
+            for _ in range(3):
+                optimizer.step()
+    for commits in range(2):
+        before = state_of(seldom)
+        for step in range(1, 4):
+            assert_same(state_of(seldom), before)
+            assert tokens_pending(seldom) == [120 * (step - 1)] * 2
+            for model in (seldom, joined):
+                model(batch(10 * commits + step))
+            optimizers[0].found_inf = torch.tensor([float(step == 2)])
+            optimizers[0].step()
+        optimizers[1].step()
+        assert tokens_pending(seldom) == [0, 0]
+        assert_same(state_of(seldom), state_of(joined))
+        assert all(int(router.tokens_per_expert.sum()) == 3 * 120 * K for router in routers_of(seldom))
+        steps = commits if first_data else commits + 1
+        assert [int(router.steps) for router in routers_of(seldom)] == [steps, steps]
+
+
+def test_a_commit_due_at_a_skipped_step_is_made_up_for() -> None:
+    model = make()
+    optimizer = Still(model.parameters())
+    attach(model, optimizer, every_n_steps=2)
+    for step in range(4):
+        model(batch(step))
+        optimizer.found_inf = torch.tensor([float(step == 1)])
+        optimizer.step()
+    assert tokens_pending(model) == [0, 0]
+    assert all(int(router.tokens_per_expert.sum()) == 4 * 120 * K for router in routers_of(model))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_real_gradient_scaler(fused: bool) -> None:
     """A fused optimizer fires its hooks on a step that the scaler skips, an unfused one does not."""
@@ -198,55 +278,6 @@ def test_a_real_gradient_scaler(fused: bool) -> None:
     assert [int(router.steps) for router in routers_of(model)] == [1, 1]
     for router in routers_of(model):
         assert int(router.tokens_per_expert.sum()) == 2 * 120 * K
-
-
-@pytest.mark.parametrize("recompute", ["", "non-reentrant", "reentrant"])
-@pytest.mark.parametrize("balance", ["proportional", "quantile"])
-def test_recomputed_tokens_count_once(recompute: str, balance: str) -> None:
-    plain, other = make(balance=balance), make(recompute, balance=balance)
-    optimizers = [torch.optim.SGD(model.parameters(), 1e-2) for model in (plain, other)]
-    for model, optimizer in zip((plain, other), optimizers, strict=True):
-        attach(model, optimizer)
-    for step in range(3):
-        for part in batch(step).split(60):
-            losses = [model(part) for model in (plain, other)]
-            assert_same_bits(losses[1], losses[0])
-            for loss in losses:
-                loss.backward()
-            assert_same(pending_of(other), pending_of(plain))
-        for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
-            assert p.grad is not None
-            assert q.grad is not None
-            torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        assert_same(state_of(other), state_of(plain))
-    assert [int(router.steps) for router in routers_of(other)] == [2, 2]
-
-
-def test_unattached_non_reentrant_checkpointing_counts_once() -> None:
-    plain, other = make(), make("non-reentrant")
-    by_hand(plain)
-    by_hand(other)
-    for model in (plain, other):
-        model(batch(0)).backward()
-    assert tokens_pending(other) == [120, 120]
-    assert_same(pending_of(other), pending_of(plain))
-
-
-def test_unattached_reentrant_checkpointing_counts_nothing_and_says_so_once() -> None:
-    """Its first forward looks like a user's no_grad, and its second runs in a backward pass."""
-    model = make("reentrant")
-    by_hand(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(3):
-            model(batch(step)).backward()
-    assert tokens_pending(model) == [0, 0]
-    told = [str(w.message) for w in caught if "reentrant" in str(w.message) and "router" in str(w.message)]
-    assert len(told) == 2, "once for each router"
-    assert all(REMEDY in message for message in told)
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "inference_mode", "frozen"])

@@ -110,6 +110,26 @@ def test_graph_replay(num_tokens: int) -> None:
         assert torch.equal(sent.x_sorted, x[sent.token_of_row])
 
 
+def test_graph_replay_follows_the_centroids() -> None:
+    """A captured forward routes by the centroids of its replay, not by those of its capture."""
+    router = KMeansRouter(2048, 64, 8, device="cuda", backend="triton")
+    x = make_hidden_states(512, 2048, dtype=torch.bfloat16, device="cuda", num_clusters=64)
+    router(x)
+    router.commit()
+    router.eval()(x)  # compiles, and makes the counters
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = router(x)
+    for seed in range(1, 4):
+        router.train()(make_hidden_states(4096, 2048, seed=seed, dtype=torch.bfloat16, device="cuda"))
+        router.commit()
+        want = router.eval()(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured.indices, want.indices)
+        assert torch.equal(captured.weights, want.weights)
+
+
 def test_no_synchronisation_on_the_routing_path() -> None:
     layer = MoE(256, 128, 16, 2, "kmeans", init="normal").to(device="cuda", dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

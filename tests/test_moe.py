@@ -359,6 +359,42 @@ def relative_error(got: Tensor | None, want: Tensor) -> float:
     return float((got.detach().float() - want).norm() / want.norm())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_loads_are_written_in_place(kind: str) -> None:
+    layer = MoE(D, I, E, K, router=kind).eval()
+    held = layer.tokens_per_expert
+    for num_tokens in (3, 8):
+        layer(hidden_states(num_tokens))
+        assert layer.tokens_per_expert is held
+        assert int(held.sum()) == num_tokens * K
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loads_follow_the_layer_from_the_meta_device(kind: str, how: str) -> None:
+    with torch.device("meta"):
+        layer = MoE(D, I, E, K, router=kind)
+    if how == "to_empty":
+        layer.to_empty(device="cpu")
+        layer.router.reset_parameters()
+        layer.experts.reset_parameters()
+        assert layer.tokens_per_expert.tolist() == [0] * E
+    else:
+        layer.load_state_dict(MoE(D, I, E, K, router=kind).state_dict(), assign=True)
+    layer.eval()(hidden_states(8))
+    assert layer.tokens_per_expert.device.type == "cpu"
+    assert int(layer.tokens_per_expert.sum()) == 8 * K
+
+
+def test_a_layer_built_in_inference_mode_runs_outside_of_it() -> None:
+    with torch.inference_mode():
+        layer = MoE(D, I, E, K).eval()
+        layer(hidden_states(3))
+    with torch.no_grad():
+        layer(hidden_states(8))
+    assert int(layer.tokens_per_expert.sum()) == 8 * K
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_training_is_eager_training(kind: str, plain_empty: None) -> None:
