@@ -28,12 +28,16 @@ def expert_parallel(model: nn.Module, mesh: "DeviceMesh", *, average_gradients: 
           grad mode and activation checkpointing; one without tokens passes x[:0], and its loss must still reach the
           output, as y.sum() does. A rank that differs in dtype or in needing gradients makes all ranks raise.
         - Call it before the optimizer is made, before `attach` and before DistributedDataParallel or fully_shard.
-        - What is not an expert is averaged between the ranks by DistributedDataParallel(model), which leaves the
-          experts alone when the mesh holds all ranks, or by fully_shard(model, mesh=mesh,
+        - What is not an expert is averaged between the ranks by DistributedDataParallel(model), of this very model,
+          which leaves the experts alone when the mesh holds all ranks; or by fully_shard(model, mesh=mesh,
           ignored_params=expert_parameters(model)).
-        - Under DistributedDataParallel the optimizer holds plain tensors beside DTensors, which its foreach (the
-          default on a GPU) and fused forms refuse in one group: give it two groups, and clip as in the example.
-          Under fully_shard all are DTensors of one mesh: one group and clip_grad_norm_ will do.
+        - On a mesh of ("dp", "ep"), where each expert has a replica in every row, of equal values, divide over
+          mesh["ep"] and call fully_shard(layer.experts, mesh=mesh["dp"]) for each `MoE`, then fully_shard(model) over
+          all ranks.
+        - foreach (an optimizer's default on a GPU), fused and clip_grad_norm_ refuse plain tensors beside DTensors, as
+          under DistributedDataParallel, and DTensors of different meshes: give the optimizer two groups, and clip as in
+          the example. With fully_shard over the same mesh, one group and clip_grad_norm_ will do.
+        - Nothing bounds what one rank gets: it needs the memory for all rows of its experts, so keep the loads even.
 
     Args:
         model: any module with `MoE` layers in it, changed in place. All ranks must hold the same routers; the experts
