@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from kmeans_route.attach import Attachment, attach
+from kmeans_route.expert_parallel import expert_parallel, expert_parameters
 from kmeans_route.functional import centroid_sums, combine, directions, dispatch, route
 from kmeans_route.learned import LearnedRouter
 from kmeans_route.moe import MoE
@@ -24,5 +25,7 @@ __all__ = [
     "combine",
     "directions",
     "dispatch",
+    "expert_parallel",
+    "expert_parameters",
     "route",
 ]

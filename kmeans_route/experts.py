@@ -72,9 +72,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 grouped_linear.register_autograd(_backward, setup_context=_setup)
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the experts compute in: autocast's, or that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def apply_experts(x_sorted: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Tensor:
+    """y = (silu(x G_e) * x U_e) O_e over rows sorted by expert, (M, D) from (M, D), (E, 2I, D), (E, D, I), (E+1,)."""
+    dtype = working_dtype(x_sorted)
+    gate, up = grouped_linear(x_sorted.to(dtype), gate_up.to(dtype), offsets).chunk(2, dim=1)
+    y: Tensor = grouped_linear(F.silu(gate) * up, down.to(dtype), offsets)
+    return y
 
 
 class Experts(nn.Module):
@@ -94,9 +103,13 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gaussian, of standard deviation 1 / sqrt(inputs)."""
+        """Gaussian, of standard deviation 1 / sqrt(inputs), drawn expert by expert.
+
+        So ranks that hold some of the experts each can draw the same ones.
+        """
         for weight in (self.gate_up, self.down):
-            nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
+            for expert in weight.detach():
+                nn.init.normal_(expert, std=weight.shape[2] ** -0.5)
 
     def extra_repr(self) -> str:
         """E, D and I."""
@@ -105,10 +118,7 @@ class Experts(nn.Module):
 
     def forward(self, x_sorted: Tensor, offsets: Tensor) -> Tensor:
         """Apply expert e to rows offsets[e] to offsets[e+1] - 1."""
-        dtype = _working_dtype(x_sorted)
-        gate, up = grouped_linear(x_sorted.to(dtype), self.gate_up.to(dtype), offsets).chunk(2, dim=1)
-        y: Tensor = grouped_linear(F.silu(gate) * up, self.down.to(dtype), offsets)
-        return y
+        return apply_experts(x_sorted, self.gate_up, self.down, offsets)
 
 
 class SharedExpert(nn.Module):
