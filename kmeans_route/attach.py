@@ -115,6 +115,10 @@ class Attachment:
             f"{name}/{key}": value for name, router in self.routers.items() for key, value in router.metrics().items()
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model, which bring its hooks along: a copy is not attached."""
+        return {**self.__dict__, "routers": {}, "_exchange": None, "_handles": []}
+
     def remove(self) -> None:
         """Undo the tie: remove the hooks; the routers keep their state and may be attached again."""
         if self._exchange is not None:

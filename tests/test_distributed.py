@@ -1,7 +1,9 @@
 """Ranks that see different tokens: they commit what one process would, from gloo runs with 2 and 4 processes."""
 
+import copy
 import datetime
 import os
+import pickle
 import time
 import warnings
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from kmeans_route import KMeansRouter, MoE, attach
 from kmeans_route.distributed import Exchange
@@ -182,6 +185,28 @@ def test_a_rank_that_hangs_or_dies_ends_the_others(tmp_path: Path) -> None:
         assert seconds < 5, case
         assert pending == 8, case
     assert told["hangs"][0] > 2
+
+
+def copies(rank: int) -> bool:
+    """A copy of an attached model holds the same, and commits nothing."""
+    model = make()
+    attachment = attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(2):
+        model(shard(batch(step), rank, 2, "even")).sum().backward()
+        attachment.commit()
+    equal = []
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), AveragedModel(model).module):
+        for key, tensor in model.state_dict().items():
+            equal.append(torch.equal(other.state_dict()[key], tensor))
+        other.eval()(batch(3))
+        equal.append(
+            not attach(other, torch.optim.SGD(other.parameters(), lr=0.1)).routers.keys() ^ attachment.routers.keys()
+        )
+    return all(equal)
+
+
+def test_an_attached_model_can_be_copied(tmp_path: Path) -> None:
+    assert run_on_ranks(copies, 2, tmp_path) == [True, True]
 
 
 def group_of_two(rank: int) -> Tensor:
