@@ -99,7 +99,7 @@ class Batch:
 
 
 BATCHES = {
-    "num_tokens": st.sampled_from([0, 1, 3, 30]),
+    "num_tokens": st.sampled_from([30, 30, 3, 1, 0]),
     "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
     "bad": st.sampled_from([(), (0.0,), (torch.nan,), (torch.inf, torch.nan), (-torch.inf, 0.0, 1e30)]),
     "masked": st.sampled_from(["no", "some", "all"]),
@@ -110,8 +110,8 @@ BATCHES = {
 class Calls(RuleBasedStateMachine):
     """`self.state` is what the router must hold, bit for bit; only rules that may move it take it anew."""
 
-    @initialize(kind=st.sampled_from(list(KINDS)), attached=st.booleans())
-    def begin(self, kind: str, attached: bool) -> None:
+    @initialize(kind=st.sampled_from(list(KINDS)), attached=st.booleans(), steps=st.integers(0, 2))
+    def begin(self, kind: str, attached: bool, steps: int) -> None:
         self.kind, self.attached = kind, attached
         self.router = make(kind)
         self.learned = isinstance(self.router, LearnedRouter)
@@ -122,6 +122,8 @@ class Calls(RuleBasedStateMachine):
         self.probe = torch.randn(7, D, generator=generator(99))
         self.tie()
         self.take()
+        for step in range(steps):
+            self.train_step(num_tokens=30, dtype=torch.float32, bad=(torch.nan,), masked="some", seed=step)
 
     def tie(self) -> None:
         self.root = Root(self.router)
@@ -151,8 +153,18 @@ class Calls(RuleBasedStateMachine):
 
     # Forward and backward
 
+    @rule(**BATCHES)
+    def train_step(self, **drawn: Any) -> None:
+        self.root.train()
+        self.router.freeze(False)
+        self.call("grad", **drawn)
+        self.fold(None, "step")
+
     @rule(mode=st.sampled_from(["grad", "grad", "no_grad", "inference"]), **BATCHES)
     def forward(self, mode: str, **drawn: Any) -> None:
+        self.call(mode, **drawn)
+
+    def call(self, mode: str, **drawn: Any) -> None:
         batch = self.batch(**drawn)
         counts = self.root.training and mode == "grad" and not self.router.frozen
         x = batch.x.requires_grad_(mode == "grad")
@@ -186,10 +198,17 @@ class Calls(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="x must have shape"):
             self.root(torch.ones(3, width), None)
 
+    def forget_graph(self) -> None:
+        if self.learned:  # a backward after its parameter was written is refused by autograd
+            self.loss = None
+
     # Commit
 
     @rule(skip=st.sampled_from([None, False, True]), how=st.sampled_from(["step", "commit"]))
     def commit(self, skip: bool | None, how: str) -> None:
+        self.fold(skip, how)
+
+    def fold(self, skip: bool | None, how: str) -> None:
         before, gathered, loads = held_by(self.router), pending_of(self.router), self.router.tokens_per_expert.clone()
         flag = None if skip is None else torch.tensor(skip)
         if self.attached and how == "step":
@@ -229,25 +248,26 @@ class Calls(RuleBasedStateMachine):
 
     # State
 
-    @rule(frozen=st.booleans())
-    def freeze(self, frozen: bool) -> None:
-        self.router.freeze(frozen)
+    @rule(call=st.sampled_from(["train", "eval", "freeze", "unfreeze"]))
+    def switch(self, call: str) -> None:
+        if call in ("train", "eval"):
+            self.root.train(call == "train")
+        else:
+            self.router.freeze(call == "freeze")
 
-    @rule(training=st.booleans())
-    def train(self, training: bool) -> None:
-        self.root.train(training)
-
-    @rule(dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
-    def cast(self, dtype: torch.dtype) -> None:
-        self.root.to(dtype)
-        if self.learned:
-            assert self.router.weight.dtype == dtype
-            self.state["weight"] = self.state["weight"].to(dtype)
-
-    @rule()
-    def save(self) -> None:
+    @rule(then=st.sampled_from(["nothing", "nothing", "refuse shape", "refuse nan"]))
+    def save(self, then: str) -> None:
         state = {name: value.clone() for name, value in self.router.state_dict().items()}
         self.saved.append((state, copy.copy(self.expected)))
+        if then == "nothing":
+            return
+        broken = {name: value.clone() for name, value in state.items()}
+        if then == "refuse shape":
+            broken["expert_bias"] = torch.zeros(E + 1)
+        else:
+            broken["weight"][0, 0] = torch.nan
+        with pytest.raises(RuntimeError, match=r"expert_bias must have shape|weight must be finite"):
+            self.router.load_state_dict(broken)
 
     @precondition(lambda self: self.saved)
     @rule(data=st.data())
@@ -259,21 +279,19 @@ class Calls(RuleBasedStateMachine):
                 held.copy_(state[name])
         else:
             self.router.load_state_dict(state)
+        self.forget_graph()
         self.expected = Expected(0, 0, then.steps, then.dropped_total, then.initialized)
         self.state = {name: value.to(self.state[name].dtype) for name, value in state.items()}
 
-    @rule(bad=st.sampled_from(["shape", "nan"]))
-    def refused_load(self, bad: str) -> None:
-        state = {name: value.clone() for name, value in self.router.state_dict().items()}
-        if bad == "shape":
-            state["expert_bias"] = torch.zeros(E + 1)
-        else:
-            state["weight"][0, 0] = torch.nan
-        with pytest.raises(RuntimeError, match=r"expert_bias must have shape|weight must be finite"):
-            self.router.load_state_dict(state)
-
-    @rule(how=st.sampled_from(["deepcopy", "pickle"]))
-    def go_on_with_a_copy(self, how: str) -> None:
+    @rule(how=st.sampled_from(["deepcopy", "pickle", torch.bfloat16, torch.float32, torch.float64]))
+    def copy_or_cast(self, how: str | torch.dtype) -> None:
+        if isinstance(how, torch.dtype):
+            self.root.to(how)
+            self.forget_graph()
+            if self.learned:
+                assert self.router.weight.dtype == how
+                self.state["weight"] = self.state["weight"].to(how)
+            return
         old = self.router
         frozen, training = old.frozen, old.training
         self.router = copy.deepcopy(old) if how == "deepcopy" else pickle.loads(pickle.dumps(old))
@@ -283,40 +301,39 @@ class Calls(RuleBasedStateMachine):
 
     # Centroids given
 
-    @precondition(lambda self: not self.learned)
-    @rule(seed=st.integers(0, 3))
-    def set_centroids(self, seed: int) -> None:
-        assert isinstance(self.router, KMeansRouter)
+    @rule(how=st.sampled_from(["set_centroids", "initialize", "reset"]), **BATCHES)
+    def begin_anew(self, how: str, **drawn: Any) -> None:
+        if how == "reset" or isinstance(self.router, LearnedRouter):
+            self.router.reset_parameters()
+            self.forget_graph()
+            self.expected = Expected(initialized=self.learned)
+            fresh = held_by(make(self.kind))
+            self.state = {name: value.to(self.state[name].dtype) for name, value in fresh.items()}
+        elif how == "initialize":
+            self.initialize_from(self.router, self.batch(**drawn))
+        else:
+            self.set_centroids(self.router, drawn["seed"])
+
+    def set_centroids(self, router: KMeansRouter, seed: int) -> None:
         rows = torch.randn(E, D, generator=generator(seed)) * 5
-        self.router.set_centroids(rows)
-        decay = self.router.commit_options.decay
+        router.set_centroids(rows)
+        decay = router.commit_options.decay
         self.expected = Expected(steps=round(decay / (1 - decay)), initialized=True)
-        torch.testing.assert_close(self.router.weight, nn.functional.normalize(rows))
-        assert not self.router.expert_bias.any()
+        torch.testing.assert_close(router.weight, nn.functional.normalize(rows))
+        assert not router.expert_bias.any()
         self.take()
 
-    @precondition(lambda self: not self.learned)
-    @rule(**BATCHES)
-    def initialize_from(self, **drawn: Any) -> None:
-        assert isinstance(self.router, KMeansRouter)
-        batch = self.batch(**drawn)
+    def initialize_from(self, router: KMeansRouter, batch: Batch) -> None:
         if not batch.valid.any():
             with pytest.raises(ValueError, match="at least one valid token"):
-                self.router.initialize(batch.x, batch.mask)
+                router.initialize(batch.x, batch.mask)
             return
-        frozen = self.router.frozen
-        self.router.initialize(batch.x, batch.mask)
-        assert self.router.frozen == frozen
-        steps = int(self.router.init == "normal")
+        frozen = router.frozen
+        router.initialize(batch.x, batch.mask)
+        assert router.frozen == frozen
+        steps = int(router.init == "normal")
         self.expected = Expected(steps=steps, dropped_total=batch.dropped, initialized=True)
         self.take()
-
-    @rule()
-    def reset(self) -> None:
-        self.router.reset_parameters()
-        self.expected = Expected(initialized=self.learned)
-        fresh = held_by(make(self.kind))
-        self.state = {name: value.to(self.state[name].dtype) for name, value in fresh.items()}
 
     # What always holds
 
