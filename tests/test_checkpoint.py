@@ -314,6 +314,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
+@pytest.mark.filterwarnings("ignore:.*tokens pending")
 @pytest.mark.parametrize("every_n_steps", [1, 2])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_loop_with_a_scaler_resumes_bit_for_bit(fused: bool, every_n_steps: int, tmp_path: Path) -> None:
@@ -331,8 +332,6 @@ def test_a_loop_with_a_scaler_resumes_bit_for_bit(fused: bool, every_n_steps: in
         resumed.load(path)
         while resumed.step < 10:
             resumed.train_step()
-        if not loop.nothing_pending():
-            continue
         got = flat(resumed.everything())
         assert got.keys() == want.keys()
         for name, value in want.items():
