@@ -36,6 +36,7 @@ test: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 ## make test-all    the slow lane too: long properties, long runs
+test-all: export KMEANS_ROUTE_SUMMARY := benchmarks/results
 test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 

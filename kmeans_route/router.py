@@ -169,6 +169,7 @@ class KMeansRouter(StatefulRouter):
         """Gaussian unit rows from the private generator, no bias, nothing pending. Call it after `to_empty`."""
         self._initialized = False
         self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        self._seen: tuple[int, int] | None = None
         self._new_pending()
         self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
         if self.weight.is_meta:
@@ -280,6 +281,8 @@ class KMeansRouter(StatefulRouter):
     def _gather(
         self, x: Tensor, routing: Routing, stats: ops.Statistics, partials: Tensor | None, backend: str
     ) -> None:
+        if not torch.compiler.is_compiling():
+            self._notice_load(committing=False)
         p, x = self.pending, x.detach()
         ops.accumulate(
             x, routing.indices, routing.inv_norm, routing.valid, partials,
@@ -325,6 +328,10 @@ class KMeansRouter(StatefulRouter):
         """Fold what forward has gathered into centroids and bias; see `commit`."""
         if self.frozen:
             return
+        was_initialized = self._initialized
+        self.before_commit()
+        if was_initialized and not self._initialized:
+            return  # nothing pending can set the first centroids
         batch = self.pending if batch is None else batch
         if not self._initialized:
             if int(batch.num_tokens) == 0 or (skip is not None and bool(skip)):
@@ -375,9 +382,38 @@ class KMeansRouter(StatefulRouter):
             self.pending.clear_(skip)
         self._cached = None  # a kernel's writes leave no trace in the version counter
 
+    def before_commit(self) -> None:
+        """Follow a load in place that no forward has noticed; see `StatefulRouter`."""
+        self._notice_load(committing=True)
+
+    def _notice_load(self, *, committing: bool) -> None:
+        """Bring `_initialized` up to date when something else has written the buffer that it mirrors.
+
+        torch.distributed.checkpoint.load copies into the tensors of `state_dict()` and calls nothing here; it leaves
+        a trace in the version counter. Only then, and before the first data, is a value read back to the host.
+        """
+        flag = self.initialized
+        now = trace(flag)
+        if flag.is_meta or (now == self._seen and (self._initialized or not committing)):
+            return
+        for name in self.FP32_STATE:
+            if not bool(self.get_buffer(name).isfinite().all()):
+                raise RuntimeError(
+                    f"{name} of router {self.name!r} must be finite, got NaN or Inf written in place: load a "
+                    "checkpoint from before that"
+                )
+        written, initialized = self._seen not in (None, now), bool(flag)
+        turned = initialized != self._initialized
+        if turned and initialized and committing:  # compiled forwards have gathered with the loaded state
+            self._initialized = True
+            self.pending.drop_reservoir()
+        elif turned or (written and not committing):
+            self._after_load()
+        self._seen = now
+
     def _mark_initialized(self) -> None:
         self.initialized.fill_(True)
-        self._initialized = True
+        self._initialized, self._seen = True, trace(self.initialized)
         self.pending.drop_reservoir()
 
     def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
@@ -457,14 +493,19 @@ class KMeansRouter(StatefulRouter):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KMeansRouter":
         super()._apply(fn, recurse)
-        self._cached = None
+        self._cached = self._seen = None
         return self
 
     def _after_load(self) -> None:
         super()._after_load()
         self._initialized = not self.initialized.is_meta and bool(self.initialized)
-        self._cached = None
+        self._cached, self._seen = None, trace(self.initialized)
         self._new_pending()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached": None}
+        return {**super().__getstate__(), "_cached": None, "_seen": None}
+
+
+def trace(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is replaced or written; writes of kernels and through `.data` leave none."""
+    return (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

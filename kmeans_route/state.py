@@ -120,6 +120,9 @@ class StatefulRouter(nn.Module):
         """`commit` as `attach` calls it: with `batch`, what all ranks have gathered, in place of this rank's own."""
         raise NotImplementedError
 
+    def before_commit(self) -> None:
+        """Called on every rank before the exchange of a commit: the last moment to change what is pending."""
+
     def metrics(self) -> dict[str, float]:
         """Flat scalars of the last committed step. See the subclasses."""
         raise NotImplementedError

@@ -15,7 +15,7 @@ import pytest
 try:
     from hypothesis import HealthCheck, settings
 except ModuleNotFoundError:  # a machine with a GPU may have pytest alone; the GPU tests need no more
-    collect_ignore = ["test_properties.py"]
+    collect_ignore = ["test_call_orders.py", "test_properties.py"]
 else:
     COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
     # `fast` repeats the same cases, so that a failure in CI can be seen again; `slow` draws new ones each time.

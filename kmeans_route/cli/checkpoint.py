@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint so that a crash at any moment leaves the old one or the new one.
 
     Args:
-        folder: made when absent; the tensor file of the previous checkpoint is removed afterwards.
+        folder: made when absent; the previous checkpoint, and what a killed save left, is removed afterwards.
         checkpoint: what to write.
 
     Returns:
@@ -75,9 +75,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     }
     index_path = folder / INDEX_NAME
     write_atomically(index_path, json.dumps(index, allow_nan=False).encode())
-    for old in folder.glob("step-*.safetensors"):
-        if old != tensor_path:
-            old.unlink(missing_ok=True)
+    # Also what a killed save has left behind: a tensor file that no index names, temporary files.
+    for pattern in ("step-*.safetensors", ".step-*.safetensors.*", f".{INDEX_NAME}.*"):
+        for old in folder.glob(pattern):
+            if old != tensor_path:
+                old.unlink(missing_ok=True)
     return index_path
 
 
