@@ -80,6 +80,8 @@ class Attachment:
         """
         routers, exchange = self._learning(), self._exchange
         self._forwards = 0
+        for router in routers:
+            router.before_commit()
         batches: list[Pending | None] = [None] * len(routers)
         if exchange is not None:
             if not exchange.under_way(routers):

@@ -7,6 +7,7 @@ the sign of the load error (DeepSeek-V3, arXiv 2412.19437, 2.1.2) or by quantile
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +115,22 @@ class LearnedRouter(StatefulRouter):
         """Route x (..., D); in training also set `aux_loss` and gather the loads."""
         x_TD, probabilities, routing = self._route(x, mask)
         if self.balance == "aux" and not torch.compiler.is_exporting():
+            self._check_aux_loss_trains()
             self.aux_loss = self._switch_loss(probabilities, routing)
         if self.counts_now():
             self._gather(x_TD, probabilities.detach(), routing)
         return routing if details else RouterOutput(routing.weights, routing.indices, routing.scores)
+
+    def _check_aux_loss_trains(self) -> None:
+        """Reentrant checkpointing runs the forward without gradients, and so an auxiliary loss that trains nothing."""
+        counts = self._scope is not None and self._scope.active
+        if counts and not torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"the auxiliary loss of router {self.name!r} trains nothing under reentrant activation checkpointing: "
+                "checkpoint with use_reentrant=False",
+                stacklevel=4,
+            )
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """Route x with the state as it is and gather nothing, in training too."""

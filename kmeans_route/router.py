@@ -70,8 +70,8 @@ class KMeansRouter(StatefulRouter):
     with. With use_buffers=True it averages averages: an EMA rounds `steps` down, and PyTorch's own SWA rule refuses the
     bool `initialized`. `torch.export` is for eval mode.
 
-    After the first data no tensor of the state moves in forward, backward or commit, so that CUDA graphs may hold them;
-    loading, resetting and moving the router make new ones.
+    After the first data no tensor of the state moves in forward, backward, commit or a load of such state, so that CUDA
+    graphs may hold them; resetting and moving the router make new ones.
 
     Raises:
         ValueError, TypeError: an option or a tensor is out of its range, see the message.
@@ -500,7 +500,10 @@ class KMeansRouter(StatefulRouter):
         super()._after_load()
         self._initialized = not self.initialized.is_meta and bool(self.initialized)
         self._cached, self._seen = None, trace(self.initialized)
-        self._new_pending()
+        if bool(self.pending.hashes.numel()) != (not self._initialized and self.init != "normal"):
+            self._new_pending()
+        else:
+            self.tokens_per_expert.zero_()  # in place: a captured graph may write here
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cached": None, "_seen": None}

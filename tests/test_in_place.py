@@ -57,6 +57,8 @@ def test_nothing_moves_after_the_first_data(name: str, coarse_rows: None) -> Non
     stays(optimizer.step)
     assert int(layer.router.pending.num_tokens) == 0
     stays(optimizer.step)  # with nothing pending
+    saved = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    stays(lambda: layer.load_state_dict(saved))
     stays(lambda: layer.eval()(hidden_states(7, 2)))
     with torch.inference_mode():
         stays(lambda: layer(hidden_states(7, 3)))

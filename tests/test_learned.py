@@ -1,13 +1,15 @@
 """LearnedRouter, the baselines: gates against plain PyTorch, bias rules and auxiliary loss by hand, refusals."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kmeans_route import LearnedRouter
+from kmeans_route import LearnedRouter, MoE, attach
 from tests.compare import assert_same_bits, generator
 
 D, E, K = 16, 6, 2
@@ -275,3 +277,28 @@ def test_options_are_refused_at_construction(arguments: dict[str, Any], error: t
 def test_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LearnedRouter(D, E, K)(**{"x": hidden_states(4), **arguments})
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_auxiliary_loss_that_trains_nothing_says_so_once(reentrant: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Recomputed(MoE(16, 8, 6, 2, "softmax"), reentrant))
+    attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(torch.randn(20, 16)).sum().backward()
+    told = [str(w.message) for w in caught if "auxiliary loss" in str(w.message)]
+    assert len(told) == reentrant
+    assert all("use_reentrant=False" in message for message in told)
+
+
+class Recomputed(nn.Module):
+    """A layer under activation checkpointing."""
+
+    def __init__(self, layer: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=self.reentrant)
+        return y
