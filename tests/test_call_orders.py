@@ -414,7 +414,7 @@ class Calls(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("profile", "examples", "calls"), [("fast", 60, 30), pytest.param("slow", 500, 50, marks=pytest.mark.slow)]
+    ("profile", "examples", "calls"), [("fast", 100, 30), pytest.param("slow", 500, 50, marks=pytest.mark.slow)]
 )
 def test_calls_in_any_order(profile: str, examples: int, calls: int) -> None:
     with warnings.catch_warnings():
