@@ -118,6 +118,7 @@ class Calls(RuleBasedStateMachine):
         self.expected = Expected(initialized=self.learned)
         self.left_behind: list[tuple[Router, State, State]] = []
         self.loss: Tensor | None = None
+        self.written = False
         self.probe = torch.randn(7, D, generator=generator(99))
         self.tie()
         self.take()
@@ -162,7 +163,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule(
         mode=st.sampled_from(["grad", "grad", "grad", "no_grad", "inference"]),
-        training=st.sampled_from([True, True, False]),
+        training=st.booleans(),
         frozen=st.sampled_from([False, False, True]),
         **BATCHES,
     )
@@ -237,8 +238,9 @@ class Calls(RuleBasedStateMachine):
         e = self.expected
         if self.router.frozen or skip or (e.tokens == 0 and (e.dropped == 0 or not e.initialized)):
             assert_equal(held_by(self.router), before)
-            assert_equal(pending_of(self.router), gathered)
-            assert torch.equal(self.router.tokens_per_expert, loads)
+            if not self.written:
+                assert_equal(pending_of(self.router), gathered)
+                assert torch.equal(self.router.tokens_per_expert, loads)
             return
         first_data = not e.initialized and KINDS[self.kind].get("init") != "normal"
         if e.tokens:
@@ -246,21 +248,27 @@ class Calls(RuleBasedStateMachine):
             e.steps += not first_data
             e.initialized = True
         else:
-            assert torch.equal(self.router.tokens_per_expert, loads)
+            assert torch.equal(self.router.tokens_per_expert, loads) or self.written
         if isinstance(self.router, KMeansRouter):
-            self.check_move(self.router, before, gathered["counts"], first_data)
+            self.check_move(self.router, before, gathered, first_data)
         e.dropped_total += e.dropped
         e.tokens = e.dropped = 0
         self.take()
 
-    def check_move(self, router: KMeansRouter, before: State, counts: Tensor, first_data: bool) -> None:
-        still = (router.weight == before["weight"]).all(1)
+    def check_move(self, router: KMeansRouter, before: State, gathered: State, first_data: bool) -> None:
         if first_data:
             assert_same_bits(router.expert_bias, before["expert_bias"])
             assert_same_bits(router.score_std, before["score_std"])
+            return
+        counts = gathered["counts"][:, None]
+        if router.average == "cumulative":
+            beta = before["tokens_seen"][:, None] / (before["tokens_seen"][:, None] + counts)
         else:
-            assert still[counts == 0].all(), "an expert without tokens keeps its centroid"
-            assert not still[counts > 0].all() or not counts.any(), "the others move"
+            steps = int(before["steps"])
+            beta = torch.tensor(min(router.commit_options.decay, steps / (steps + 1)))
+        moved = beta * before["weight"] + (1 - beta) * gathered["sums"] / counts
+        torch.testing.assert_close(router.weight, torch.where(counts > 0, moved, before["weight"]))
+        assert_same_bits(router.weight[counts[:, 0] == 0], before["weight"][counts[:, 0] == 0])
 
     # State
 
@@ -285,13 +293,19 @@ class Calls(RuleBasedStateMachine):
         with pytest.raises(RuntimeError, match=r"expert_bias must have shape|weight must be finite"):
             self.router.load_state_dict(broken)
 
-    @rule(gather=st.booleans(), which=st.integers(-3, -1), in_place=st.booleans(), **BATCHES)
+    @rule(
+        gather=st.sampled_from([False, True]),
+        which=st.integers(-3, -1),
+        in_place=st.sampled_from([True, False]),
+        **BATCHES,
+    )
     def load(self, gather: bool, which: int, in_place: bool, **drawn: Any) -> None:
         if gather:
             self.call("grad", **drawn)
         state, then = self.saved[max(which, -len(self.saved))]
         nothing_pending = self.expected.tokens == self.expected.dropped == 0
         if nothing_pending and in_place:
+            self.written = True  # and noticed later, by a forward or a commit: see test_load_in_place.py
             for name, held in self.router.state_dict().items():
                 held.copy_(state[name])
         else:
@@ -400,7 +414,7 @@ class Calls(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("profile", "examples", "calls"), [("fast", 60, 30), pytest.param("slow", 500, 50, marks=pytest.mark.slow)]
+    ("profile", "examples", "calls"), [("fast", 100, 30), pytest.param("slow", 500, 50, marks=pytest.mark.slow)]
 )
 def test_calls_in_any_order(profile: str, examples: int, calls: int) -> None:
     with warnings.catch_warnings():
