@@ -42,24 +42,19 @@ class Attachment:
 
     def _enter(self, root: nn.Module, _args: Any) -> None:
         self._scope.active = root.training and torch.is_grad_enabled()
-        if self._scope.active and self.overlap_after:
-            self._forget_exchange()  # more than was said: what has been sent already is not all
+        if self._scope.active and self._overlaps():  # more forwards than were said: what has been sent is not all
+            self._exchange.wait()  # type: ignore[union-attr]
 
     def _leave(self, _root: nn.Module, _args: Any, output: Any) -> None:
         counted, self._scope.active = self._scope.active, None
-        if counted and output is not None and self.overlap_after:  # the output of a forward that raised is None
-            self._start_exchange()
+        if counted and output is not None and self._overlaps():  # the output of a forward that raised is None
+            self._forwards += 1
+            if self._forwards == self.overlap_after:
+                self._exchange.start(self._learning())  # type: ignore[union-attr]
 
-    @torch.compiler.disable
-    def _start_exchange(self) -> None:
-        self._forwards += 1
-        if self._forwards == self.overlap_after and self._exchange is not None:
-            self._exchange.start(self._learning())
-
-    @torch.compiler.disable
-    def _forget_exchange(self) -> None:
-        if self._exchange is not None:
-            self._exchange.wait()
+    def _overlaps(self) -> bool:
+        """Not inside a compiled graph, which has no place for it: there the exchange starts after the step."""
+        return self.overlap_after > 0 and self._exchange is not None and not torch.compiler.is_compiling()
 
     def _learning(self) -> list[StatefulRouter]:
         return [router for router in self.routers.values() if not router.frozen]
@@ -158,6 +153,7 @@ def attach(
         overlap_after: start the exchange when this many forwards of the model have counted since the last commit, so
             that it runs beside the backward pass of the last of them: the micro-batches of a step, times
             every_n_steps. The same bits as 0, which starts it after the step. All ranks then run as many forwards.
+            With torch.compile, attach to the compiled model: a graph that holds the whole forward starts nothing.
         wire: how the sums travel: "fp32", or "bf16" with error feedback, which halves the bytes.
         shard: each rank commits its own part of the centroids in fp32, and the new ones travel in bf16; all ranks
             route by the rounded ones. A quarter fewer bytes than "fp32" alone, with exact sums.

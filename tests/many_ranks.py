@@ -1,6 +1,7 @@
 """A small language model trained on several ranks, each step held against one process with the same state."""
 
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -98,8 +99,8 @@ class Witness:
                 self.worst[name] = max(self.worst.get(name, 0.0), distance)
 
 
-def train(rank: int, num_ranks: int, config: TrainConfig, *, check: bool) -> Run:
-    """`config.steps` steps of `config.batch` windows, which the ranks share."""
+def train(rank: int, num_ranks: int, config: TrainConfig, text: list[Path], *, check: bool) -> Run:
+    """`config.steps` steps of `config.batch` windows of the text, which the ranks share."""
     torch.manual_seed(config.seed)
     model = DecoderLM(config).train()
     seen, root = Seen(model), model
@@ -109,7 +110,7 @@ def train(rank: int, num_ranks: int, config: TrainConfig, *, check: bool) -> Run
             root = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95))
     attachment = attach(root, optimizer)
-    sampler = BatchSampler(load_corpus().train, config.seq_len, config.batch, config.seed)
+    sampler = BatchSampler(load_corpus(text).train, config.seq_len, config.batch, config.seed)
     alone = dist.new_group([0]) if check else None
     witness = Witness(config, alone) if check and rank == 0 else None
     losses, unequal = [], 0

@@ -101,3 +101,9 @@ def test_no_trace_of_a_machine_or_a_network(path: Path) -> None:
     assert not addresses, "an address"
     assert not re.findall(r"localhost|\b\d{1,3}(?:\.\d{1,3}){3}\b", text), "a host"
     assert not re.findall(r"^\s*(?:import|from) (?:socket|urllib|http|requests|ftplib|ssl)\b", text, re.MULTILINE)
+
+
+def test_the_table_of_bytes_is_what_the_package_sends() -> None:
+    from benchmarks.exchange import bytes_table
+
+    assert bytes_table() in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
