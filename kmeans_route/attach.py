@@ -199,8 +199,11 @@ def _group_of(process_group: Any) -> Any:
         return torch.distributed.group.WORLD
     elif isinstance(process_group, torch.distributed.ProcessGroup):
         return process_group
-    elif isinstance(process_group, torch.distributed.DeviceMesh) and process_group.ndim == 1:
-        return process_group.get_group()
+    else:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(process_group, DeviceMesh) and process_group.ndim == 1:
+            return process_group.get_group()
     dimensions = f" of {process_group.ndim} dimensions" if hasattr(process_group, "ndim") else ""
     raise TypeError(
         f"process_group must be a torch.distributed group, got {type(process_group).__name__}{dimensions}: call "

@@ -183,7 +183,7 @@ class Exchange:
 def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """The start of flat, cut into views of the tensors' shapes."""
     sizes = [tensor.numel() for tensor in tensors]
-    parts = flat.view(-1)[: sum(sizes)].split(sizes)
+    parts = torch.split(flat.view(-1)[: sum(sizes)], sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
