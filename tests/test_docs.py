@@ -65,7 +65,7 @@ def test_every_public_method_and_field_is_described(name: str) -> None:
 
 
 def test_import_needs_torch_alone_and_is_light() -> None:
-    """With every other requirement of an extra hidden, Triton first of all, under 0.3 s beyond torch."""
+    """With every other requirement of an extra hidden, Triton first of all, in a tenth of torch's own time or 0.3 s."""
     code = """
         import sys, time
         hidden = {"triton", "typer", "rich", "matplotlib", "transformers", "safetensors", "hypothesis", "pytest"}
@@ -75,22 +75,23 @@ def test_import_needs_torch_alone_and_is_light() -> None:
             def find_spec(self, name, path=None, target=None):
                 return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
         sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+        begin = time.perf_counter()
         import torch
         start = time.perf_counter()
         import kmeans_route
-        print(time.perf_counter() - start, *(hidden & set(sys.modules)))
+        print(start - begin, time.perf_counter() - start, *(hidden & set(sys.modules)))
         kmeans_route.MoE(16, 8, 4, 2)
         """
-    times_s: list[float] = []
-    while len(times_s) < 3 and min(times_s, default=1.0) >= 0.3:  # a second try, for the machine may be busy
+    beyond: list[float] = []
+    while len(beyond) < 3 and min(beyond, default=1.0) >= 0:  # a second try, for the machine may be busy
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
-        time_s, *loaded = done.stdout.split()
+        torch_s, own_s, *loaded = done.stdout.split()
         assert loaded == []
-        times_s.append(float(time_s))
-    assert min(times_s) < 0.3
+        beyond.append(float(own_s) - max(0.3, float(torch_s) / 10))
+    assert min(beyond) < 0
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
