@@ -211,6 +211,7 @@ class KMeansRouter(StatefulRouter):
         mask: Tensor | None = None,
         indices: Tensor | None = None,
         *,
+        expert_bias: Tensor | None = None,
         details: bool = False,
         with_dispatch: bool = False,
     ) -> RouterOutput | Routing | tuple[Routing, Dispatch]:
@@ -220,52 +221,80 @@ class KMeansRouter(StatefulRouter):
             x: hidden states (..., D), floating point.
             mask: bool, x.shape[:-1], false for padding.
             indices: (T, K) ids to replay.
+            expert_bias: (E,) fp32 selection bias in place of the router's own, of a block that balances by itself.
             details: return the whole `Routing` (which `dispatch` and `combine` take) instead of `RouterOutput`.
             with_dispatch: return that and its `Dispatch`; on the Triton backend one operator with one backward pass.
         """
         if with_dispatch:
-            return self._route_dispatch(x, mask, indices)
-        routing = self._route(x, mask, indices, gather=self.counts_now())
+            return self._route_dispatch(x, mask, indices, expert_bias)
+        routing = self._route(x, mask, indices, expert_bias, gather=self.counts_now())
         if details:
             return routing
         return RouterOutput(routing.weights, routing.indices, routing.scores)
 
-    def route(self, x: Tensor, mask: Tensor | None = None, indices: Tensor | None = None) -> Routing:
+    def route(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        expert_bias: Tensor | None = None,
+    ) -> Routing:
         """Route x with the state as it is and gather nothing, in training too."""
-        return self._route(x, mask, indices, gather=False)
+        return self._route(x, mask, indices, expert_bias, gather=False)
 
-    def _route(self, x: Tensor, mask: Tensor | None, indices: Tensor | None, *, gather: bool) -> Routing:
+    def _bias(self, given: Tensor | None) -> Tensor:
+        if given is None:
+            return self.expert_bias
+        if tuple(given.shape) != (self.num_experts,):
+            raise ValueError(
+                f"expert_bias must have shape {(self.num_experts,)}, got {tuple(given.shape)}: one value an expert"
+            )
+        check_device("expert_bias", given, self.weight.device, "the router's state")
+        return given
+
+    def _route(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        indices: Tensor | None,
+        expert_bias: Tensor | None = None,
+        *,
+        gather: bool,
+    ) -> Routing:
         x_TD = flatten_hidden_states(x, self.hidden_size)
         check_device("x", x, self.weight.device, "the router's state")
         mask = flatten_mask(mask, x)
         indices = check_indices(indices, x, self.top_k)
         backend = choose_backend(self.backend, x.device, x.dtype)
-        d = self._directions(x.dtype, backend)
+        d, bias = self._directions(x.dtype, backend), self._bias(expert_bias)
         rows = x_TD.detach() if self.detach_gates else x_TD
         if not gather:
             return route_checked(
-                rows, d, self.expert_bias, mask, indices, self.options,
+                rows, d, bias, mask, indices, self.options,
                 return_scores=self.return_scores, backend=backend,
             )  # fmt: skip
         if backend == "reference":
-            return self._gather_reference(rows, d, mask, indices)
+            return self._gather_reference(rows, d, bias, mask, indices)
         routing, stats = ops.route_with_stats(
-            rows, d, self.expert_bias, mask, indices, self.options,
+            rows, d, bias, mask, indices, self.options,
             want_scores=self.return_scores, want_std=True, want_hist=self._want_hist, backend=backend,
         )  # fmt: skip
         self._gather(x_TD, routing, stats, None, backend)
         return routing
 
-    def _route_dispatch(self, x: Tensor, mask: Tensor | None, indices: Tensor | None) -> tuple[Routing, Dispatch]:
+    def _route_dispatch(
+        self, x: Tensor, mask: Tensor | None, indices: Tensor | None, expert_bias: Tensor | None
+    ) -> tuple[Routing, Dispatch]:
         backend, gather = choose_backend(self.backend, x.device, x.dtype), self.counts_now()
         if backend != "triton":
-            routing = self._route(x, mask, indices, gather=gather)
+            routing = self._route(x, mask, indices, expert_bias, gather=gather)
             return routing, dispatch(x, routing, backend=backend)
         x_TD = flatten_hidden_states(x, self.hidden_size)
         check_device("x", x, self.weight.device, "the router's state")
         mask, indices = flatten_mask(mask, x), check_indices(indices, x, self.top_k)
         routing, sent, stats, partials = ops.route_dispatch(
-            x_TD, self._directions(x.dtype, backend), self.expert_bias, mask, indices, self.options,
+            x_TD, self._directions(x.dtype, backend), self._bias(expert_bias), mask, indices, self.options,
             want_scores=self.return_scores, want_std=gather, want_hist=gather and self._want_hist,
             accumulate=self.accumulate if gather else "", backend=backend,
         )  # fmt: skip
@@ -293,15 +322,17 @@ class KMeansRouter(StatefulRouter):
             factor = routing.inv_norm if self.accumulate == "unit" else routing.valid.float()
             ops.reservoir(x, factor, routing.valid, self._reservoir_seed, p.hashes, p.rows)
 
-    def _gather_reference(self, x: Tensor, d: Tensor, mask: Tensor | None, indices: Tensor | None) -> Routing:
+    def _gather_reference(
+        self, x: Tensor, d: Tensor, bias: Tensor, mask: Tensor | None, indices: Tensor | None
+    ) -> Routing:
         if indices is not None:
             check_index_values(indices, self.num_experts)
-        routing = reference.route_reference(x, d, self.expert_bias, mask, indices, self.options)
+        routing = reference.route_reference(x, d, bias, mask, indices, self.options)
         assert routing.scores is not None
         hist = self.pending.margin_hist
         if self._want_hist:
             hist = reference.margin_hist_reference(
-                *reference.margins_reference(routing.scores, self.expert_bias, routing.valid, self.options)
+                *reference.margins_reference(routing.scores, bias, routing.valid, self.options)
             )
         wanted = torch.ones_like(routing.valid) if mask is None else mask
         stats = ops.Statistics(
