@@ -34,20 +34,33 @@ class Attachment:
         self._scope = CountingScope()
         for router in routers.values():
             router._scope = self._scope
-        self._handles = [
-            model.register_forward_pre_hook(self._enter, prepend=True),
-            model.register_forward_hook(self._leave, always_call=True),
-            optimizer.register_step_post_hook(self._after_step),
+        self._outer: list[bool | None] = []
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        self.watch(model)
+
+    def watch(self, module: nn.Module) -> None:
+        """Take `module` too for a root, whose training mode and gradients as it is entered decide what counts.
+
+        For a part of the model that the training loop calls by itself, past the forward of the whole.
+        """
+        self._handles += [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
         ]
 
     def _enter(self, root: nn.Module, _args: Any) -> None:
+        self._outer.append(self._scope.active)
         self._scope.active = root.training and torch.is_grad_enabled()
-        if self._scope.active and self._overlaps():  # more forwards than were said: what has been sent is not all
+        outermost = len(self._outer) == 1
+        if (
+            self._scope.active and outermost and self._overlaps()
+        ):  # more forwards than were said: what is sent is not all
             self._exchange.wait()  # type: ignore[union-attr]
 
     def _leave(self, _root: nn.Module, _args: Any, output: Any) -> None:
-        counted, self._scope.active = self._scope.active, None
-        if counted and output is not None and self._overlaps():  # the output of a forward that raised is None
+        counted, self._scope.active = self._scope.active, self._outer.pop() if self._outer else None
+        finished = output is not None and not self._outer  # the output of a forward that raised is None
+        if counted and finished and self._overlaps():
             self._forwards += 1
             if self._forwards == self.overlap_after:
                 self._exchange.start(self._learning())  # type: ignore[union-attr]
