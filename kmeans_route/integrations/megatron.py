@@ -13,6 +13,7 @@ Example:
         config.finalize_model_grads_func = FinalizeModelGrads(finalize_model_grads, model)
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -152,7 +153,7 @@ class FinalizeModelGrads:
         **options: Any,
     ) -> None:
         self.finalize = finalize
-        self._hooks: dict[int, Callable[..., Any]] = {}
+        self._hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         chunks = model if isinstance(model, list) else [model]
         self.attachments: list[Attachment] = []
         for chunk in chunks:
