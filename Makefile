@@ -7,7 +7,7 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench gpu gpu-full style types clean env
+.PHONY: demo demo-seeds test test-all bench gpu gpu-full style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -66,6 +66,11 @@ types: env
 	rm -rf build/check
 	$(BIN)/pip install --quiet --no-deps --target build/check .
 	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p kmeans_route
+
+## make hub         the layout for Hugging Face's `kernels`, under build/hub; upload its build/ folder
+# Nothing but Python's own library: no environment.
+hub:
+	@$(PYTHON) hub/build.py
 
 ## make clean       remove what was built, not the environment
 clean:
