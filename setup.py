@@ -13,6 +13,10 @@ TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 CLI = ["typer>=0.12", "rich>=13", "safetensors>=0.4", "numpy>=1.26"]
 VIZ = ["matplotlib>=3.8", "numpy>=1.26"]
 HF = ["transformers>=5.21"]
+TITAN = ["torchtitan>=0.3,<0.4"]
+MEGATRON = ["megatron-core>=0.16,<0.17"]
+LIGHTNING = ["lightning>=2.4,<3"]
+HUB = ["kernels>=0.17"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "numpy>=1.26"]
 DEV = [
     *BENCH,
@@ -44,6 +48,10 @@ setup(
         "cli": CLI,
         "viz": VIZ,
         "hf": HF,
+        "titan": TITAN,
+        "megatron": MEGATRON,
+        "lightning": LIGHTNING,
+        "hub": HUB,
         "bench": BENCH,
         "dev": DEV,
         "all": sorted({*TRITON, *CLI, *VIZ, *HF, *DEV}),

@@ -50,7 +50,11 @@ def test_each_variant_is_self_contained(layout: Path) -> None:
             assert "kmeans_route::" not in text
             for level, name in re.findall(r"^\s*from (\.+)(\w+)", text, re.MULTILINE):
                 base = path.parent if level == "." else path.parent.parent
-                assert (base / f"{name}.py").exists() or (base / name).is_dir() or (variant, name) == ("torch-cpu", "kernels"), path
+                assert (
+                    (base / f"{name}.py").exists()
+                    or (base / name).is_dir()
+                    or (variant, name) == ("torch-cpu", "kernels")
+                ), path
         metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         assert metadata["backend"] == {"type": variant.removeprefix("torch-")}
 

@@ -30,10 +30,12 @@ from kmeans_route.state import StatefulRouter
 
 SUPPORTED = ">=2.4,<3"
 TRIED = ("2.6.6",)
-pl = require("lightning", SUPPORTED, "lightning.pytorch")
+require("lightning", SUPPORTED)
+
+from lightning.pytorch import Callback  # noqa: E402
 
 
-class KMeansRouting(pl.Callback):
+class KMeansRouting(Callback):
     """Attach the routers of the LightningModule as training starts: one commit per optimizer step.
 
     What counts: the forward of the LightningModule, or of one of its direct children (`self.model(x)` in

@@ -60,7 +60,8 @@ class KMeansTopKRouter(KMeansRouter):
             config.moe_router_topk,
             **{**_group_options(config), "scaling": config.moe_router_topk_scaling_factor or 1.0, **options},
         )
-        self.config, self.layer_number = config, None
+        self.config = config
+        self.layer_number: int | None = None
         self._base_name = self.name
 
     def set_layer_number(self, layer_number: int) -> None:

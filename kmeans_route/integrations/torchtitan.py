@@ -38,7 +38,7 @@ from torchtitan.protocols.module import Module  # noqa: E402
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig  # noqa: E402
 
 
-class KMeansTokenChoiceRouter(KMeansRouter, Module):  # type: ignore[misc]
+class KMeansTokenChoiceRouter(KMeansRouter, Module):
     """A `KMeansRouter` with the signature and protocol of torchtitan's TokenChoiceTopKRouter.
 
     The MoE block keeps its selection bias and its sign update; the router brings the centroids. Its whole state stays
@@ -47,7 +47,7 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):  # type: ignore[misc]
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(TokenChoiceTopKRouter.Config):  # type: ignore[misc]
+    class Config(TokenChoiceTopKRouter.Config):
         """torchtitan's fields, of which score_func and route_norm name the gate, and those of `KMeansRouter`."""
 
         score_func: str = "softmax"
@@ -127,14 +127,14 @@ def _sharding(gate: Any, buffers: list[str]) -> Any:
     )
 
 
-class KMeansRouting(ModelConfigConverter):  # type: ignore[misc]
+class KMeansRouting(ModelConfigConverter):
     """The flag: a converter that gives every MoE block of a model's configuration a K-Means router.
 
     Pass its Config to a model registry's `converters`, or use `kmeans_routing`, which also attaches the routers.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ModelConfigConverter.Config):  # type: ignore[misc]
+    class Config(ModelConfigConverter.Config):
         """balance: "block" keeps the block's bias and its sign update; a rule of `KMeansRouter` takes its place.
 
         options: fields of `KMeansTokenChoiceRouter.Config`. The gate is softmax over the chosen experts with tau 0.05
@@ -227,4 +227,4 @@ def _token_group(parallel_dims: Any) -> Any:
             )
         return None
     mesh = parallel_dims.get_optional_mesh("loss")
-    return dist.new_subgroups(1)[0] if mesh is None else mesh.get_group()
+    return dist.new_subgroups(1)[0] if mesh is None else mesh.get_group()  # type: ignore[no-untyped-call]

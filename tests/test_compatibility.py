@@ -1,0 +1,136 @@
+"""docs/compatibility.md says what the adapters declare, what is installed, and which tests there are."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kmeans_route.integrations import accepts, require
+
+ROOT = Path(__file__).parent.parent
+INTEGRATIONS = ROOT / "kmeans_route" / "integrations"
+MODULES = {
+    "transformers": "transformers",
+    "torchtitan": "torchtitan",
+    "megatron-core": "megatron",
+    "lightning": "lightning",
+}
+ADAPTERS = sorted(path.stem for path in INTEGRATIONS.glob("[!_]*.py"))
+
+
+def table() -> dict[str, SimpleNamespace]:
+    lines = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    names = ("package", "supported", "tried", "torch", "run", "test")
+    return {row[0]: SimpleNamespace(**dict(zip(names, row, strict=True))) for row in rows[2:]}
+
+
+def constants(adapter: str) -> dict[str, object]:
+    """SUPPORTED and TRIED of an adapter, read without importing its framework."""
+    tree = ast.parse((INTEGRATIONS / f"{adapter}.py").read_text(encoding="utf-8"))
+    return {
+        target.id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id in ("SUPPORTED", "TRIED")
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_table_says_what_each_adapter_declares(adapter: str) -> None:
+    packages = [package for package, module in MODULES.items() if module == adapter]
+    if not packages:
+        assert not constants(adapter), f"{adapter} declares versions and has no row"
+        return
+    row, declared = table()[packages[0]], constants(adapter)
+    assert declared["SUPPORTED"] == row.supported
+    assert declared["TRIED"] == tuple(row.tried.split(", "))
+    for version in row.tried.split(", "):
+        assert accepts(row.supported, version)
+
+
+@pytest.mark.parametrize("package", sorted(table()))
+def test_what_is_installed_is_in_the_table(package: str) -> None:
+    version, row = installed(package), table()[package]
+    if version is None:
+        pytest.skip(f"{package} is not installed")
+    assert version in row.tried.split(", "), f"run {row.test} with {package} {version}, then add it to the table"
+
+
+@pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
+def test_each_row_names_a_test_and_an_extra(package: str) -> None:
+    row = table()[package]
+    extras = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert f'"{package}{row.supported}"' in extras or package == "transformers"
+    if package == "transformers" and "transformers" not in ADAPTERS:
+        pytest.skip("the adapter is not there")
+    assert (ROOT / row.test).exists()
+
+
+@pytest.mark.parametrize(
+    ("supported", "version", "wanted"),
+    [
+        (">=0.3,<0.4", "0.3.0", True),
+        (">=0.3,<0.4", "0.2.9", False),
+        (">=0.3,<0.4", "0.10.0", False),
+        (">=0.3,<0.4", "0.4.0rc1", False),
+        (">=5.21", "5.21", True),
+        (">=5.21", "5.3", False),
+        ("==1.2", "1.2.0+cpu", True),
+    ],
+)
+def test_versions_compare_by_their_numbers(supported: str, version: str, wanted: bool) -> None:
+    assert accepts(supported, version) is wanted
+
+
+def test_conditions_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"supported must be made of conditions like '>=0\.3', got '~=1'"):
+        accepts("~=1", "1.0")
+
+
+def test_require_names_what_to_install() -> None:
+    assert require("torch", ">=2").__name__ == "torch"
+    with pytest.raises(ImportError, match=r'torch must be a supported version, <2, got .*: pip install "torch<2"'):
+        require("torch", "<2")
+    with pytest.raises(ImportError, match=r'no-such-thing must be installed .*pip install "no-such-thing>=3"'):
+        require("no-such-thing", ">=3")
+
+
+def test_an_adapter_without_its_framework_says_so() -> None:
+    present = {package: module for package, module in MODULES.items() if module in ADAPTERS}
+    code = f"""
+        import importlib, importlib.metadata
+        found = importlib.metadata.version
+        def version(name):
+            if name in {set(present)}:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found(name)
+        importlib.metadata.version = version
+        for adapter in {sorted(present.values())}:
+            try:
+                importlib.import_module("kmeans_route.integrations." + adapter)
+            except ImportError as error:
+                print(error)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    messages = sorted(done.stdout.strip().splitlines())
+    assert len(messages) == len(present)
+    for message, package in zip(messages, sorted(present), strict=True):
+        assert re.fullmatch(rf'{package} must be installed .*pip install "{package}>=.*', message)
