@@ -52,10 +52,8 @@ class Attachment:
         self._outer.append(self._scope.active)
         self._scope.active = root.training and torch.is_grad_enabled()
         outermost = len(self._outer) == 1
-        if (
-            self._scope.active and outermost and self._overlaps()
-        ):  # more forwards than were said: what is sent is not all
-            self._exchange.wait()  # type: ignore[union-attr]
+        if self._scope.active and outermost and self._overlaps():
+            self._exchange.wait()  # type: ignore[union-attr]  # more forwards than said: what is sent is not all
 
     def _leave(self, _root: nn.Module, _args: Any, output: Any) -> None:
         counted, self._scope.active = self._scope.active, self._outer.pop() if self._outer else None
