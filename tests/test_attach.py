@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
 from tests.compare import assert_same_bits, generator
@@ -443,3 +444,22 @@ def test_learned_routers_commit_too() -> None:
         assert int(router.tokens_per_expert.sum()) == 2 * 120 * K
         assert router.expert_bias.any()
         assert float(router.expert_bias.abs().max()) <= 0.02 + 1e-6
+
+
+def test_a_watched_part_decides_for_itself_when_it_is_called_past_the_whole() -> None:
+    """A training loop that calls the blocks, not the model: a look without gradients counts nothing, however deep."""
+    model = make()
+    attachment = attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    attachment.watch(model.blocks[0])
+    with torch.no_grad():
+        model.blocks[0](batch(0))
+    assert tokens_pending(model) == [0, 0]
+    checkpoint(model.blocks[0], batch(0).requires_grad_(), use_reentrant=True)  # enters without gradients, like a look
+    assert tokens_pending(model) == [0, 0]
+    model.blocks[0](batch(0))
+    assert tokens_pending(model) == [120, 0]
+    model(batch(1))  # the whole is entered first, and decides for the block that is not watched
+    assert tokens_pending(model) == [240, 120]
+    assert attachment._scope.active is None
+    attachment.remove()
+    assert not model.blocks[0]._forward_pre_hooks

@@ -537,3 +537,23 @@ def test_a_backend_that_is_absent_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kmeans_route.functional, "TRITON_INSTALLED", False)
     with pytest.raises(RuntimeError, match="backend must be one whose library is installed, got 'triton'"):
         KMeansRouter(D, E, K, backend="triton")
+
+
+@pytest.mark.parametrize("with_dispatch", [False, True])
+def test_a_given_selection_bias_takes_the_place_of_the_routers_own(backend: str, with_dispatch: bool) -> None:
+    router = KMeansRouter(16, 6, 2, balance="none", backend=backend)
+    own = KMeansRouter(16, 6, 2, balance="none", backend=backend)
+    bias = torch.tensor([0.0, 0.0, 0.3, 0.0, -0.3, 0.0])
+    own.expert_bias.copy_(bias)
+    x = torch.randn(40, 16)
+    option = {"with_dispatch": True} if with_dispatch else {"details": True}
+    got, want = router(x, expert_bias=bias, **option), own(x, **option)
+    got, want = (got[0], want[0]) if with_dispatch else (got, want)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.weights, want.weights)
+    assert not torch.equal(got.indices, router.route(x).indices)
+    assert torch.equal(got.indices, router.route(x, expert_bias=bias).indices)
+    assert torch.equal(router.pending.counts, own.pending.counts)
+    assert not router.expert_bias.any()
+    with pytest.raises(ValueError, match=r"expert_bias must have shape \(6,\), got \(5,\)"):
+        router(x, expert_bias=bias[:5], **option)
