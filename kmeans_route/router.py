@@ -166,7 +166,7 @@ class KMeansRouter(StatefulRouter):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, gate: nn.Module | Tensor, top_k: int, **options: Any) -> Self:
+    def from_linear(cls, gate: nn.Module | Tensor, top_k: int, /, **options: Any) -> Self:
         """A router whose first directions are the rows of a learned gate.
 
         Lengths of rows and biases are left out, since a cosine has no place for them: how often the two then choose

@@ -1,5 +1,6 @@
 """Warm start: K-Means routers that take over from the learned routers of a trained model."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -111,7 +112,9 @@ def _kmeans_routers(target: nn.Module | Mapping[str, KMeansRouter]) -> dict[str,
     else:
         found, where = dict(target), "the mapping"
     if not found:
-        raise ValueError(f"target must contain at least one KMeansRouter, got none in {where}: replace the routers first")
+        raise ValueError(
+            f"target must contain at least one KMeansRouter, got none in {where}: replace the routers first"
+        )
     for name, router in found.items():
         if not isinstance(router, KMeansRouter):
             raise TypeError(f"target[{name!r}] must be a KMeansRouter, got {type(router).__name__}: use from_linear")
@@ -241,27 +244,30 @@ def balanced_bias(scores: Tensor, options: RouteOptions, steps: int) -> tuple[Te
     """The selection bias (E,) that evens the load on scores (T, E), and the loads (E,) with it.
 
     Each step moves every bias half way to where its expert would take its K / E of the tokens, the others as they are
-    (the quantile rule of a commit, on the scores themselves instead of a histogram).
+    (the quantile rule of a commit, on the scores themselves instead of a histogram). In groups, where an expert may be
+    no candidate of enough tokens, each step is of the proportional rule, and ever smaller.
     """
     num_tokens, num_experts = scores.shape
+    place = min(num_tokens, options.top_k * num_tokens // num_experts + 1)
+    spread = float(reference.score_std_reference(scores)) / num_tokens
     bias = torch.zeros(num_experts)
-    place = min(num_tokens - 1, options.top_k * num_tokens // num_experts)
-    best = (torch.inf, bias, torch.zeros(num_experts, dtype=torch.int64))
+    best = (math.inf, bias, torch.zeros(num_experts, dtype=torch.int64))
     for step in range(steps + 1):
         ranking = scores + bias
-        candidates = reference.candidates_reference(ranking, options)
-        among = ranking.masked_fill(~candidates, -torch.inf)
-        ids = reference.stable_topk(among, options.top_k)
-        counts = torch.bincount(ids.flatten(), minlength=num_experts)
+        if options.grouped:
+            ranking = ranking.masked_fill(~reference.candidates_reference(ranking, options), -torch.inf)
+        ids = reference.stable_topk(ranking, min(num_experts, options.top_k + 1))
+        counts = torch.bincount(ids[:, : options.top_k].flatten(), minlength=num_experts)
         max_vio = float(metrics.max_vio(counts))
         if max_vio < best[0]:
             best = (max_vio, bias, counts)
-        if step == steps or options.top_k == num_experts:
+        if options.top_k == num_experts:
             break
-        alpha = among.sort(1, descending=True).values[:, options.top_k, None].clamp_min(-4.0)
-        margins = (alpha - ranking).masked_fill(~candidates, 4.0)
-        bias = bias + margins.kthvalue(place + 1, dim=0).values / 2
+        if options.grouped:
+            change = 0.5 * 0.95**step * spread * (1 - metrics.load(counts)).clamp(-1, 1)
+        else:
+            alpha = ranking.gather(1, ids[:, -1:])
+            change = (alpha - ranking).kthvalue(place, dim=0).values / 2
+        bias = bias + change
         bias = (bias - bias.mean()).clamp(-2, 2)
     return best[1], best[2]
-
-

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kmeans_route import functional, reference
@@ -157,9 +156,7 @@ def export_gates(
             for name, gate in gates.items():
                 _put(places[name], gate)
             after = {name: watched[name]._replace(module=place) for name, place in places.items()}
-            result = compare(
-                model, watched, choosers, reported, forward=forward, target=(target, after), tick=tick
-            )
+            result = compare(model, watched, choosers, reported, forward=forward, target=(target, after), tick=tick)
         except BaseException:
             for name, place in places.items():
                 place.load_state_dict(saved[name])
@@ -191,7 +188,10 @@ class _Text:
         gates = seen.weights.float().clamp_min(1e-9)
         self.parts.append(
             Sample(
-                routing.scores.float(), 1 / routing.inv_norm.float(), routing.indices, gates / gates.sum(1, keepdim=True)
+                routing.scores.float(),
+                1 / routing.inv_norm.float(),
+                routing.indices,
+                gates / gates.sum(1, keepdim=True),
             )
         )
 
@@ -297,8 +297,8 @@ def _places(
         place = modules.get(name)
         if not isinstance(place, (LearnedRouter, nn.Linear)):
             raise TypeError(
-                f"target must have a LearnedRouter or an nn.Linear as {name!r}, got {type(place).__name__}: replace the "
-                "K-Means routers of the copy, or leave target out and take the gates"
+                f"target must have a LearnedRouter or an nn.Linear as {name!r}, got {type(place).__name__}: replace "
+                "the K-Means routers of the copy, or leave target out and take the gates"
             )
         if place.weight.shape != router.weight.shape:
             raise ValueError(

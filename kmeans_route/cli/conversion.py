@@ -111,9 +111,7 @@ def export(
         raise ValueError(f"{source} must hold K-Means routers, got {old.config.router}: nothing to export")
     if router == "kmeans":
         raise ValueError("--router must be softmax or sigmoid, got kmeans: these are the ordinary ones")
-    config = replace(
-        old.config, router=router, balance=balance, bias_rate=None, steps=old.config.steps + more_steps
-    )
+    config = replace(old.config, router=router, balance=balance, bias_rate=None, steps=old.config.steps + more_steps)
     place = bias or ("score" if config.balance in ("sign", "quantile") else "rows")
     model = _with_routers(old.model, config)
     batches, held_out = _windows(old, calibration_bytes)
