@@ -17,7 +17,7 @@ BIASES = ("none", "rows", "score", "logit")
 SCALES = torch.logspace(-4, 3, 43, base=2.0).tolist()
 """Scales tried, in units of 1 / (tau mean ||x||): 1/16 to 8, 12% apart."""
 MAX_FIT_TOKENS = 16384
-OVERLAP_MARGIN = 0.002
+OVERLAP_MARGIN = 0.002  # given up for better gates where a fitted bias makes the choices unequal anyway
 REFINEMENTS = 30
 
 
@@ -225,11 +225,13 @@ def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> Vanill
         if bias == "logit":
             logits, extra = logits + extra, torch.zeros_like(extra)
         p = _probabilities(logits, kind)
-        overlap = _overlap(_select(p + extra, router.options), text.ids)
+        # Without a bias of p its order is that of the logits, but where p saturates.
+        ideal = text.ids if bias == "score" else _select(logits, router.options)
+        overlap = _overlap(_select(p + extra, router.options), ideal)
         gates = _gates(p, text.ids, router.options._replace(normalize=True, scaling=1.0)).clamp_min(1e-9)
         divergence = float((text.gates * (text.gates / gates).log()).sum(1).mean())
         tried.append((overlap, divergence, scale))
-    enough = max(overlap for overlap, _, _ in tried) - OVERLAP_MARGIN
+    enough = max(overlap for overlap, _, _ in tried) - (OVERLAP_MARGIN if bias == "score" else 0)
     scale = min((one for one in tried if one[0] >= enough), key=lambda one: one[1])[2]
     logits = scale * text.norms[:, None] * scores
     extra = _first_bias(b_E, logits, scale, text, kind, bias)
