@@ -56,10 +56,9 @@ def convert(
     old, checkpoint = _restored(source, text)
     if old.config.router == "kmeans":
         raise ValueError(f"{source} must hold a learned router, got K-Means: convert a softmax or sigmoid run")
-    config = replace(
-        old.config, router="kmeans", balance=balance, bias_rate=None, steps=old.config.steps + more_steps,
-        **({} if tau is None else {"tau": tau}),
-    )  # fmt: skip
+    config = replace(old.config, router="kmeans", balance=balance, bias_rate=None, steps=old.config.steps + more_steps)
+    if tau is not None:
+        config = replace(config, tau=tau)
     model = _with_routers(old.model, config)
     for ours, theirs in zip(model.moe_layers, old.model.moe_layers, strict=True):
         assert isinstance(ours.router, KMeansRouter)
