@@ -14,10 +14,10 @@ from kmeans_route.learned import KINDS, LearnedRouter
 from kmeans_route.router import KMeansRouter
 
 BIASES = ("none", "rows", "score", "logit")
-SCALES = torch.logspace(-4, 3, 43, base=2.0).tolist()
+SCALES = [2 ** (place / 6 - 4) for place in range(43)]
 """Scales tried, in units of 1 / (tau mean ||x||): 1/16 to 8, 12% apart."""
 MAX_FIT_TOKENS = 16384
-OVERLAP_MARGIN = 0.002  # given up for better gates where a fitted bias makes the choices unequal anyway
+MAX_GRID_TOKENS = 4096
 REFINEMENTS = 30
 
 
@@ -67,7 +67,7 @@ class VanillaGate(NamedTuple):
 
     linear: x -> logits, fp32. score_bias: (E,) added to p for selection only, or None. kind: "softmax" or "sigmoid".
     options: top_k, groups, whether gates are normalised over the selected experts, and their scaling.
-    scale: length of the rows, before a bias was folded into them.
+    scale: of the directions in the rows, before anything was added to them.
     """
 
     linear: nn.Linear
@@ -107,10 +107,10 @@ def export_gates(
 ) -> Export:
     """Fit an ordinary gate to each K-Means router of a model, for serving engines that know no other.
 
-    The rows are scale * direction. The scale is fitted to the gates: smallest divergence KL(K-Means || exported) over
-    the experts that K-Means chose, among the scales that cost no overlap of the choices (a sigmoid saturates). The
-    choices are equal, but for ties within rounding, only where every bias of the router is 0 and p does not saturate;
-    otherwise nothing is promised, and the report says how far they agree.
+    The rows are scale * direction, for sigmoids with one vector added to all rows, which changes no order. The scale
+    is the one of smallest gate error (half the sum over experts of |g - g'|) at which no p saturates. The choices are
+    equal, but for ties within rounding, only where every bias of the router is 0; otherwise nothing is promised, and
+    the report says how far they agree.
 
     Args:
         model: with K-Means routers; it runs in eval mode and is not changed.
@@ -119,11 +119,11 @@ def export_gates(
             the gates; its loss is then reported. None returns the gates only.
         held_out: other batches to report on; None for `batches` again.
         kind: "softmax" (Mixtral) or "sigmoid" (DeepSeek-V3) of the logits.
-        bias: where the selection bias goes. "score": added to p for selection only
-            (DeepSeek-V3's e_score_correction_bias, `LearnedRouter` with balance "sign" or "quantile"), fitted to the
-            greatest overlap. "logit": added to the logits, so to the gates as well (GPT-OSS). "rows": no place, so it
-            is folded into the rows along the direction that all hidden states share, kept where that gives the greater
-            overlap. "none": lost.
+        bias: where the selection bias goes. "rows": there is no place, so it is folded into the rows along the
+            direction that all hidden states share, kept where that gives the greater overlap of the choices. "score":
+            added to p for selection only (DeepSeek-V3's e_score_correction_bias, `LearnedRouter` with balance "sign"
+            or "quantile") and fitted to the greatest overlap, or left 0 and folded into the rows where that makes the
+            smaller gate error. "logit": added to the logits, so to the gates as well (GPT-OSS). "none": lost.
         forward, progress: as in `calibrate`.
 
     Returns:
@@ -165,7 +165,7 @@ def export_gates(
 
 
 class Sample(NamedTuple):
-    """Tokens to fit on: scores (N, E), norms (N,) of the hidden states, ids (N, K) and gates (N, K), which sum to 1."""
+    """Tokens to fit on: scores (N, E), norms (N,) of the hidden states, ids (N, K), gates (N, K) without scaling."""
 
     scores: Tensor
     norms: Tensor
@@ -185,15 +185,8 @@ class _Text:
             x, router.weight, indices=seen.indices.to(x.device), return_scores=True, **router.options._asdict()
         )
         assert routing.scores is not None
-        gates = seen.weights.float().clamp_min(1e-9)
-        self.parts.append(
-            Sample(
-                routing.scores.float(),
-                1 / routing.inv_norm.float(),
-                routing.indices,
-                gates / gates.sum(1, keepdim=True),
-            )
-        )
+        gates = seen.weights.float() / router.options.scaling
+        self.parts.append(Sample(routing.scores.float(), 1 / routing.inv_norm.float(), routing.indices, gates))
 
     def sample(self) -> Sample:
         whole = Sample(*(torch.cat(parts) for parts in zip(*self.parts, strict=True)))
@@ -201,44 +194,84 @@ class _Text:
         return Sample(*(part[::every] for part in whole))
 
 
+class _Form(NamedTuple):
+    """A way to write the rows: their unit of length is still free. place is where the selection bias goes then."""
+
+    rows: Tensor
+    scores: Tensor
+    place: str
+
+
 def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> VanillaGate:
     """The gate of one router; see `export_gates`."""
+    b_E, options = router.expert_bias, router.options
+    few = Sample(*(part[:: math.ceil(len(text.ids) / MAX_GRID_TOKENS)] for part in text))
+    unit = 1 / (options.tau * float(text.norms.mean()))
+    tried = []
+    for form, few_form in _forms(router, text, few, kind, bias):
+        for factor in SCALES:
+            scale = factor * unit
+            logits = scale * few.norms[:, None] * few_form.scores
+            extra = _first_bias(b_E, logits, scale, few, kind, form.place)
+            logits, extra = (logits + extra, torch.zeros_like(extra)) if form.place == "logit" else (logits, extra)
+            p = _probabilities(logits, kind)
+            ids = _select(p + extra, options)
+            # Without a bias of p its order is that of the logits, but where p saturates.
+            saturated = 0.0 if form.place == "score" else 1 - _overlap(ids, _select(logits, options))
+            gates = _gates(p, ids, options._replace(scaling=1.0))
+            tried.append((saturated > 0, _gate_error(few, ids, gates), scale, form))
+    # Saturation is chosen only where nothing else is left.
+    _, _, scale, form = min(tried, key=lambda one: one[:2])
+    logits = scale * text.norms[:, None] * form.scores
+    extra = _first_bias(b_E, logits, scale, text, kind, form.place)
+    if form.place == "score":
+        extra = _refined(extra, _probabilities(logits, kind), text, options)
+    linear = _linear(form.rows * scale, extra if form.place == "logit" else None)
+    if bias == "logit" and linear.bias is None:
+        linear = _linear(form.rows * scale, torch.zeros_like(b_E))
+    score_bias = extra if bias == "score" else None
+    return VanillaGate(linear, score_bias, kind, options, scale)
+
+
+def _forms(router: KMeansRouter, text: Sample, few: Sample, kind: str, bias: str) -> list[tuple[_Form, _Form]]:
+    """The forms to be tried, each with its scores on all of the text and on few of its tokens."""
     directions = functional.directions(router.weight, torch.float32)
     b_E = router.expert_bias
-    if not bool((b_E != 0).any()):
-        bias = "none"
-    rows, scores = directions, text.scores
-    if bias == "rows":
-        # v makes the sum over e of v_e s_te as near to 1 as it gets: along that row all hidden states look alike.
-        s = text.scores.double()
-        ridge = 1e-6 * len(s) * torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
-        v_E = torch.linalg.solve(s.T @ s + ridge, s.sum(0)).float()
-        folded = text.scores + b_E * (text.scores @ v_E)[:, None]
-        plain, bent = (_overlap(_select(one, router.options), text.ids) for one in (text.scores, folded))
-        if bent > plain:
-            rows, scores = directions + b_E[:, None] * (v_E @ directions), folded
-    tried = []
-    for factor in SCALES:
-        scale = factor / (router.options.tau * float(text.norms.mean()))
-        logits = scale * text.norms[:, None] * scores
-        extra = _first_bias(b_E, logits, scale, text, kind, bias)
-        if bias == "logit":
-            logits, extra = logits + extra, torch.zeros_like(extra)
-        p = _probabilities(logits, kind)
-        # Without a bias of p its order is that of the logits, but where p saturates.
-        ideal = text.ids if bias == "score" else _select(logits, router.options)
-        overlap = _overlap(_select(p + extra, router.options), ideal)
-        gates = _gates(p, text.ids, router.options._replace(normalize=True, scaling=1.0)).clamp_min(1e-9)
-        divergence = float((text.gates * (text.gates / gates).log()).sum(1).mean())
-        tried.append((overlap, divergence, scale))
-    enough = max(overlap for overlap, _, _ in tried) - (OVERLAP_MARGIN if bias == "score" else 0)
-    scale = min((one for one in tried if one[0] >= enough), key=lambda one: one[1])[2]
-    logits = scale * text.norms[:, None] * scores
-    extra = _first_bias(b_E, logits, scale, text, kind, bias)
-    if bias == "score":
-        extra = _refined(extra, _probabilities(logits, kind), text, router.options)
-    linear = _linear(rows * scale, extra if bias == "logit" else None)
-    return VanillaGate(linear, extra if bias == "score" else None, kind, router.options, scale)
+    biased = bool((b_E != 0).any())
+    # v makes the sum over e of v_e s_te as near to 1 as it gets: along the row v_e d_e all hidden states look alike.
+    s = text.scores.double()
+    ridge = 1e-6 * len(s) * torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
+    v_E = torch.linalg.solve(s.T @ s + ridge, s.sum(0)).float()
+    place = bias if biased and bias in ("score", "logit") else "none"
+    ways = [(torch.zeros_like(b_E), place)]
+    if biased and bias in ("rows", "score"):
+        ways.append((b_E, "none"))
+    if bias == "rows" and biased:
+        overlaps = [
+            _overlap(_select(text.scores + row * (text.scores @ v_E)[:, None], router.options), text.ids)
+            for row, _ in ways
+        ]
+        ways = [max(zip(overlaps, ways, strict=True), key=lambda one: one[0])[1]]
+    # What all rows share changes no order of the logits. It brings them to where a sigmoid is an exponential, and its
+    # normalised values are those of a softmax.
+    top = float(text.scores.amax(1).mean())
+    forms = []
+    for shift in (0.0, 1.0, 2.0) if kind == "sigmoid" else (0.0,):
+        for row, where in ways:
+            along = row - shift * max(top, 0.0)
+
+            def scores_of(part: Sample, along: Tensor = along) -> Tensor:
+                return part.scores + along * (part.scores @ v_E)[:, None]
+
+            rows = directions + along[:, None] * (v_E @ directions)
+            forms.append((_Form(rows, scores_of(text), where), _Form(rows, scores_of(few), where)))
+    return forms
+
+
+def _gate_error(text: Sample, ids: Tensor, gates: Tensor) -> float:
+    """Mean over tokens of half the sum over experts of |g - g'|: wrong choices and wrong gates in one number."""
+    dense = torch.zeros_like(text.scores).scatter_(1, ids, gates).scatter_add_(1, text.ids, -text.gates)
+    return float(dense.abs().sum(1).mean()) / 2
 
 
 def _first_bias(b_E: Tensor, logits: Tensor, scale: float, text: Sample, kind: str, bias: str) -> Tensor:

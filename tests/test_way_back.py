@@ -116,7 +116,11 @@ def test_without_a_bias_every_export_chooses_alike(kind: str, gate: str, bias: s
     assert torch.equal(ids.sort(1).values, model.moe.router(x).indices.sort(1).values)
     assert one.overlap >= (1.0 if kind == "softmax" else 0.995)  # sigmoids near 1 tie in fp32
     assert one.num_tokens == 400
-    torch.testing.assert_close(F.normalize(exported.linear.weight, dim=1), model.moe.router.weight, rtol=0, atol=1e-6)
+    # All rows may share something, which changes no order; what tells them apart are the directions.
+    apart = (exported.linear.weight - exported.linear.weight[0]) / exported.scale
+    torch.testing.assert_close(apart, model.moe.router.weight - model.moe.router.weight[0], rtol=0, atol=1e-5)
+    if (kind, gate) == ("sigmoid", "softmax"):
+        assert one.gate_error < 0.05
     if (kind, gate) == ("softmax", "softmax"):
         assert exported.scale == pytest.approx(1 / (0.05 * D**0.5), rel=1e-3)
         assert one.gate_error < 1e-4
