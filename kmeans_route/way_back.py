@@ -207,7 +207,7 @@ def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> Vanill
     b_E, options = router.expert_bias, router.options
     few = Sample(*(part[:: math.ceil(len(text.ids) / MAX_GRID_TOKENS)] for part in text))
     unit = 1 / (options.tau * float(text.norms.mean()))
-    tried = []
+    tried: list[tuple[bool, float, float, _Form]] = []
     for form, few_form in _forms(router, text, few, kind, bias):
         for factor in SCALES:
             scale = factor * unit
@@ -226,14 +226,11 @@ def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> Vanill
     extra = _first_bias(b_E, logits, scale, text, kind, form.place)
     if form.place == "score":
         extra = _refined(extra, _probabilities(logits, kind), text, options)
-    linear = _linear(form.rows * scale, extra if form.place == "logit" else None)
-    if bias == "logit" and linear.bias is None:
-        linear = _linear(form.rows * scale, torch.zeros_like(b_E))
-    score_bias = extra if bias == "score" else None
-    return VanillaGate(linear, score_bias, kind, options, scale)
+    linear = _linear(form.rows * scale, extra if bias == "logit" else None)
+    return VanillaGate(linear, extra if bias == "score" else None, kind, options, scale)
 
 
-def _forms(router: KMeansRouter, text: Sample, few: Sample, kind: str, bias: str) -> list[tuple[_Form, _Form]]:
+def _forms(router: KMeansRouter, text: Sample, few: Sample, kind: str, bias: str) -> list[tuple[_Form, ...]]:
     """The forms to be tried, each with its scores on all of the text and on few of its tokens."""
     directions = functional.directions(router.weight, torch.float32)
     b_E = router.expert_bias
@@ -241,17 +238,18 @@ def _forms(router: KMeansRouter, text: Sample, few: Sample, kind: str, bias: str
     # v makes the sum over e of v_e s_te as near to 1 as it gets: along the row v_e d_e all hidden states look alike.
     s = text.scores.double()
     ridge = 1e-6 * len(s) * torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
-    v_E = torch.linalg.solve(s.T @ s + ridge, s.sum(0)).float()
+    v_E: Tensor = torch.linalg.solve(s.T @ s + ridge, s.sum(0)).float()
+
+    def scores_along(part: Sample, row_E: Tensor) -> Tensor:
+        return part.scores + row_E * (part.scores @ v_E)[:, None]
+
     place = bias if biased and bias in ("score", "logit") else "none"
     ways = [(torch.zeros_like(b_E), place)]
     if biased and bias in ("rows", "score"):
         ways.append((b_E, "none"))
-    if bias == "rows" and biased:
-        overlaps = [
-            _overlap(_select(text.scores + row * (text.scores @ v_E)[:, None], router.options), text.ids)
-            for row, _ in ways
-        ]
-        ways = [max(zip(overlaps, ways, strict=True), key=lambda one: one[0])[1]]
+    if biased and bias == "rows":
+        ways.sort(key=lambda way: _overlap(_select(scores_along(text, way[0]), router.options), text.ids))
+        del ways[0]
     # What all rows share changes no order of the logits. It brings them to where a sigmoid is an exponential, and its
     # normalised values are those of a softmax.
     top = float(text.scores.amax(1).mean())
@@ -259,12 +257,8 @@ def _forms(router: KMeansRouter, text: Sample, few: Sample, kind: str, bias: str
     for shift in (0.0, 1.0, 2.0) if kind == "sigmoid" else (0.0,):
         for row, where in ways:
             along = row - shift * max(top, 0.0)
-
-            def scores_of(part: Sample, along: Tensor = along) -> Tensor:
-                return part.scores + along * (part.scores @ v_E)[:, None]
-
             rows = directions + along[:, None] * (v_E @ directions)
-            forms.append((_Form(rows, scores_of(text), where), _Form(rows, scores_of(few), where)))
+            forms.append(tuple(_Form(rows, scores_along(part, along), where) for part in (text, few)))
     return forms
 
 
