@@ -4,10 +4,10 @@ Source of the method: arXiv 2605.12476 (Ahrac, Hochwald, Geva 2026).
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmeans_route import metrics, ops, reference
 from kmeans_route.checks import (
@@ -164,6 +164,33 @@ class KMeansRouter(StatefulRouter):
         seen = torch.empty(num_experts, dtype=torch.int64, device=device) if average == "cumulative" else None
         self.register_buffer("tokens_seen", seen)
         self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, gate: nn.Module | Tensor, top_k: int, /, **options: Any) -> Self:
+        """A router whose first directions are the rows of a learned gate.
+
+        Lengths of rows and biases are left out, since a cosine has no place for them: how often the two then choose
+        alike, `kmeans_route.calibrate` measures.
+
+        Args:
+            gate: nn.Linear, `LearnedRouter`, anything else with a weight (E, D), or that tensor.
+            top_k: K, in [1, E].
+            options: anything else that the router takes; device is the gate's unless named.
+
+        Raises:
+            TypeError: gate has no weight. ValueError: a weight that is no matrix, or a row that is zero or not finite.
+        """
+        weight = gate if isinstance(gate, Tensor) else getattr(gate, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"gate must be an (E, D) tensor or have one as its weight, got {type(gate).__name__}: pass an "
+                "nn.Linear, a LearnedRouter or a tensor"
+            )
+        if weight.dim() != 2:
+            raise ValueError(f"gate must have a weight (E, D), got {tuple(weight.shape)}: one row an expert")
+        router = cls(weight.shape[1], weight.shape[0], top_k, **{"device": weight.device, **options})
+        router.set_centroids(weight)
+        return router
 
     def reset_parameters(self) -> None:
         """Gaussian unit rows from the private generator, no bias, nothing pending. Call it after `to_empty`."""

@@ -250,7 +250,10 @@ def test_selftest_notices_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.weight.add_(0.1))
     with pytest.raises(AssertionError, match="centroids are off by"):
         selftest.check_commit()
-    monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.weight.fill_(torch.nan))
+    # After the first forward, which would refuse NaN as a broken load.
+    monkeypatch.setattr(
+        kmeans_route.KMeansRouter, "commit", lambda router: router._seen and router.weight.fill_(torch.nan)
+    )
     with pytest.raises(AssertionError, match="NaN reached the centroids"):
         selftest.check_not_a_number()
 

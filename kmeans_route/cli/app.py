@@ -12,8 +12,10 @@ import typer
 from kmeans_route.cli import checkpoint as checkpoints
 from kmeans_route.cli import info as machine
 from kmeans_route.cli.config import BALANCES, TrainConfig
+from kmeans_route.cli.conversion import convert, export
 from kmeans_route.cli.data import load_corpus
 from kmeans_route.cli.demo import DEMO_STEPS, demo
+from kmeans_route.cli.inspection import inspect
 from kmeans_route.cli.output import Output
 from kmeans_route.cli.run import resumed, train
 from kmeans_route.cli.selftest import selftest
@@ -169,3 +171,92 @@ def selftest_command(
     set_threads(threads)
     output = Output(json_mode=json_mode, plain=plain)
     _leave(output, lambda: selftest(output))
+
+
+Source = Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train.")]
+Made = Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
+TheirText = Annotated[
+    list[Path] | None, typer.Option("--text", help="The run's text, repeatable [default: as it was named then].")
+]
+CalibrationBytes = Annotated[int, typer.Option(min=1, help="Bytes of training text to calibrate on.")]
+MoreSteps = Annotated[int, typer.Option(min=0, help="Steps to add, so that train --resume goes on.")]
+
+
+def _check_free(source: Path, out: Path, overwrite: bool) -> None:
+    if checkpoints.exists(out) and (not overwrite or out.resolve() == source.resolve()):
+        raise ValueError(f"{out} already holds a run: name another --out" + ("" if overwrite else ", or --overwrite"))
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors or torch state dict.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures [default: none are drawn].")] = None,
+    against: Annotated[Path | None, typer.Option(help="Earlier checkpoint, to show the drift since.")] = None,
+    text: TheirText = None,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Show a checkpoint's routers: experts, load, bias, drift, dead experts."""
+    output = Output(json_mode=json_mode, plain=plain)
+    _leave(output, lambda: inspect(checkpoint, out, output, text=text or [], against=against))
+
+
+@app.command("convert")
+def convert_command(
+    source: Source,
+    out: Made,
+    start: Annotated[
+        str, typer.Option(help="rows: the learned rows as directions; means: of the hidden states sent to each expert.")
+    ] = "rows",
+    balance: Annotated[str, typer.Option(help="Balance rule of K-Means [default: proportional].")] = "",
+    balance_steps: Annotated[int, typer.Option(min=0, help="Of the selection bias, 0: no bias yet.")] = 0,
+    tau: Annotated[float | None, typer.Option(help="Gate temperature [default: nearest to the old gates].")] = None,
+    calibration_bytes: CalibrationBytes = 32768,
+    more_steps: MoreSteps = 0,
+    text: TheirText = None,
+    overwrite: Overwrite = False,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Put K-Means routers in place of a run's learned ones: a warm start, with agreement and loss."""
+    output = Output(json_mode=json_mode, plain=plain)
+
+    def work() -> int:
+        _check_free(source, out, overwrite)
+        return convert(
+            source, out, output, text=text or [], balance=balance, start=start, tau=tau, balance_steps=balance_steps,
+            calibration_bytes=calibration_bytes, more_steps=more_steps,
+        )  # fmt: skip
+
+    _leave(output, work)
+
+
+@app.command("export")
+def export_command(
+    source: Source,
+    out: Made,
+    router: Annotated[str, typer.Option(help="softmax or sigmoid gates.")] = "softmax",
+    balance: Annotated[str, typer.Option(help="Their balance rule [default: aux for softmax, sign for sigmoid].")] = "",
+    bias: Annotated[
+        str,
+        typer.Option(help="Where the selection bias goes: score, rows or none [default: score if there is a place]."),
+    ] = "",
+    calibration_bytes: CalibrationBytes = 32768,
+    more_steps: MoreSteps = 0,
+    text: TheirText = None,
+    overwrite: Overwrite = False,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Put ordinary gates in place of a run's K-Means routers, with agreement, load and loss."""
+    output = Output(json_mode=json_mode, plain=plain)
+
+    def work() -> int:
+        _check_free(source, out, overwrite)
+        return export(
+            source, out, output, text=text or [], router=router, balance=balance, bias=bias,
+            calibration_bytes=calibration_bytes, more_steps=more_steps,
+        )  # fmt: skip
+
+    _leave(output, work)
