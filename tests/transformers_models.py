@@ -71,8 +71,6 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(model_type, **{**COMMON, **TYPES[model_type], **overrides})
 
 
-
-
 def tiny_model(model_type: str, **overrides: Any) -> Any:
     """A fresh tiny causal language model of that type, in eval mode; the same weights each time."""
     torch.manual_seed(0)
