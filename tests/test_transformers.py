@@ -107,7 +107,7 @@ def test_every_type_swaps_trains_saves_loads_generates_and_reverts(model_type: s
     model.save_pretrained(tmp_path)
     loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
     assert type(loaded) is type(model)
-    assert {name for name in loaded.state_dict()} == set(state)
+    assert set(loaded.state_dict()) == set(state)
     for name, value in loaded.state_dict().items():
         assert_same_bits(value, state[name])
     assert_same_bits(realigned(loaded)(tokens).logits, model(tokens).logits)
@@ -136,7 +136,7 @@ def test_capture_of_logits_and_hidden_states_stays(model_type: str) -> None:
     assert len(out.router_logits) == len(swaps)
     for logits, swap in zip(out.router_logits, swaps, strict=True):
         assert logits.shape == (24, swap.router.num_experts)
-        assert float(logits.abs().max()) <= 1.0001 / swap.router.options.tau  # cosines over tau
+        assert float(logits.detach().abs().max()) <= 1.0001 / swap.router.options.tau  # cosines over tau
         assert float(logits.std()) > 0.1
     assert_same_bits(model(tokens).logits, plain)
     revert(model)
@@ -147,7 +147,8 @@ def test_capture_hooks_of_before_the_swap_go_on(tmp_path: Path) -> None:
     model, tokens = tiny_model("mixtral"), some_tokens()
     assert len(model(tokens, output_router_logits=True).router_logits) == 2
     apply_kmeans_routing(model, tau=0.1)
-    assert max(float(logits.abs().max()) for logits in model(tokens, output_router_logits=True).router_logits) <= 10.001
+    captured = model(tokens, output_router_logits=True).router_logits
+    assert max(float(logits.detach().abs().max()) for logits in captured) <= 10.001
     revert(model)
     assert len(model(tokens, output_router_logits=True).router_logits) == 2
 
@@ -263,7 +264,7 @@ def test_the_auxiliary_loss_is_off_and_comes_back() -> None:
 
 
 def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.20.1")
+    monkeypatch.setattr("transformers.__version__", "5.20.1")
     with pytest.raises(RuntimeError, match=r"at least 5\.21, got 5\.20\.1"):
         apply_kmeans_routing(tiny_model("mixtral"))
 
@@ -280,7 +281,7 @@ def padded() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("how", ["keyword", "position", "checkpoint", "reentrant", "compiled"])
 def test_only_tokens_of_the_attention_mask_count(how: str) -> None:
-    model, (tokens, mask) = tiny_model("mixtral").train(), padded()
+    model, (tokens, mask) = tiny_model("mixtral", num_hidden_layers=1).train(), padded()
     apply_kmeans_routing(model)
     attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
     if how in ("checkpoint", "reentrant"):
@@ -354,7 +355,7 @@ def test_state_stays_fp32_in_bfloat16_and_half() -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "hunyuan_v1_moe"])
 def test_a_bfloat16_checkpoint_loads_with_fp32_state(model_type: str, tmp_path: Path) -> None:
-    model = tiny_model(model_type).to(torch.bfloat16)
+    model = tiny_model(model_type, dtype=torch.bfloat16)
     apply_kmeans_routing(model)
     train(model, 3)
     model.save_pretrained(tmp_path)
@@ -577,7 +578,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 def test_twenty_compiled_steps_learn(model_type: str) -> None:
-    plain, compiled = tiny_model(model_type), tiny_model(model_type)
+    plain, compiled = (tiny_model(model_type, num_hidden_layers=1) for _ in range(2))
     for model in (plain, compiled):
         model.set_experts_implementation("batched_mm")
         apply_kmeans_routing(model)
@@ -586,7 +587,7 @@ def test_twenty_compiled_steps_learn(model_type: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         losses = train(compiled, 20)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert losses == pytest.approx(reference, rel=1e-3)
     for a, b in zip(routers_of(plain), routers_of(compiled), strict=True):
         assert int(a.steps) == int(b.steps) == 19

@@ -71,10 +71,10 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(model_type, **{**COMMON, **TYPES[model_type], **overrides})
 
 
-def tiny_model(model_type: str, **overrides: Any) -> Any:
+def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A fresh tiny causal language model of that type, in eval mode; the same weights each time."""
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+    return transformers.AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=dtype).eval()
 
 
 def some_tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -23,8 +23,8 @@ model too.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -40,9 +40,6 @@ from kmeans_route.integrations.transformers_router import (
     router_class,
     zero_bad_rows,
 )
-
-if TYPE_CHECKING:
-    from kmeans_route.integrations.transformers_trainer import KMeansRouterCallback
 
 OLDEST = (5, 21)
 SECTION_VERSION = 1
@@ -84,7 +81,7 @@ class Summary(tuple[Swap, ...]):
 
 
 def apply_kmeans_routing(
-    model: nn.Module, layers: Layers = None, *, from_gate: bool | None = None, **router_options: Any
+    model: Any, layers: Layers = None, *, from_gate: bool | None = None, **router_options: Any
 ) -> Summary:
     """Put a K-Means router in the place of every learned router of a model of transformers.
 
@@ -110,21 +107,22 @@ def apply_kmeans_routing(
     _check_model(model)
     if getattr(model.config, "kmeans_route", None) and not _swapped(model):
         raise ValueError(
-            "model must not come from a K-Means checkpoint by a plain from_pretrained, got a config with a kmeans_route "
-            "section: use load_kmeans_pretrained, or delete model.config.kmeans_route to start anew"
+            "model must not come from a K-Means checkpoint by a plain from_pretrained, got a config with a "
+            "kmeans_route section: use load_kmeans_pretrained, or delete model.config.kmeans_route to start anew"
         )
     for option in DECIDED_BY_MODEL:
         if option in router_options:
             raise ValueError(f"router_options must not hold {option}, got {router_options[option]!r}: leave it out")
-    plan = []
+    made = {}
     for path, old in _select(model, layers).items():
         _check_reached(model, path, old)
         contract = probe(path, old)
-        plan.append((path, old, contract, architecture_options(old, contract) | router_options))
-    return _swap(model, [(path, _make(path, *rest, from_gate)) for path, *rest in plan])
+        options = architecture_options(old, contract) | router_options
+        made[path] = _make(path, old, contract, options, from_gate)
+    return _swap(model, made)
 
 
-def revert(model: nn.Module) -> list[str]:
+def revert(model: Any) -> list[str]:
     """Put the learned routers back as they were, and the auxiliary loss; the K-Means state is lost.
 
     Returns:
@@ -286,7 +284,9 @@ def _check_reached(model: Any, path: str, router: nn.Module) -> None:
         raise RuntimeError(f"{path} must be called by its block, got {problem}")
 
 
-def _make(path: str, old: nn.Module, contract: Contract, options: dict[str, Any], from_gate: bool | None) -> Any:
+def _make(
+    path: str, old: nn.Module, contract: Contract, options: dict[str, Any], from_gate: bool | None
+) -> TransformersRouter:
     router = router_class(type(old))(old, contract, name=path, **options)
     gate = old.get_parameter(contract.gate_key)
     if from_gate is None:
@@ -300,10 +300,10 @@ def _make(path: str, old: nn.Module, contract: Contract, options: dict[str, Any]
     return router
 
 
-def _swap(model: Any, routers: Iterable[tuple[str, TransformersRouter]]) -> Summary:
+def _swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
     """Put finished routers in; from here on nothing raises."""
     swaps = []
-    for path, router in routers:
+    for path, router in routers.items():
         parent, _, name = path.rpartition(".")
         block = model.get_submodule(parent)
         setattr(block, name, router)
@@ -385,7 +385,7 @@ def _swapping_class(real: Any, section: dict[str, Any]) -> Any:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         real.__init__(self, config, *args, **kwargs)
         known = {_owner(self, p)[1]: (p, m) for p, m in self.named_modules() if is_known(m)}
-        plan = []
+        made = {}
         for inner, entry in section["routers"].items():
             path, old = known.get(inner, (inner, None))
             if old is None:
@@ -400,8 +400,8 @@ def _swapping_class(real: Any, section: dict[str, Any]) -> Any:
                     )
             options = dict(entry["options"])
             name = options.pop("name")
-            plan.append((path, _make(name, old, contract, options, False)))
-        _swap(self, plan)
+            made[path] = _make(name, old, contract, options, False)
+        _swap(self, made)
 
     names = {"__init__": __init__, "__module__": real.__module__, "__qualname__": real.__qualname__}
     return type(real)(real.__name__, (real,), names)

@@ -106,7 +106,7 @@ def architecture_options(router: nn.Module, contract: Contract) -> dict[str, Any
     """
     name = type(router).__name__
     normalize = bool(getattr(router, "norm_topk_prob", name not in NOT_NORMALIZED)) and contract.top_k > 1
-    options = {"normalize": normalize, "scaling": float(getattr(router, "routed_scaling_factor", 1.0))}
+    options: dict[str, Any] = {"normalize": normalize, "scaling": float(getattr(router, "routed_scaling_factor", 1.0))}
     n_group = getattr(router, "num_group", None)
     if n_group and n_group > 1 and getattr(router, "topk_method", "group_limited_greedy") == "group_limited_greedy":
         score = "max" if name == "DeepseekV2TopkRouter" else "top2"
@@ -135,6 +135,7 @@ class TransformersRouter(KMeansRouter):
             **options,
         )
         self.contract = contract
+        self.chosen_options: dict[str, Any] = {}  # what config.json is to say
         self.masks: Masks | None = None
         self.handles: list[Any] = []
         self._original = [original]  # in a list: no submodule, so it is in no state dict
@@ -181,7 +182,7 @@ class TransformersRouter(KMeansRouter):
     def _apply(self, fn: Any, recurse: bool = True) -> "TransformersRouter":
         super()._apply(fn, recurse)
         if not any(p.is_meta for p in self.original.parameters()):
-            self.original._apply(fn)
+            self.original._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(
@@ -239,7 +240,7 @@ class TransformersRouter(KMeansRouter):
 
 
 @functools.cache
-def router_class(original: type[nn.Module]) -> type[TransformersRouter]:
+def router_class(original: Any) -> type[TransformersRouter]:
     """The K-Means router that is also an instance of `original`, of which it uses nothing."""
     names = {"original_class": original, "__module__": __name__, "__doc__": TransformersRouter.__doc__}
     return type(f"KMeans{original.__name__}", (TransformersRouter, original), names)

@@ -21,8 +21,8 @@ class KMeansRouterCallback(TrainerCallback):
     `save_pretrained` writes by default, experts one by one, Trainer's own resume finds none of them (5.23) and goes on
     with the weights that it has, with a mere warning. `from_pretrained` and `load_kmeans_pretrained` read both forms.
 
-    A list of callbacks is asked in its order, and Trainer(callbacks=[...]) puts its own after the loggers that report_to
-    names: those would miss the metrics, which `add_to` puts in before any of them.
+    Callbacks are asked in order, and Trainer(callbacks=[...]) puts its own after the loggers that report_to names:
+    those would miss the metrics, which `add_to` puts in before any of them.
 
     Example:
         callback = KMeansRouterCallback().add_to(trainer)
