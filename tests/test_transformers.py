@@ -137,7 +137,7 @@ def test_capture_of_logits_and_hidden_states_stays(model_type: str) -> None:
     for logits, swap in zip(out.router_logits, swaps, strict=True):
         assert logits.shape == (24, swap.router.num_experts)
         assert float(logits.detach().abs().max()) <= 1.0001 / swap.router.options.tau  # cosines over tau
-        assert float(logits.std()) > 0.1
+        assert float(logits.detach().std()) > 0.1
     assert_same_bits(model(tokens).logits, plain)
     revert(model)
     assert len(model.model(tokens, output_router_logits=True).router_logits) == len(swaps)
@@ -287,13 +287,16 @@ def test_only_tokens_of_the_attention_mask_count(how: str) -> None:
     if how in ("checkpoint", "reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
         model.enable_input_require_grads()
-    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    model.set_experts_implementation("batched_mm")
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
     args = (tokens, mask) if how == "position" else (tokens,)
     out = run(*args, **({} if how == "position" else {"attention_mask": mask}), labels=tokens)
     out.loss.backward()
     for router in routers_of(model):
         assert int(router.pending.num_tokens) == int(mask.sum())
         assert int(router.pending.counts.sum()) == 2 * int(mask.sum())
+    if how == "compiled":
+        return  # a second graph takes its time and says nothing new
     run(tokens, labels=tokens).loss.backward()  # without a mask every token counts
     assert int(routers_of(model)[0].pending.num_tokens) == int(mask.sum()) + tokens.numel()
 
@@ -583,7 +586,7 @@ def test_twenty_compiled_steps_learn(model_type: str) -> None:
         model.set_experts_implementation("batched_mm")
         apply_kmeans_routing(model)
     reference = train(plain, 20)
-    compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
+    compiled.forward = torch.compile(compiled.forward, backend="aot_eager", fullgraph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         losses = train(compiled, 20)

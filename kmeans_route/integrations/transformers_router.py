@@ -5,7 +5,6 @@ Blocks of transformers call `router(hidden) -> (router_logits (T, E), weights (T
 """
 
 import copy
-import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -41,6 +40,7 @@ SUPPORTED = {
 # Gates that do not sum to one over the selected experts, though their class has no norm_topk_prob.
 NOT_NORMALIZED = ("DeepseekV2TopkRouter", "Llama4Router")
 PROBE_TOKENS = 5
+_made: dict[Any, type["TransformersRouter"]] = {}
 
 
 class Contract(NamedTuple):
@@ -239,11 +239,12 @@ class TransformersRouter(KMeansRouter):
         return _empty_router, (self.original_class,), self.__getstate__()
 
 
-@functools.cache
-def router_class(original: Any) -> type[TransformersRouter]:
-    """The K-Means router that is also an instance of `original`, of which it uses nothing."""
-    names = {"original_class": original, "__module__": __name__, "__doc__": TransformersRouter.__doc__}
-    return type(f"KMeans{original.__name__}", (TransformersRouter, original), names)
+def router_class(original: type[nn.Module]) -> type[TransformersRouter]:
+    """The K-Means router that is also an instance of `original`, of which it uses nothing; one class for each."""
+    if original not in _made:
+        names = {"original_class": original, "__module__": __name__, "__doc__": TransformersRouter.__doc__}
+        _made[original] = type(f"KMeans{original.__name__}", (TransformersRouter, original), names)
+    return _made[original]
 
 
 def _empty_router(original: type[nn.Module]) -> TransformersRouter:
