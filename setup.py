@@ -12,13 +12,15 @@ assert VERSION is not None
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 CLI = ["typer>=0.12", "rich>=13", "safetensors>=0.4", "numpy>=1.26"]
 VIZ = ["matplotlib>=3.8", "numpy>=1.26"]
-HF = ["transformers>=5.21"]
+HF = ["transformers>=5.21", "accelerate>=1.1"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "numpy>=1.26"]
 DEV = [
     *BENCH,
     *TRITON,
     *CLI,
     *VIZ,
+    *HF,
+    "peft>=0.20",
     "hypothesis>=6.100",
     "pytest-cov>=5",
     "pytest-xdist>=3.5",

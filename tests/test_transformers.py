@@ -507,6 +507,15 @@ def test_weights_without_the_state_that_config_promises_are_refused(tmp_path: Pa
         load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
 
 
+def test_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    model.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"weight of router 'model\.layers\.1\.mlp\.gate' must be finite"):
+        load_kmeans_pretrained(type(model), tmp_path)
+
+
 def test_a_plain_load_is_noticed(tmp_path: Path) -> None:
     model = tiny_model("deepseek_v3")
     apply_kmeans_routing(model)
