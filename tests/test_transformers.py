@@ -454,6 +454,20 @@ def test_buffers_that_a_checkpoint_lacks_are_no_garbage(
     assert train(loaded, 2)[0] > 0
 
 
+def test_a_gate_that_a_checkpoint_lacks_starts_from_seeded_directions(tmp_path: Path) -> None:
+    class SwappedAtBirth(transformers.Qwen3NextForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            apply_kmeans_routing(self)
+
+    model = tiny_model("qwen3_next")
+    without = {name: value for name, value in model.state_dict().items() if "mlp.gate." not in name}
+    model.save_pretrained(tmp_path, state_dict=without)
+    for router in routers_of(SwappedAtBirth.from_pretrained(tmp_path)):
+        torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(8))  # transformers would draw 0.02 * normal
+        assert not bool(router.initialized)
+
+
 def _swapped_paths(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, KMeansRouter)]
 

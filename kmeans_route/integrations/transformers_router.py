@@ -232,8 +232,6 @@ class TransformersRouter(KMeansRouter):
         self._cached = self._seen = None
         self._initialized = False
         self._notice_load(committing=False)
-        for buffer in self.buffers():  # a block of some architectures initialises the weight of its router itself
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def __reduce__(self) -> Any:
         return _empty_router, (self.original_class,), self.__getstate__()
