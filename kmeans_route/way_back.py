@@ -18,6 +18,7 @@ SCALES = [2 ** (place / 6 - 4) for place in range(43)]
 """Scales tried, in units of 1 / (tau mean ||x||): 1/16 to 8, 12% apart."""
 MAX_FIT_TOKENS = 16384
 MAX_GRID_TOKENS = 4096
+MAX_SATURATED = 1e-3  # of the choices, where a bias makes them unequal anyway
 REFINEMENTS = 30
 
 
@@ -108,9 +109,9 @@ def export_gates(
     """Fit an ordinary gate to each K-Means router of a model, for serving engines that know no other.
 
     The rows are scale * direction, for sigmoids with one vector added to all rows, which changes no order. The scale
-    is the one of smallest gate error (half the sum over experts of |g - g'|) at which no p saturates. The choices are
-    equal, but for ties within rounding, only where every bias of the router is 0; otherwise nothing is promised, and
-    the report says how far they agree.
+    is the one of smallest gate error (half the sum over experts of |g - g'|) at which p does not saturate. The choices
+    are equal, but for ties within rounding, only where every bias of the router is 0; otherwise nothing is promised,
+    and the report says how far they agree.
 
     Args:
         model: with K-Means routers; it runs in eval mode and is not changed.
@@ -207,6 +208,7 @@ def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> Vanill
     b_E, options = router.expert_bias, router.options
     few = Sample(*(part[:: math.ceil(len(text.ids) / MAX_GRID_TOKENS)] for part in text))
     unit = 1 / (options.tau * float(text.norms.mean()))
+    allowed = MAX_SATURATED if bool((b_E != 0).any()) else 0.0
     tried: list[tuple[bool, float, float, _Form]] = []
     for form, few_form in _forms(router, text, few, kind, bias):
         for factor in SCALES:
@@ -219,7 +221,7 @@ def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> Vanill
             # Without a bias of p its order is that of the logits, but where p saturates.
             saturated = 0.0 if form.place == "score" else 1 - _overlap(ids, _select(logits, options))
             gates = _gates(p, ids, options._replace(scaling=1.0))
-            tried.append((saturated > 0, _gate_error(few, ids, gates), scale, form))
+            tried.append((saturated > allowed, _gate_error(few, ids, gates), scale, form))
     # Saturation is chosen only where nothing else is left.
     _, _, scale, form = min(tried, key=lambda one: one[:2])
     logits = scale * text.norms[:, None] * form.scores
