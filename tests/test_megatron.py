@@ -29,9 +29,11 @@ D, E, K = 16, 8, 2
 
 
 @pytest.fixture(autouse=True)
-def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one patch: Megatron asks for the current GPU wherever it makes a tensor."""
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The one patch: Megatron asks for the current GPU wherever it makes a tensor. And for time, none of its fusing."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
