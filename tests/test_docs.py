@@ -110,3 +110,15 @@ def test_the_table_of_bytes_is_what_the_package_sends() -> None:
     from benchmarks.exchange import bytes_table
 
     assert bytes_table() in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+
+
+EXAMPLES = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_examples_of_the_readme_run(number: int, plain_empty: None) -> None:
+    if "from transformers" in EXAMPLES[number]:
+        pytest.importorskip("transformers")
+    exec(compile(EXAMPLES[number], "README.md", "exec"), {})

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from kmeans_route.integrations import require
 from kmeans_route.integrations.transformers_router import (
-    SUPPORTED,
+    ROUTERS,
     Contract,
     Masks,
     TransformersRouter,
@@ -45,7 +46,9 @@ from kmeans_route.integrations.transformers_router import (
     zero_bad_rows,
 )
 
-OLDEST = (5, 21)
+SUPPORTED = ">=5.21,<6"
+TRIED = ("5.23.0",)
+require("transformers", SUPPORTED)
 SECTION_VERSION = 1
 DECIDED_BY_MODEL = ("hidden_size", "num_experts", "top_k", "name", "device", "return_scores")
 Layers = Callable[[str], bool] | Sequence[str | int] | None
@@ -107,7 +110,6 @@ def apply_kmeans_routing(
         ValueError: nothing to swap, a filter that names no router, a router that answers otherwise than expected.
         RuntimeError: a path that bypasses the router. TypeError: no model of transformers.
     """
-    check_version()
     _check_model(model)
     if getattr(model.config, "kmeans_route", None) and not _swapped(model):
         raise ValueError(
@@ -176,7 +178,6 @@ def load_kmeans_pretrained(cls: Any, path: Any, **kwargs: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    check_version()
     config = kwargs.pop("config", None)
     if config is None:
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -207,18 +208,6 @@ def load_kmeans_pretrained(cls: Any, path: Any, **kwargs: Any) -> Any:
     return (model, info) if wants_info else model
 
 
-def check_version() -> None:
-    """Raises RuntimeError where transformers is older than what was tried, ImportError where it is absent."""
-    import transformers
-
-    found = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    if found < OLDEST:
-        raise RuntimeError(
-            f"transformers must be at least {'.'.join(map(str, OLDEST))}, got {transformers.__version__}: upgrade it, "
-            "since older ones hand other things to their routers"
-        )
-
-
 def _check_model(model: Any) -> None:
     from transformers import PreTrainedModel
 
@@ -246,7 +235,7 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         others = [f"{type(m).__name__} at {path}" for path, m in model.named_modules() if looks_like_router(m)]
         already = f", {len(_swapped(model))} swapped already" if _swapped(model) else ""
         raise ValueError(
-            f"model must contain a router of {sorted(SUPPORTED)}, got {type(model).__name__} with "
+            f"model must contain a router of {sorted(ROUTERS)}, got {type(model).__name__} with "
             f"{', '.join(others[:3]) or 'none'}{already}: use a supported model"
         )
     if layers is None:

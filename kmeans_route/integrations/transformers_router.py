@@ -17,7 +17,7 @@ from kmeans_route.checks import flatten_hidden_states
 from kmeans_route.router import KMeansRouter
 
 # The router classes that are known, each with the model type that brings it.
-SUPPORTED = {
+ROUTERS = {
     "DeepseekV2TopkRouter": "deepseek_v2",
     "DeepseekV3TopkRouter": "deepseek_v3",
     "Ernie4_5_MoeTopKRouter": "ernie4_5_moe",
@@ -60,13 +60,13 @@ class Contract(NamedTuple):
 
 def is_known(module: nn.Module) -> bool:
     """Whether this is a router of transformers that can be swapped, and has not been."""
-    return type(module).__name__ in SUPPORTED and not isinstance(module, KMeansRouter)
+    return type(module).__name__ in ROUTERS and not isinstance(module, KMeansRouter)
 
 
 def looks_like_router(module: nn.Module) -> bool:
     """Whether the name of the class says so; for messages only."""
     name = type(module).__name__
-    return bool(re.search(r"(Router|Gate|Gating)$", name)) and name not in SUPPORTED
+    return bool(re.search(r"(Router|Gate|Gating)$", name)) and name not in ROUTERS
 
 
 def probe(path: str, router: nn.Module) -> Contract:
