@@ -111,7 +111,17 @@ class Attachment:
         return {"steps": self._steps, **left_out}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave, on the same rank of as many."""
+        """Take what `state_dict` gave, on the same rank of as many.
+
+        Raises:
+            ValueError: it lacks an entry, and nothing is taken.
+        """
+        wanted = ["steps"] if self._exchange is None else ["steps", *LEFT_OUT]
+        missing = [name for name in wanted if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"state_dict must hold {wanted}, got none of {missing}: load what the attachment of this rank has saved"
+            )
         self._steps = int(state_dict["steps"])
         if self._exchange is not None:
             for name in LEFT_OUT:

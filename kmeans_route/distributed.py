@@ -5,7 +5,7 @@ sums; int64 counts; int32 histograms where a balance rule keeps them), all in fl
 centroids are there does more travel: the token reservoir, merged to the tokens that one process would have kept.
 
 Two options lay the sums of all layers end to end, cut them into one chunk a rank, and send each chunk to its owner,
-who adds the ranks' parts in fp32 and in the order of the ranks:
+who adds the ranks' parts in fp32 and in a fixed order:
 
 - wire="bf16" rounds what it sends, and returns the sums rounded. What rounding left out stays where it arose and is
   added to the next exchange (error feedback), so that nothing is lost in the long run.
@@ -78,6 +78,7 @@ class Exchange:
         flat = self._end_to_end([pending.sums for _, pending in self._averaging])
         if self.left_of_sums.shape != flat.shape:  # the first time, or a router was frozen or thawed
             self.left_of_sums, self.left_of_chunk = torch.zeros_like(flat), torch.zeros_like(flat[0])
+        self.left_of_sums, self.left_of_chunk = self.left_of_sums.to(flat.device), self.left_of_chunk.to(flat.device)
         flat += self.left_of_sums
         sent = flat.to(self.dtype)
         self._new_left_of_sums = flat - sent

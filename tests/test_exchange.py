@@ -242,6 +242,8 @@ def resumed(rank: int, num_ranks: int, folder: str) -> list[bool]:
         torch.save({"model": first.state_dict(), "attachment": attachment.state_dict()}, path)
         attachment.remove()
         saved = torch.load(path)
+        with pytest.raises(ValueError, match=r"state_dict must hold .* got none of \['left_of_chunk'\]: load what"):
+            attachment.load_state_dict({"steps": 1, "left_of_sums": torch.zeros(1)})
         second.load_state_dict(saved["model"])
         attachment, optimizer = tie(second, **options)
         attachment.load_state_dict(saved["attachment"])

@@ -61,7 +61,7 @@ def test_two_hundred_steps_on_four_ranks(tmp_path: Path) -> None:
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, gloo",
-        "command": "make test-all",
+        "command": "python -m pytest tests/test_many_ranks.py -m slow",
         "model": "4 layers, D 128, 16 experts, top 2, 2048 bytes a step, 200 steps",
         "steps_with_unequal_ranks": checked[0].unequal,
         "worst_relative_distance_to_one_process": checked[0].worst,
