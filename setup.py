@@ -40,7 +40,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["kmeans_route", "kmeans_route.cli", "kmeans_route.integrations", "kmeans_route.kernels"],
+    packages=[
+        "kmeans_route",
+        "kmeans_route.bench",
+        "kmeans_route.cli",
+        "kmeans_route.integrations",
+        "kmeans_route.kernels",
+    ],
     package_dir={"kmeans_route": "kmeans_route", "kmeans_route.kernels": "kernels/triton"},
     package_data={"kmeans_route": ["py.typed"]},
     # No lower or upper bound: an install must never replace the torch that the user has.

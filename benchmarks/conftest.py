@@ -7,9 +7,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.allocator import recycle_memory
-from benchmarks.contest import Contest
-from benchmarks.results import environment, write_results
+from kmeans_route.bench.allocator import recycle_memory
+from kmeans_route.bench.contest import Contest
+from kmeans_route.bench.results import environment, write_results
 
 RECORDS: list[dict[str, object]] = []
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--repeats", type=int, default=15, help="rounds of each contest, at least 15 for a result to keep")
     group.addoption("--threads", type=int, default=2, help="threads of PyTorch")
     group.addoption("--max-ratio", type=float, default=1.0, help="fail above this ratio of training steps; 0: report")
-    group.addoption("--malloc", choices=("recycle", "default"), default="recycle", help="see benchmarks/allocator.py")
+    group.addoption("--malloc", choices=("recycle", "default"), default="recycle", help="see bench/allocator.py")
     group.addoption("--no-compile", action="store_true", help="leave out what needs torch.compile")
 
 

@@ -25,8 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from benchmarks.results import write_results
 from kmeans_route import KMeansRouter, attach
+from kmeans_route.bench.results import write_results
 from kmeans_route.distributed import wire_bytes
 from kmeans_route.testing import MODEL_SHAPES
 

@@ -79,7 +79,7 @@ def header(args: argparse.Namespace, device: Any) -> Record:
     import triton
 
     import kmeans_route
-    from benchmarks.results import processor_name
+    from kmeans_route.bench.results import processor_name
 
     gpu, commit = device.type == "cuda", output_of("git", "rev-parse", "HEAD")
     changes = output_of("git", "status", "--porcelain", "--untracked-files=no")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks import baselines, checks, steps
 from benchmarks.conftest import Bench
-from benchmarks.contest import Contest
 from kmeans_route import route
+from kmeans_route.bench import baselines, checks, steps
+from kmeans_route.bench.contest import Contest
 from kmeans_route.testing import CPU_BENCH_SHAPES, BenchShape, make_hidden_states
 
 TOKENS_SHARE = 4  # x_sorted is K times x: a quarter of the tokens keeps a round short

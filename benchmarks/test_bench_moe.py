@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmarks import checks, steps
 from benchmarks.conftest import Bench
-from benchmarks.contest import Contest
 from kmeans_route import KMeansRouter, MoE
+from kmeans_route.bench import checks, steps
+from kmeans_route.bench.contest import Contest
 from kmeans_route.testing import BenchShape, make_hidden_states
 
 # Shape of the layer and intermediate size: a small model, and OLMoE's ratios at half its width.

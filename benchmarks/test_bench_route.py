@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import baselines, checks, steps
 from benchmarks.conftest import Bench
-from benchmarks.contest import Contest, Contestant
+from kmeans_route.bench import baselines, checks, steps
+from kmeans_route.bench.contest import Contest, Contestant
 from kmeans_route.testing import CPU_BENCH_SHAPES, BenchShape
 
 SHAPES = pytest.mark.parametrize("shape", CPU_BENCH_SHAPES.values(), ids=CPU_BENCH_SHAPES.keys())

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, checks, memory, steps
-from benchmarks.contest import Contest, Contestant, NotVerifiedError
 from kmeans_route import KMeansRouter, directions, dispatch, route, testing
+from kmeans_route.bench import baselines, checks, memory, steps
+from kmeans_route.bench.contest import Contest, Contestant, NotVerifiedError
 from kmeans_route.testing import BenchShape, assert_close_to_truth, assert_same_selection
 
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baselines
-from benchmarks.steps import Exchange, Problem, clear
 from kmeans_route import KMeansRouter, MoE, centroid_sums, directions, route
+from kmeans_route.bench import baselines
+from kmeans_route.bench.steps import Exchange, Problem, clear
 from kmeans_route.testing import assert_close_to_truth, assert_same_selection
 
 # Rows in which two fp32 implementations may choose differently: near-ties grow with E, K and the logits' scale.

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import baselines
-from benchmarks.contest import Contestant
 from kmeans_route import KMeansRouter, MoE, Routing, combine, dispatch
+from kmeans_route.bench import baselines
+from kmeans_route.bench.contest import Contestant
 from kmeans_route.testing import BenchShape, make_centroids, make_hidden_states
 
 
