@@ -183,24 +183,29 @@ def watch(
     forward: Forward | None = None,
     tick: Tick = lambda: None,
 ) -> float | None:
-    """Run the batches and show `see` what each router got and chose; returns the mean loss over tokens, if any."""
+    """Run the batches and show `see` what each router got and chose; returns the mean loss over tokens, if any.
+
+    A batch that is a mapping with a two-dimensional `attention_mask`, as those of transformers, is not counted where
+    that is 0.
+    """
     run = run_batch if forward is None else forward
     tokens = dict.fromkeys(watched, 0)
 
     def hook_for(name: str, router: Router) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen = read(name, router, args, kwargs, output)
+            seen = read(name, router, args, kwargs, output, mask)
             tokens[name] += len(seen.x)
             see(name, seen)
 
         return hook
 
+    mask: Tensor | None = None
     total, weight, first = 0.0, 0, next(iter(watched))
     with evaluating(model):
         handles = [r.module.register_forward_hook(hook_for(n, r), with_kwargs=True) for n, r in watched.items()]
         try:
             for batch in batches:
-                before = tokens[first]
+                before, mask = tokens[first], _attention_mask(batch)
                 loss = loss_of(run(model, batch))
                 if loss is not None:
                     total += loss * (tokens[first] - before)
@@ -227,23 +232,38 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def _attention_mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def loss_of(output: Any) -> float | None:
     """The loss in what a forward returned, if there is one."""
     loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", output)
     return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def read(name: str, router: Router, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Seen:
+def read(
+    name: str,
+    router: Router,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+    model_mask: Tensor | None = None,
+) -> Seen:
     """What a call of a router holds.
 
     It may return a `Routing` or `RouterOutput`; a tuple with int64 ids (..., K) and floating weights of that shape, as
-    those of transformers do; or logits (..., E), as a plain linear gate does. A bool argument of x's leading shape is
-    taken for its mask.
+    those of transformers do; a pair of gates and logits (..., E), as Llama4's does; or logits (..., E), as a plain
+    linear gate does. A bool argument of x's leading shape is taken for its mask, else the model's, where that fits.
     """
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     x = next(value for value in given if value.is_floating_point())
-    mask = next((v for v in given if v.dtype == torch.bool and v.numel() == x.numel() // x.shape[-1]), None)
-    indices, weights = _choices(name, router, output)
+    num_tokens = x.numel() // x.shape[-1]
+    mask = next((v for v in given if v.dtype == torch.bool and v.numel() == num_tokens), None)
+    if mask is None and model_mask is not None and model_mask.numel() == num_tokens:
+        mask = model_mask.reshape(x.shape[:-1]).to(x.device)
+    indices, weights = choices(name, router, output)
     rows = x.detach().reshape(-1, x.shape[-1])
     valid = validity_reference(rows, flatten_mask(mask, x))
     indices = indices.reshape(-1, router.top_k)[valid]
@@ -255,7 +275,8 @@ def read(name: str, router: Router, args: tuple[Any, ...], kwargs: Mapping[str, 
     return Seen(rows[valid], indices, weights.detach().reshape(-1, router.top_k)[valid])
 
 
-def _choices(name: str, router: Router, output: Any) -> tuple[Tensor, Tensor]:
+def choices(name: str, router: Router, output: Any) -> tuple[Tensor, Tensor]:
+    """Ids and weights (..., K) in what a router returned; see `read`."""
     if isinstance(output, tuple) and output and isinstance(output[0], Routing):  # with its dispatch
         output = output[0]
     if isinstance(output, (Routing, RouterOutput)) and output.indices.shape[-1] == router.top_k:
@@ -270,6 +291,9 @@ def _choices(name: str, router: Router, output: Any) -> tuple[Tensor, Tensor]:
         weights = [v for v in tensors if ids and v.is_floating_point() and v.shape == ids[0].shape]
         if weights:
             return ids[0], weights[-1]
+        if len(tensors) == 2 and all(v.is_floating_point() and v.shape[-1] == router.num_experts for v in tensors):
+            indices = stable_topk(tensors[0].detach().float(), router.top_k)
+            return indices, tensors[0].gather(-1, indices)
     raise TypeError(
         f"router {name!r} must return int64 ids and weights (..., {router.top_k}) or logits (..., "
         f"{router.num_experts}), got {type(output).__name__}: give the new router the old one's top_k and number of "

@@ -143,12 +143,10 @@ def export_gates(
     places = None if target is None else _places(target, routers, kind, bias)
     held = reread(batches, "batches")
     reported = held if held_out is None else reread(held_out, "held_out")
-    watched = {name: Router(router, router.top_k, router.num_experts) for name, router in routers.items()}
+    watched = watched_routers(routers)
     total = len(held) + len(reported) * (1 + (target is not None))
     with ticking(progress, "exporting", total) as tick, torch.no_grad():
-        texts = {name: _Text(router) for name, router in routers.items()}
-        watch(model, watched, held, lambda name, seen: texts[name].add(seen), forward, tick)
-        gates = {name: fit_gate(routers[name], text.sample(), kind, bias) for name, text in texts.items()}
+        gates = fit_gates(model, routers, held, kind, bias, forward, tick)
         choosers = {name: gate.choose for name, gate in gates.items()}
         if target is None or places is None:
             return Export(gates, compare(model, watched, choosers, reported, forward=forward, tick=tick))
@@ -163,6 +161,26 @@ def export_gates(
                 place.load_state_dict(saved[name])
             raise
         return Export(gates, result)
+
+
+def watched_routers(routers: Mapping[str, KMeansRouter]) -> dict[str, Router]:
+    """The routers as `watch` takes them."""
+    return {name: Router(router, router.top_k, router.num_experts) for name, router in routers.items()}
+
+
+def fit_gates(
+    model: nn.Module,
+    routers: Mapping[str, KMeansRouter],
+    batches: Iterable[Any],
+    kind: str,
+    bias: str,
+    forward: Forward | None,
+    tick: Tick,
+) -> dict[str, VanillaGate]:
+    """The gates of `export_gates`, from one pass over the batches."""
+    texts = {name: _Text(router) for name, router in routers.items()}
+    watch(model, watched_routers(routers), batches, lambda name, seen: texts[name].add(seen), forward, tick)
+    return {name: fit_gate(routers[name], text.sample(), kind, bias) for name, text in texts.items()}
 
 
 class Sample(NamedTuple):

@@ -59,6 +59,10 @@ def __getattr__(name: str) -> Any:
         from kmeans_route.integrations.transformers_trainer import KMeansRouterCallback
 
         return KMeansRouterCallback
+    if name == "export_vanilla":
+        from kmeans_route.integrations.transformers_export import export_vanilla
+
+        return export_vanilla
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
