@@ -170,7 +170,7 @@ def test_refusals_leave_no_checkpoint(runs: Path, tmp_path: Path) -> None:
         (("export", runs / "softmax", "--out", out), "must hold K-Means routers, got softmax"),
         (("export", runs / "kmeans", "--out", out, "--router", "kmeans"), "must be softmax or sigmoid, got kmeans"),
         (("export", runs / "kmeans", "--out", out, "--bias", "score"), "a place for bias='score'"),
-        (("convert", tmp_path / "absent", "--out", out), "no checkpoint in"),
+        (("convert", tmp_path / "absent", "--out", out), "holds no checkpoint"),
         (("inspect", tmp_path / "absent"), "does not exist"),
     ):
         code, document = invoke(*arguments, "--json")
@@ -220,7 +220,7 @@ def test_lag_is_the_angle_to_the_tokens_of_now(runs: Path) -> None:
     means = torch.stack([rows[(ids == e).any(1)].sum(0) for e in range(4)])
     routers = inspection.describe(inspection.state_of(runs / "kmeans"))
     want = torch.rad2deg(metrics.centroid_drift(routers[NAMES[0]]["weight"], means))
-    inspection.add_loads(routers, runs / "kmeans", [])
+    inspection.add_loads(routers, *inspection._run(runs / "kmeans", []))
     for got, angle, mean in zip(routers[NAMES[0]]["lag_degrees"], want.tolist(), means, strict=True):
         assert got == (pytest.approx(angle, abs=0.05) if mean.any() else None)
 

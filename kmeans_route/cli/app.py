@@ -17,6 +17,7 @@ from kmeans_route.cli.data import load_corpus
 from kmeans_route.cli.demo import DEMO_STEPS, demo
 from kmeans_route.cli.inspection import inspect
 from kmeans_route.cli.output import Output
+from kmeans_route.cli.pretrained import convert_pretrained, export_pretrained, is_pretrained
 from kmeans_route.cli.run import resumed, train
 from kmeans_route.cli.selftest import selftest
 from kmeans_route.cli.training import NotFiniteError, set_threads
@@ -173,24 +174,38 @@ def selftest_command(
     _leave(output, lambda: selftest(output))
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train.")]
+Source = Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train, or of save_pretrained.")]
 Made = Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 TheirText = Annotated[
-    list[Path] | None, typer.Option("--text", help="The run's text, repeatable [default: as it was named then].")
+    list[Path] | None,
+    typer.Option(
+        "--text", help="Text, repeatable [default: as the run named it; for a model this Python's standard library]."
+    ),
 ]
 CalibrationBytes = Annotated[int, typer.Option(min=1, help="Bytes of training text to calibrate on.")]
 MoreSteps = Annotated[int, typer.Option(min=0, help="Steps to add, so that train --resume goes on.")]
 
 
-def _check_free(source: Path, out: Path, overwrite: bool) -> None:
-    if checkpoints.exists(out) and (not overwrite or out.resolve() == source.resolve()):
+def _check_folders(source: Path, out: Path, overwrite: bool) -> None:
+    if not (checkpoints.exists(source) or is_pretrained(source)):
+        raise checkpoints.CheckpointError(
+            f"{source} holds no checkpoint: name the --out folder of kmeans-route train, or one of save_pretrained"
+        )
+    if (checkpoints.exists(out) or is_pretrained(out)) and (not overwrite or out.resolve() == source.resolve()):
         raise ValueError(f"{out} already holds a run: name another --out" + ("" if overwrite else ", or --overwrite"))
+
+
+def _refuse_given(context: typer.Context, *names: str) -> None:
+    """What only runs of `kmeans-route train` know."""
+    for name in names:
+        if _was_given(context, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for runs of kmeans-route train, got a model: leave it out")
 
 
 @app.command("inspect")
 def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors or torch state dict.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run or of save_pretrained, or a state dict's file.")],
     out: Annotated[Path | None, typer.Option(help="Folder for pictures [default: none are drawn].")] = None,
     against: Annotated[Path | None, typer.Option(help="Earlier checkpoint, to show the drift since.")] = None,
     text: TheirText = None,
@@ -204,6 +219,7 @@ def inspect_command(
 
 @app.command("convert")
 def convert_command(
+    context: typer.Context,
     source: Source,
     out: Made,
     start: Annotated[
@@ -219,11 +235,17 @@ def convert_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Put K-Means routers in place of a run's learned ones: a warm start, with agreement and loss."""
+    """Put K-Means routers in place of learned ones: a warm start, with agreement and loss."""
     output = Output(json_mode=json_mode, plain=plain)
 
     def work() -> int:
-        _check_free(source, out, overwrite)
+        _check_folders(source, out, overwrite)
+        if is_pretrained(source):
+            _refuse_given(context, "more_steps")
+            return convert_pretrained(
+                source, out, output, text=text or [], balance=balance, start=start, tau=tau,
+                balance_steps=balance_steps, calibration_bytes=calibration_bytes,
+            )  # fmt: skip
         return convert(
             source, out, output, text=text or [], balance=balance, start=start, tau=tau, balance_steps=balance_steps,
             calibration_bytes=calibration_bytes, more_steps=more_steps,
@@ -234,13 +256,14 @@ def convert_command(
 
 @app.command("export")
 def export_command(
+    context: typer.Context,
     source: Source,
     out: Made,
     router: Annotated[str, typer.Option(help="softmax or sigmoid gates.")] = "softmax",
     balance: Annotated[str, typer.Option(help="Their balance rule [default: aux for softmax, sign for sigmoid].")] = "",
     bias: Annotated[
         str,
-        typer.Option(help="Where the selection bias goes: score, rows or none [default: score if there is a place]."),
+        typer.Option(help="Where the selection bias goes: score, logit, rows or none [default: its place, if any]."),
     ] = "",
     calibration_bytes: CalibrationBytes = 32768,
     more_steps: MoreSteps = 0,
@@ -249,11 +272,16 @@ def export_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Put ordinary gates in place of a run's K-Means routers, with agreement, load and loss."""
+    """Put ordinary gates in place of K-Means routers, with agreement, load and loss."""
     output = Output(json_mode=json_mode, plain=plain)
 
     def work() -> int:
-        _check_free(source, out, overwrite)
+        _check_folders(source, out, overwrite)
+        if is_pretrained(source):
+            _refuse_given(context, "more_steps", "router", "balance")
+            return export_pretrained(
+                source, out, output, text=text or [], bias=bias, calibration_bytes=calibration_bytes
+            )
         return export(
             source, out, output, text=text or [], router=router, balance=balance, bias=bias,
             calibration_bytes=calibration_bytes, more_steps=more_steps,

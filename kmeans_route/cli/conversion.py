@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def convert(
         ours.router.set_centroids(theirs.router.weight)
     batches, held_out = _windows(old, calibration_bytes)
     passes = (start == "means") + (tau is None or balance_steps > 0)
-    with _progress(output, "calibrating", passes * len(batches) + 2 * len(held_out)) as tick:
+    with output.batches("calibrating", passes * len(batches) + 2 * len(held_out)) as tick:
         comparison = calibrate(
             old.model, model, batches, held_out=held_out, start=start, balance_steps=balance_steps,
             fit_tau=tau is None, forward=_loss, progress=tick,
@@ -114,7 +113,7 @@ def export(
     place = bias or ("score" if config.balance in ("sign", "quantile") else "rows")
     model = _with_routers(old.model, config)
     batches, held_out = _windows(old, calibration_bytes)
-    with _progress(output, "exporting", len(batches) + 2 * len(held_out)) as tick:
+    with output.batches("exporting", len(batches) + 2 * len(held_out)) as tick:
         gates, comparison = export_gates(
             old.model, batches, target=model, held_out=held_out, kind=router, bias=place, forward=_loss, progress=tick
         )
@@ -163,19 +162,6 @@ def _loss(model: nn.Module, windows: Tensor) -> Tensor:
     return next_byte_loss(model, windows)
 
 
-@contextmanager
-def _progress(output: Output, description: str, total: int) -> Iterator[Callable[[], None]]:
-    done = 0
-    with output.progress(description, total) as update:
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            update(done, "batches")
-
-        yield tick
-
-
 def _save(out: Path, checkpoint: Checkpoint, config: TrainConfig, model: DecoderLM) -> None:
     """The old checkpoint with the new model; a parameter that the old one had not starts without moments."""
     routers = _router_prefixes(model)
@@ -189,6 +175,16 @@ def _save(out: Path, checkpoint: Checkpoint, config: TrainConfig, model: Decoder
     save_checkpoint(out, checkpoint._replace(config=config.to_dict(), tensors=tensors))
 
 
+def comparison_table(title: str, top_k: int, comparison: Comparison, output: Output) -> dict[str, Any]:
+    """Show agreement and loads, router by router; returns the figures for JSON."""
+    figures = comparison.to_dict()
+    names = ("top1", "overlap", "gate_error", "max_vio_before", "max_vio_after")
+    everything = {**figures["routers"], "mean": figures["mean"]}
+    rows = [[name, *(f"{values[key]:.3f}" for key in names)] for name, values in everything.items()]
+    output.table(title, ["router", "top-1", f"top-{top_k}", "gate error", "MaxVio before", "after"], rows)
+    return figures
+
+
 def _tell(
     command: str,
     source: Path,
@@ -199,12 +195,8 @@ def _tell(
     facts: dict[str, Any],
     output: Output,
 ) -> None:
-    figures = comparison.to_dict()
-    names = ("top1", "overlap", "gate_error", "max_vio_before", "max_vio_after")
-    everything = {**figures["routers"], "mean": figures["mean"]}
-    rows = [[name, *(f"{values[key]:.3f}" for key in names)] for name, values in everything.items()]
-    columns = ["router", "top-1", f"top-{after.top_k}", "gate error", "MaxVio before", "after"]
-    output.table(f"{before.label} -> {after.label}, held-out text", columns, rows)
+    title = f"{before.label} -> {after.label}, held-out text"
+    figures = comparison_table(title, after.top_k, comparison, output)
     assert comparison.loss_before is not None
     assert comparison.loss_after is not None
     bits = [comparison.loss_before / NATS_PER_BIT, comparison.loss_after / NATS_PER_BIT]

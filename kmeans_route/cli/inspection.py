@@ -1,4 +1,4 @@
-"""The routers of a checkpoint: a run of `kmeans-route train`, or a plain state dict."""
+"""The routers of a checkpoint: a run of `kmeans-route train`, a model of transformers, or a plain state dict."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kmeans_route import metrics
-from kmeans_route.agreement import Router, Seen, watch
+from kmeans_route.agreement import Forward, Router, Seen, watch
 from kmeans_route.cli.checkpoint import CheckpointError, exists, load_checkpoint, write_atomically
 from kmeans_route.cli.model import next_byte_loss
 from kmeans_route.cli.output import Output
+from kmeans_route.cli.pretrained import is_pretrained, load_for_inspection, token_batches
 from kmeans_route.cli.run import resumed
 from kmeans_route.cli.training import Trainer
 
 BIAS_NAMES = ("expert_bias", "e_score_correction_bias")
 GATE_NAMES = ("router", "gate")
+INSPECTED_BYTES = 65536
 Facts = dict[str, Any]
 
 
@@ -33,7 +35,8 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
     """The command `inspect`: what the routers of a checkpoint have learned.
 
     Args:
-        path: folder of a run of `kmeans-route train`, or a .safetensors or torch file.
+        path: folder of a run of `kmeans-route train` or of transformers' save_pretrained, or a .safetensors or torch
+            file.
         out: folder of pictures; None draws none.
         output: where to speak.
         text: held-out text of a run, as named; none means the checkpoint's.
@@ -47,14 +50,17 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
     """
     if out is not None and find_spec("matplotlib") is None:
         raise ModuleNotFoundError('pictures need matplotlib: pip install "kmeans_route[cli,viz]"', name="matplotlib")
-    routers = describe(state_of(path))
+    pretrained = load_for_inspection(path) if is_pretrained(path) else None
+    routers = describe(state_of(path) if pretrained is None else pretrained[0].state_dict())
     if not routers:
         raise CheckpointError(
             f"{path} holds no router: looked for NAME.weight (E, D) beside NAME.expert_bias, and for "
             f"{' and '.join(f'{name}.weight' for name in GATE_NAMES)}"
         )
     if exists(path):
-        add_loads(routers, path, text)
+        add_loads(routers, *_run(path, text))
+    elif pretrained is not None:
+        add_loads(routers, *_pretrained(path, *pretrained, text, output))
     if against is not None:
         add_drift(routers, describe(state_of(against)), against)
     _table(routers, path, output)
@@ -79,6 +85,8 @@ def state_of(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: nothing readable there. A torch file is read without running code that it may hold.
     """
+    if is_pretrained(path):  # by the names of the model, which are not those in its files
+        return dict(load_for_inspection(path)[0].state_dict())
     if path.is_dir():
         tensors = load_checkpoint(path).tensors
         return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
@@ -143,30 +151,48 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def add_loads(routers: dict[str, Facts], folder: Path, text: Sequence[Path]) -> None:
-    """Run a checkpoint's model on its held-out text: loads, dead experts, and how far centroids are from their tokens.
+Loads = tuple[nn.Module, Sequence[Any], Forward | None]
+"""A model, batches of held-out text, and how to run one."""
 
-    `lag_degrees` of a K-Means expert is the angle between its centroid and the mean of the unit hidden states that it
-    gets now, null for a dead one.
-    """
+
+def _run(folder: Path, text: Sequence[Path]) -> Loads:
     config, corpus, checkpoint = resumed(folder, {}, text)
     trainer = Trainer(config, corpus)
     trainer.restore(checkpoint)
     trainer.attachment.remove()
-    modules = dict(trainer.model.named_modules())
-    watched = {name: Router(modules[name], config.top_k, config.experts) for name in routers}
-    counts = {name: torch.zeros(config.experts, dtype=torch.int64) for name in routers}
-    sums = {name: torch.zeros(config.experts, config.hidden) for name in routers}
-
-    def see(name: str, seen: Seen) -> None:
-        counts[name] += torch.bincount(seen.indices.flatten(), minlength=config.experts).cpu()
-        rows = F.normalize(seen.x.float(), dim=1).repeat_interleave(config.top_k, 0)
-        sums[name].index_add_(0, seen.indices.flatten().cpu(), rows.cpu())
 
     def run(model: nn.Module, windows: Tensor) -> Tensor:
         return next_byte_loss(model, windows.to(trainer.device).long())  # type: ignore[arg-type]
 
-    watch(trainer.model, watched, torch.split(trainer.windows, config.batch), see, run)
+    return trainer.model, torch.split(trainer.windows, config.batch), run
+
+
+def _pretrained(folder: Path, model: Any, tokenizer: Any, text: Sequence[Path], output: Output) -> Loads:
+    if tokenizer is None:
+        output.note(f"no loads: {folder} holds no tokenizer")
+        return model, [], None
+    return model, token_batches(model, tokenizer, text, INSPECTED_BYTES)[1], None
+
+
+def add_loads(routers: dict[str, Facts], model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> None:
+    """Run a checkpoint's model on held-out text: loads, dead experts, and how far centroids are from their tokens.
+
+    `lag_degrees` of a K-Means expert is the angle between its centroid and the mean of the unit hidden states that it
+    gets now, null for a dead one.
+    """
+    if not batches:
+        return
+    modules = dict(model.named_modules())
+    watched = {name: Router(modules[name], _top_k(modules[name]), facts["experts"]) for name, facts in routers.items()}
+    counts = {name: torch.zeros(facts["experts"], dtype=torch.int64) for name, facts in routers.items()}
+    sums = {name: torch.zeros(facts["experts"], facts["hidden"]) for name, facts in routers.items()}
+
+    def see(name: str, seen: Seen) -> None:
+        counts[name] += torch.bincount(seen.indices.flatten(), minlength=len(counts[name])).cpu()
+        rows = F.normalize(seen.x.float(), dim=1).repeat_interleave(seen.indices.shape[1], 0)
+        sums[name].index_add_(0, seen.indices.flatten().cpu(), rows.cpu())
+
+    watch(model, watched, batches, see, forward)
     for name, facts in routers.items():
         facts |= {
             "load": metrics.load(counts[name]).tolist(),
@@ -178,6 +204,14 @@ def add_loads(routers: dict[str, Facts], folder: Path, text: Sequence[Path]) -> 
             facts["lag_degrees"] = [
                 angle if count else None for angle, count in zip(angles.tolist(), counts[name].tolist(), strict=True)
             ]
+
+
+def _top_k(router: nn.Module) -> int:
+    for name in ("top_k", "moe_topk"):
+        value = getattr(router, name, None)
+        if isinstance(value, int):
+            return value
+    raise CheckpointError(f"{type(router).__name__} must say its top_k, got none: inspect the file of its state dict")
 
 
 def add_drift(routers: dict[str, Facts], earlier: Mapping[str, Facts], path: Path) -> None:

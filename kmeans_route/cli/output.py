@@ -81,6 +81,19 @@ class Output:
         else:
             yield self._lines(description, total, done)
 
+    @contextmanager
+    def batches(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        """The same for what is called without arguments after each batch."""
+        done = 0
+        with self.progress(description, total) as update:
+
+            def tick() -> None:
+                nonlocal done
+                done += 1
+                update(done, "batches")
+
+            yield tick
+
     def _bar(self, description: str, total: int, done: int) -> Iterator[Update]:
         bar = Progress(
             TextColumn("{task.description}"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kmeans_route.checks import flatten_hidden_states
+from kmeans_route.checks import RouteOptions, flatten_hidden_states
 from kmeans_route.router import KMeansRouter
 
 # The router classes that are known, each with the model type that brings it.
@@ -126,6 +126,7 @@ class TransformersRouter(KMeansRouter):
     FP32_STATE = ("weight", "e_score_correction_bias", "score_std")
 
     def __init__(self, original: nn.Module, contract: Contract, **options: Any) -> None:
+        self.chosen_options: dict[str, Any] = {}  # what config.json is to say
         super().__init__(
             contract.hidden_size,
             contract.num_experts,
@@ -135,7 +136,6 @@ class TransformersRouter(KMeansRouter):
             **options,
         )
         self.contract = contract
-        self.chosen_options: dict[str, Any] = {}  # what config.json is to say
         self.masks: Masks | None = None
         self.handles: list[Any] = []
         self._original = [original]  # in a list: no submodule, so it is in no state dict
@@ -146,6 +146,17 @@ class TransformersRouter(KMeansRouter):
         self.train(original.training)
         # transformers initialises what does not carry this flag; on the meta device a checkpoint is still to come.
         self._is_hf_initialized = not self.weight.is_meta
+
+    @property
+    def options(self) -> RouteOptions:
+        """How it selects and weighs. A tau that is fitted after the swap goes into config.json too."""
+        return self._options
+
+    @options.setter
+    def options(self, options: RouteOptions) -> None:
+        if "tau" in self.chosen_options or options.tau != getattr(self, "_options", options).tau:
+            self.chosen_options["tau"] = options.tau
+        self._options = options
 
     @property
     def original(self) -> nn.Module:
