@@ -16,11 +16,12 @@ help:
 env: $(VENV)/.installed
 
 # torch first and pinned, so that no later requirement can pull another build of it.
-$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt frameworks.txt
 	@echo "making the environment in $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r frameworks.txt
 	@touch $@
 
 ## make demo        train K-Means and two learned routers side by side, print the table, write the report

@@ -72,6 +72,14 @@ def test_what_is_installed_is_in_the_table(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
+def test_the_environment_brings_a_version_that_was_tried(package: str) -> None:
+    pins = [(ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "frameworks.txt")]
+    pinned = re.findall(rf"^{package}==(\S+)$", "\n".join(pins), re.MULTILINE)
+    assert len(pinned) == 1
+    assert pinned[0] in table()[package].tried.split(", ")
+
+
+@pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
 def test_each_row_names_a_test_and_an_extra(package: str) -> None:
     row = table()[package]
     extras = (ROOT / "setup.py").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,8 +118,30 @@ EXAMPLES = re.findall(
 )
 
 
+FRAMEWORKS = ("transformers", "torchtitan", "megatron", "lightning")
+
+
+def test_the_readme_has_an_example_of_each_framework() -> None:
+    for framework in FRAMEWORKS:
+        found = [each for each in EXAMPLES if f"kmeans_route.integrations.{framework}" in each]
+        assert len(found) == 1, framework
+
+
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_the_examples_of_the_readme_run(number: int, plain_empty: None) -> None:
-    if "from transformers" in EXAMPLES[number]:
-        pytest.importorskip("transformers")
-    exec(compile(EXAMPLES[number], "README.md", "exec"), {})
+def test_the_examples_of_the_readme_run(
+    number: int, plain_empty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for framework in FRAMEWORKS:
+        if f"kmeans_route.integrations.{framework}" in EXAMPLES[number]:
+            pytest.importorskip(framework)
+    monkeypatch.chdir(tmp_path)  # Lightning writes a checkpoint
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(EXAMPLES[number], "README.md", "exec"), names)
+    if "spec" in names and hasattr(names["spec"], "submodules"):
+        from kmeans_route.integrations.megatron import KMeansTopKRouter
+
+        assert names["spec"].submodules.router.func is KMeansTopKRouter
+    elif "spec" in names:
+        from kmeans_route import KMeansRouter
+
+        assert any(isinstance(module, KMeansRouter) for module in names["model"].modules())
