@@ -14,13 +14,14 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.21")
 
 from kmeans_route import KMeansRouter, attach  # noqa: E402
+from kmeans_route.cli.data import BatchSampler, load_corpus, validation_windows  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402
     apply_kmeans_routing,
     export_vanilla,
     load_kmeans_pretrained,
     revert,
 )
-from tests.transformers_models import TYPES, some_tokens, tiny_model  # noqa: E402
+from tests.transformers_models import TYPES, some_tokens, tiny_config, tiny_model  # noqa: E402
 
 STEPS = 20
 
@@ -138,3 +139,37 @@ def all_of_it(model_type: str, folder: Path) -> dict[str, Any]:
         difference = max(abs(a - b) for a, b in zip(losses, compiled, strict=True))
         row["compiled"] = {"loss_last": compiled[-1], "largest_difference": difference}
     return row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_model_trained_on_text_goes_back(model_type: str) -> None:
+    """What the way back costs where the experts and the biases mean something: figures of docs/transformers.md."""
+    torch.manual_seed(0)
+    corpus = load_corpus()
+    config = tiny_config(model_type, vocab_size=256, hidden_size=64, num_hidden_layers=2, max_position_embeddings=256)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    apply_kmeans_routing(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    attachment = attach(model, optimizer)
+    sampler = BatchSampler(corpus.train, 128, 16, 0)
+    for _ in range(300):
+        tokens = sampler.next()[:, :-1].long()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    attachment.remove()
+
+    def batches(text: torch.Tensor, count: int) -> list[dict[str, torch.Tensor]]:
+        rows = validation_windows(text, 128, count * 16 * 128)[:, :-1].long()
+        return [{"input_ids": part, "labels": part} for part in torch.split(rows, 16)]
+
+    export = export_vanilla(model, batches(corpus.train, 16), held_out=batches(corpus.validation, 32), progress=False)
+    told = export.comparison
+    print(f"\n{model_type}\n{told}")
+    assert told.loss_before is not None
+    assert told.loss_after is not None
+    assert told.loss_before < 2.5
+    assert told.loss_after < told.loss_before + 0.15
+    assert told.mean("overlap") > 0.8
