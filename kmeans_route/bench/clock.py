@@ -1,4 +1,4 @@
-"""Timing on one device: graph replay with a cold L2 between CUDA events, and the rates that the device reaches."""
+"""Timing on one device: graph replay with a cold L2 between CUDA events; on a CPU the wall clock."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,11 @@ import torch
 
 REPEATS_BACK_TO_BACK = 20
 Outcome = dict[str, Any]
-Runner = Callable[[], Any]
+Runner = Callable[[], object]
+
+
+def nothing() -> None:
+    """What comes before a sample that needs no preparing."""
 
 
 class Clock:
@@ -18,17 +22,22 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
-        self.stream = self.flush = None
+        self.stream: torch.cuda.Stream | None = None
+        self.flush: torch.Tensor | None = None
         if self.on_gpu:
             # One stream for all: a backward runs on its forward's stream, and a capture may touch no other.
             self.stream = torch.cuda.Stream(device)
-            l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
             # The last-level cache of AMD's devices lies behind L2 and is not reported.
             least = 512 << 20 if torch.version.hip else 64 << 20
-            self.flush = torch.empty(max(2 * l2, least), dtype=torch.uint8, device=device)
+            self.flush = torch.empty(max(2 * self.l2_bytes, least), dtype=torch.uint8, device=device)
+
+    @property
+    def l2_bytes(self) -> int:
+        """Size of the device's L2; 0 where it is not known."""
+        return getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) if self.on_gpu else 0
 
     def scope(self) -> AbstractContextManager[Any]:
-        """Where everything of a cell runs."""
+        """Where everything that is timed must run, the making of its inputs included."""
         return torch.cuda.stream(self.stream) if self.on_gpu else nullcontext()
 
     def wait(self) -> None:
@@ -36,29 +45,31 @@ class Clock:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def measure(self, run: Runner, prepare: Runner | None = None, *, back_to_back: bool = False) -> Outcome:
+    def measure(self, run: Runner, prepare: Runner = nothing, *, back_to_back: bool = False) -> Outcome:
         """Median and quartiles of `run` in microseconds, and the peak of what it allocates in bytes.
 
         prepare: called before each sample, outside of its time. back_to_back: also the mean of 20 calls in one graph,
         with whatever they leave in L2.
         """
-        prepare = prepare or (lambda: None)
-        peak = self._warm_up(run, prepare)
-        timed, method = self._replayed(run)
-        count = 2
-        if self.on_gpu:  # at least 20 samples, of about a second in all; fewer where one takes more than 50 ms
-            count = max(5, min(50, int(1e6 / max(self._samples(timed, prepare, 1)[0], 1.0))))
-        samples = torch.tensor(self._samples(timed, prepare, count), dtype=torch.float64)
-        q1, median, q3 = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        result = {"median_us": median, "q1_us": q1, "q3_us": q3, "samples": count, "peak_bytes": peak, "method": method}
-        if back_to_back and method == "graph":
-            many = self._replayed(lambda: [run() for _ in range(REPEATS_BACK_TO_BACK)])
-            if many[1] == "graph":
-                times = torch.tensor(self._samples(many[0], prepare, 20))
-                result["back_to_back_us"] = float(times.median()) / REPEATS_BACK_TO_BACK
-        return result
+        with self.scope():
+            peak = self.warm_up(run, prepare)
+            timed, method = self.captured(run)
+            count = 2
+            if self.on_gpu:  # at least 20 samples, of about a second in all; fewer where one takes more than 50 ms
+                count = max(5, min(50, int(1e6 / max(self.samples_us(timed, prepare, 1)[0], 1.0))))
+            samples = torch.tensor(self.samples_us(timed, prepare, count), dtype=torch.float64)
+            q1, median, q3 = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+            result = {"median_us": median, "q1_us": q1, "q3_us": q3, "samples": count}
+            result |= {"peak_bytes": peak, "method": method}
+            if back_to_back and method == "graph":
+                many = self.captured(lambda: [run() for _ in range(REPEATS_BACK_TO_BACK)])
+                if many[1] == "graph":
+                    times = torch.tensor(self.samples_us(many[0], prepare, 20))
+                    result["back_to_back_us"] = float(times.median()) / REPEATS_BACK_TO_BACK
+            return result
 
-    def _warm_up(self, run: Runner, prepare: Runner) -> int | None:
+    def warm_up(self, run: Runner, prepare: Runner = nothing) -> int | None:
+        """Run it until everything is compiled; the peak of what one call allocates in bytes, on a GPU."""
         for _ in range(3 if self.on_gpu else 1):
             prepare()
             run()
@@ -72,8 +83,8 @@ class Clock:
         self.wait()
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def _replayed(self, run: Runner) -> tuple[Runner, str]:
-        """`run` as a graph, or itself and the reason why not."""
+    def captured(self, run: Runner) -> tuple[Runner, str]:
+        """A warm `run` as a graph, or itself and the reason why not."""
         if not self.on_gpu:
             return run, "wall clock"
         torch.cuda.set_sync_debug_mode("error")  # a failed capture leaves more behind than this does
@@ -93,9 +104,10 @@ class Clock:
             return run, f"events, no graph: {reason(error)}"
         return graph.replay, "graph"
 
-    def _samples(self, run: Runner, prepare: Runner, count: int) -> list[float]:
+    def samples_us(self, run: Runner, prepare: Runner = nothing, count: int = 1) -> list[float]:
+        """Microseconds of each of `count` calls; on a GPU all are launched before the first is waited for."""
         times = []
-        if not self.on_gpu:
+        if self.flush is None:
             for _ in range(count):
                 prepare()
                 start = perf_counter()
@@ -103,14 +115,14 @@ class Clock:
                 times.append(1e6 * (perf_counter() - start))
             return times
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for start, end in events:
+        for begin, end in events:
             prepare()
             self.flush.zero_()  # evicts the inputs, and the launch of `run` hides behind it
-            start.record(self.stream)
+            begin.record(self.stream)
             run()
             end.record(self.stream)
         self.wait()
-        return [1e3 * start.elapsed_time(end) for start, end in events]
+        return [1e3 * begin.elapsed_time(end) for begin, end in events]
 
 
 def reason(error: BaseException) -> str:
@@ -122,27 +134,3 @@ def reason(error: BaseException) -> str:
 def without_paths(text: str) -> str:
     """Absolute paths cut to their last part: a result file says nothing of the machine's folders."""
     return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)
-
-
-def peaks(clock: Clock) -> dict[str, float]:
-    """Measured on this device: bytes/s of a large copy, of a copy inside L2, FLOP/s in bf16, and the time of a graph
-    of one tiny kernel in microseconds, which every timing includes."""
-    device, large = clock.device, (1 << 30) if clock.on_gpu else 1 << 20
-    size = 8192 if clock.on_gpu else 64
-    with clock.scope():
-
-        def copy_rate(num_bytes: int, times: int) -> float:
-            source, target = (torch.zeros(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
-            median = clock.measure(lambda: [target.copy_(source) for _ in range(times)])["median_us"]
-            return 2e6 * num_bytes * times / median
-
-        l2 = clock.flush.numel() // 2 if clock.flush is not None else 1 << 20
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        product = clock.measure(lambda: a @ b)["median_us"]
-        one = torch.zeros(1, device=device)
-        return {
-            "copy_bytes_per_s": copy_rate(large, 1),
-            "l2_copy_bytes_per_s": copy_rate(l2 // 4, 20),
-            "bf16_flop_per_s": 2e6 * size**3 / product,
-            "empty_graph_us": clock.measure(lambda: one.add_(1))["median_us"],
-        }
