@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +27,7 @@ class Clock:
         self.flush: torch.Tensor | None = None
         if self.on_gpu:
             # One stream for all: a backward runs on its forward's stream, and a capture may touch no other.
-            self.stream = torch.cuda.Stream(device)
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             # The last-level cache of AMD's devices lies behind L2 and is not reported.
             least = 512 << 20 if torch.version.hip else 64 << 20
             self.flush = torch.empty(max(2 * self.l2_bytes, least), dtype=torch.uint8, device=device)
@@ -114,7 +115,8 @@ class Clock:
                 run()
                 times.append(1e6 * (perf_counter() - start))
             return times
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        event = partial(torch.cuda.Event, enable_timing=True)
+        events = [(event(), event()) for _ in range(count)]
         for begin, end in events:
             prepare()
             self.flush.zero_()  # evicts the inputs, and the launch of `run` hides behind it

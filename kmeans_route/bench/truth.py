@@ -40,7 +40,8 @@ def score_tolerance(hidden_size: int, scores: Tensor) -> float:
 def cosines(x: Tensor, directions: Tensor) -> Tensor:
     """(rows, E) fp64 of the rows x (rows, D) with the directions as rounded to the dtype."""
     x = x.double()
-    return x @ directions.double().T / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x @ directions.double().T / norm
 
 
 def check_routing(

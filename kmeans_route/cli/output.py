@@ -62,8 +62,12 @@ class Output:
 
     def fail(self, message: str) -> None:
         """An error: a line on stderr, and in JSON mode a document with the key "error" on stdout."""
-        self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)
+        self.complain(message)
         self.document({"error": message})
+
+    def complain(self, message: str) -> None:
+        """An error that the command's own document tells too: a line on stderr."""
+        self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)
 
     @contextmanager
     def progress(self, description: str, total: int, done: int = 0) -> Iterator[Update]:
