@@ -28,12 +28,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_sanitize import sanitize
 from benchmarks.gpu_table import Record, cell_table, readme_table
 
 # torch, Triton and kmeans_route are imported later: Triton's interpreter is chosen as the kernels are imported.
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 120
+FULL_SANITIZE_SECONDS = 600
 GRACE_SECONDS = 30  # for the cell that runs as --seconds end: no contestant of it starts after that
 FIRST_SHAPES, FIRST_TOKENS = ("OLMoE", "DeepSeek-V3"), (1, 4096, 65536)
 
@@ -45,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=420, help="start no cell after this long (420)")
     parser.add_argument("--full", action="store_true", help="ignore --seconds")
     parser.add_argument("--json", action="store_true", help="print the JSON lines instead of the table")
-    parser.add_argument("--no-tests", action="store_true", help="leave the GPU tests out")
+    parser.add_argument("--no-tests", action="store_true", help="leave GPU tests and sanitizer out")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at one tiny shape; its times mean nothing")
     parser.add_argument("--shape", nargs="+", metavar="NAME", help="only these shapes")
     return parser.parse_args(argv)
@@ -303,6 +305,10 @@ def main(argv: list[str] | None = None) -> int:
     tests = run_tests(args)
     report.add(tests, f"GPU tests: {tests['outcome']} ({tests['detail']})")
     all_right, left = measure(args, cells, device, report, start)
+    if not args.dry and not args.no_tests:
+        found = sanitize(FULL_SANITIZE_SECONDS if args.full else args.seconds - (time.perf_counter() - start))
+        report.add(found, "\n".join(f"{tool}: {said}" for tool, said in found.items() if tool != "kind"))
+        all_right &= not any(said.startswith("FOUND") for said in found.values())
     code = 0 if all_right and tests["outcome"] != "failed" else 1
     seconds = round(time.perf_counter() - start)
     end = {"kind": "end", "seconds": seconds, "left": left, "exit_code": code}

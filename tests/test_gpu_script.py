@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, gpu_table
+from benchmarks import gpu, gpu_sanitize, gpu_table
 
 ROOT = Path(__file__).parent.parent
 LEARNED = {"learned eager", "learned compiled"}
@@ -30,7 +30,7 @@ EXPECTED = {
 SPOILED = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
-from benchmarks import gpu, gpu_table
+from benchmarks import gpu, gpu_sanitize, gpu_table
 from kmeans_route.kernels import route
 right = route.route_fwd
 def wrong(*args, **kwargs):
@@ -98,6 +98,23 @@ def test_no_contestant_starts_when_it_is_too_late() -> None:
     """The cell that runs as the time ends keeps what it has."""
     gpu_cells = pytest.importorskip("benchmarks.gpu_cells")
     assert gpu_cells.time_one(None, None, lambda: pytest.fail("made"), lambda: True) == {"skipped": gpu_cells.NO_TIME}
+
+
+def test_sanitizer_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = "========= ERROR SUMMARY: 2 errors"
+    said = f"========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n{summary}"
+    assert gpu_sanitize.outcome(0, "all right\n========= ERROR SUMMARY: 0 errors").startswith("clean: ERROR SUMMARY: 0")
+    found = gpu_sanitize.outcome(gpu_sanitize.FOUND, said)
+    assert found == "FOUND: ERROR SUMMARY: 2 errors; first: Invalid __global__ read of size 4 bytes"
+    assert gpu_sanitize.outcome(1, "x\nwrong: T=1") == "could not run, exit code 1: wrong: T=1"
+
+    monkeypatch.setattr(gpu_sanitize.shutil, "which", lambda name: "/bin/tool")
+    monkeypatch.setattr(gpu_sanitize.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    record = gpu_sanitize.sanitize(60)
+    assert set(record) == {"kind", "memcheck", "racecheck"}
+    assert "no time was left" in gpu_sanitize.sanitize(0)["memcheck"]
+    monkeypatch.setattr(gpu_sanitize.shutil, "which", lambda name: None)
+    assert "not on the PATH" in gpu_sanitize.sanitize(60)["racecheck"]
 
 
 def test_readme_table() -> None:

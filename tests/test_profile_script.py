@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import ncu
 
@@ -102,20 +103,36 @@ def test_dry_run_names_the_bound() -> None:
     assert "mean nothing" in done.stderr
 
 
-def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state() -> None:
-    done = run("--kernel", "commit", "--dry")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "commit, tiny T=32 D=32 E=8 K=2 float32" in done.stdout
-    assert "bound by" in done.stdout
+def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    profile = pytest.importorskip("benchmarks.profile")
+    kept = []
+
+    class Kernel:
+        arg_names = ("sums",)
+
+        def __getitem__(self, grid: object) -> object:
+            return lambda sums: sums.add_(1)
+
+    sums = torch.zeros(2)
+    seen = profile.Seen(Kernel(), "accumulate", (1,), (sums,), {})
+    for _ in range(2):
+        seen.restore()
+        seen.again()
+        kept.append(sums.tolist())
+    assert kept == [[1.0, 1.0]] * 2
+    assert profile.main(["--kernel", "commit", "--dry"]) == 0
+    said = capsys.readouterr().out
+    assert "commit, tiny T=32 D=32 E=8 K=2 float32" in said
+    assert "bound by" in said
 
 
-def test_a_kernel_that_is_not_launched() -> None:
-    done = run("--kernel", "route_split", "--dry", "--training", "--shape", "Mixtral")
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = run("--kernel", "rank", "--dry")
-    assert done.returncode == 1
-    assert "rank is not launched at tiny T=32: launched are directions, route_fwd, prefix" in done.stderr
-    assert run("--kernel", "rank", "--dry", "--shape", "none").returncode == 2
+def test_a_kernel_that_is_not_launched(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = pytest.importorskip("benchmarks.profile")
+    assert profile.main(["--kernel", "rank", "--dry"]) == 1
+    assert "rank is not launched at tiny T=32: launched are directions, route_fwd, prefix" in capsys.readouterr().err
+    assert profile.main(["--kernel", "rank", "--dry", "--shape", "none"]) == 2
 
 
 def test_counted_bytes_take_the_place_of_the_least() -> None:
