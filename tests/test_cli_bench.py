@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from kmeans_route.bench.clock import Clock
 from kmeans_route.bench.contest import Contestant, NotVerifiedError
 from kmeans_route.cli import app as commands
 from kmeans_route.cli import bench as command
+from kmeans_route.cli.output import Output
 from kmeans_route.testing import MODEL_SHAPES, BenchShape
 
 TINY = ("--shape", "24,32,8,2", "--repeats", "2", "--threads", "1", "--device", "cpu")
@@ -248,3 +251,35 @@ def test_nothing_unverified_is_timed() -> None:
     contest.verify(lambda: None)
     with pytest.raises(NotVerifiedError, match="warm_up"):
         contest.round()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_is_drawn_between_rounds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    stdout, stderr = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    before = set(threading.enumerate())
+    threads = []
+    round_ = routing_contest.ClockedContest.round
+
+    def watched_round(contest: routing_contest.ClockedContest) -> None:
+        threads.append(set(threading.enumerate()) - before)
+        round_(contest)
+
+    monkeypatch.setattr(routing_contest.ClockedContest, "round", watched_round)
+    options = command.BenchOptions.parsed(
+        ["8,16,4,1"], 1, ["learned"], mode="eval", dtype="", device="cpu", repeats=2, csv=""
+    )
+    assert command.bench(options, Output()) == 0
+    monkeypatch.undo()
+    assert "2/2" in stderr.getvalue()
+    assert "time / ours" in stdout.getvalue()
+    assert threads == [set(), set()]

@@ -193,7 +193,8 @@ def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock
         f"{name}: T={shape.num_tokens} D={shape.hidden_size} E={shape.num_experts} K={shape.top_k}, {facts['dtype']} "
         f"on {facts['device']}, {options.mode}"
     )
-    progress = output.progress(f"timing {name}", options.repeats) if sys.stderr.isatty() else nullcontext(_quiet)
+    seen = sys.stderr.isatty()
+    progress = output.progress(f"timing {name}", options.repeats, thread=False) if seen else nullcontext(_quiet)
     try:
         with progress as update:
             update(0, "making the input, checking everyone")
