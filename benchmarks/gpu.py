@@ -28,12 +28,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_sanitize import sanitize
+from benchmarks.gpu_table import Record, cell_table, readme_table
+
 # torch, Triton and kmeans_route are imported later: Triton's interpreter is chosen as the kernels are imported.
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SECONDS = 120
+FULL_SANITIZE_SECONDS = 600
+GRACE_SECONDS = 30  # for the cell that runs as --seconds end: no contestant of it starts after that
 FIRST_SHAPES, FIRST_TOKENS = ("OLMoE", "DeepSeek-V3"), (1, 4096, 65536)
-Record = dict[str, Any]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -43,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=420, help="start no cell after this long (420)")
     parser.add_argument("--full", action="store_true", help="ignore --seconds")
     parser.add_argument("--json", action="store_true", help="print the JSON lines instead of the table")
-    parser.add_argument("--no-tests", action="store_true", help="leave the GPU tests out")
+    parser.add_argument("--no-tests", action="store_true", help="leave GPU tests and sanitizer out")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at one tiny shape; its times mean nothing")
     parser.add_argument("--shape", nargs="+", metavar="NAME", help="only these shapes")
     return parser.parse_args(argv)
@@ -112,7 +116,7 @@ def run_tests(args: argparse.Namespace) -> Record:
     if importlib.util.find_spec("pytest") is None:
         return record | {"outcome": "not run", "detail": "pytest is not installed"}
     import kmeans_route
-    from benchmarks.gpu_clock import without_paths
+    from kmeans_route.bench.clock import without_paths
 
     # The package as it was imported here comes before the repository, whose kmeans_route/ has no kernels, and the
     # project's own pythonpath setting would turn that around.
@@ -164,6 +168,7 @@ def work(part: str, r: Record, size: int) -> dict[str, float]:
         return {key: sum(each[key] for each in works) for key in works[0]}
     bytes_, more, l2, flop = {
         "eval": (x, d, again, product),
+        "assignment": (x, d, again, product),
         "forward": (
             (2 + top_k) * x,
             2 * d + 4 * table + 8 * r["splits"] * table,
@@ -180,7 +185,7 @@ def work(part: str, r: Record, size: int) -> dict[str, float]:
 
 def weigh(r: Record, peaks: Record, size: int) -> None:
     """Add to each part its floors in microseconds, and to each timing GB/s and percentages, in place."""
-    rates = {"hbm": "copy_bytes_per_s", "l2": "l2_copy_bytes_per_s", "flop": "bf16_flop_per_s"}
+    rates = {"hbm": "copy_bytes_per_s", "l2": "l2_bytes_per_s", "flop": "bf16_flop_per_s"}
     r["floors"] = {}
     for part, contestants in r.get("parts", {}).items():
         w = work(part, r, size)
@@ -195,38 +200,6 @@ def weigh(r: Record, peaks: Record, size: int) -> None:
                 timing["percent_of_floor"] = 100 * floors[largest] / timing["median_us"]
 
 
-def table(r: Record) -> str:
-    """A cell in plain text; without timings where it was wrong or skipped."""
-    name = f"\n{r['shape']} T={r['num_tokens']} D={r['hidden_size']} E={r['num_experts']} K={r['top_k']} {r['dtype']}"
-    for word in ("skipped", "error"):
-        if word in r:
-            return f"{name}: {word}: {r[word]}"
-    if not r["correct"]:
-        wrong = [f"  {check}: {found['message']}" for check, found in r["checks"].items() if not found["ok"]]
-        return "\n".join([f"{name}: WRONG, not timed", *wrong])
-    near = r["checks"]["training routing"]
-    lines = [
-        f"{name}: correct, {near['near_ties']} near-ties, largest score error {near['max_score_error']:.1e}",
-        f"  {'part':<17}{'contestant':<20}{'median us':>11}{'quartiles':>24}{'GB/s':>8}{'% copy':>8}{'% floor':>13}"
-        f"{'peak MiB':>10}{'back to back':>14}  method",
-    ]
-    for part, contestants in r["parts"].items():
-        for who, t in contestants.items():
-            if "skipped" in t:
-                lines.append(f"  {part:<17}{who:<20}skipped: {t['skipped']}")
-                continue
-            floor = f"{t['percent_of_floor']:.0f} {r['floors'][part]['largest']}"
-            peak = "" if t["peak_bytes"] is None else f"{t['peak_bytes'] / 2**20:.0f}"
-            warm = f"{t['back_to_back_us']:.1f}" if "back_to_back_us" in t else ""
-            notes = f"{t['method']}{', ' + t['note'] if 'note' in t else ''}"
-            quartiles = f"{t['q1_us']:.1f} .. {t['q3_us']:.1f}"
-            lines.append(
-                f"  {part:<17}{who:<20}{t['median_us']:>11.1f}{quartiles:>24}{t['gb_per_s']:>8.0f}"
-                f"{t['percent_of_copy']:>8.1f}{floor:>13}{peak:>10}{warm:>14}  {notes}"
-            )
-    return "\n".join(lines)
-
-
 class Report:
     """The result file and the screen: every record goes to both as it is made."""
 
@@ -237,9 +210,11 @@ class Report:
         while (path := folder / f"{stem}{'' if number == 1 else f'-{number}'}.jsonl").exists():
             number += 1
         self.path, self.as_json = path, as_json
+        self.records: list[Record] = []
 
     def add(self, record: Record, text: str) -> None:
         """Append a line and show it."""
+        self.records.append(record)
         line = json.dumps(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -257,40 +232,52 @@ def planned_cells(args: argparse.Namespace) -> list[Any]:
     return [Cell(name, tokens, *MODEL_SHAPES[name]) for name, tokens in order]
 
 
+def name_of(cell: Any) -> str:
+    """Shape and T."""
+    return f"{cell.shape} T={cell.num_tokens}"
+
+
 def measure(
     args: argparse.Namespace, cells: list[Any], device: Any, report: Report, start: float
 ) -> tuple[bool, list[str]]:
     """All cells in order. Whether all that ran were right, and the names of those left."""
     import torch
 
-    from benchmarks import gpu_cells, gpu_clock
+    from benchmarks import gpu_cells, gpu_peaks
+    from kmeans_route.bench.clock import Clock, reason
 
-    clock = gpu_clock.Clock(device)
+    clock = Clock(device)
     compiler = gpu_cells.Compiler("eager" if args.dry else "inductor")
-    peaks = {"kind": "peaks", **gpu_clock.peaks(clock)}
+    peaks = {"kind": "peaks", **gpu_peaks.peaks(clock)}
     rates = ", ".join(f"{name} {value:.3g}" for name, value in peaks.items() if name != "kind")
     report.add(peaks, f"measured: {rates}; torch.compile backend {compiler.backend}")
-    all_right = True
+    all_right, unfinished = True, []
+
+    def late(grace: float) -> bool:
+        return not args.full and time.perf_counter() - start > args.seconds + grace
+
     for number, cell in enumerate(cells):
-        left = [f"{each.shape} T={each.num_tokens}" for each in cells[number:]]
-        if not args.full and time.perf_counter() - start > args.seconds:
-            return all_right, left
+        if late(0.0):
+            return all_right, unfinished + [name_of(each) for each in cells[number:]]
         began = time.perf_counter()
         try:
-            record = gpu_cells.run_cell(cell, clock, compiler)
+            record = gpu_cells.run_cell(cell, clock, compiler, lambda: late(GRACE_SECONDS))
             weigh(record, peaks, getattr(torch, cell.dtype).itemsize)
         except torch.OutOfMemoryError as error:
-            record = {"kind": "cell", **cell._asdict(), "skipped": gpu_clock.reason(error)}
+            record = {"kind": "cell", **cell._asdict(), "skipped": reason(error)}
         except Exception as error:
-            record = {"kind": "cell", **cell._asdict(), "correct": False, "error": gpu_clock.reason(error)}
+            record = {"kind": "cell", **cell._asdict(), "correct": False, "error": reason(error)}
         record["seconds"] = round(time.perf_counter() - began, 1)
-        report.add(record, table(record))
+        report.add(record, cell_table(record))
         all_right &= record.get("correct", True)
+        skipped = [t.get("skipped") for part in record.get("parts", {}).values() for t in part.values()]
+        if gpu_cells.NO_TIME in skipped:
+            unfinished.append(f"{name_of(cell)} (partly)")
         try:
             clock.wait()
         except Exception:  # the device does not survive every error
-            return False, left[1:]
-    return all_right, []
+            return False, unfinished + [name_of(each) for each in cells[number + 1 :]]
+    return all_right, unfinished
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -318,13 +305,19 @@ def main(argv: list[str] | None = None) -> int:
     tests = run_tests(args)
     report.add(tests, f"GPU tests: {tests['outcome']} ({tests['detail']})")
     all_right, left = measure(args, cells, device, report, start)
+    if not args.dry and not args.no_tests:
+        found = sanitize(FULL_SANITIZE_SECONDS if args.full else args.seconds - (time.perf_counter() - start))
+        report.add(found, "\n".join(f"{tool}: {said}" for tool, said in found.items() if tool != "kind"))
+        all_right &= not any(said.startswith("FOUND") for said in found.values())
     code = 0 if all_right and tests["outcome"] != "failed" else 1
     seconds = round(time.perf_counter() - start)
     end = {"kind": "end", "seconds": seconds, "left": left, "exit_code": code}
     if args.dry:
         print("a dry run: its times are those of an interpreter and mean nothing", file=sys.stderr)
     text = f"left after {seconds} s: {', '.join(left)}" if left else f"all cells done in {seconds} s"
-    report.add(end, f"\n{text}\nwritten to {report.path}")
+    markdown = readme_table([*report.records, end])
+    report.path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    report.add(end, f"\n{markdown}\n{text}\nwritten to {report.path} and, for the README, {report.path.stem}.md")
     return code
 
 

@@ -6,22 +6,21 @@ so that no (T, E) or (T, K, D) in fp64 exists at once.
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_clock import Outcome, reason
 from kmeans_route import KMeansRouter, combine, directions, reference
+from kmeans_route.bench import truth
+from kmeans_route.bench.clock import Outcome, reason
+from kmeans_route.bench.truth import CHUNK, assert_near, chunks, cosines
 from kmeans_route.functional import directions_for
-from kmeans_route.testing import assert_same_selection, make_centroids
+from kmeans_route.testing import make_centroids
 from kmeans_route.types import Dispatch, Routing
 
 TAU = 0.05
-CHUNK = 4096
-NEAR_TIE_CAP = 0.02
 
 
 class Cell(NamedTuple):
@@ -80,49 +79,9 @@ class Problem:
         return torch.autograd.grad(outputs, wrt, grads, retain_graph=keep)
 
 
-def chunks(length: int, size: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover 0..length."""
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def assert_near(name: str, actual: Tensor, truth: Tensor) -> None:
-    """|actual - truth| <= 2 eps |truth| + 1e-4 max |truth|: two roundings, and what small scores' errors grow to."""
-    truth = truth.double()
-    bound = 2 * torch.finfo(actual.dtype).eps * truth.abs() + 1e-4 * truth.abs().max()
-    wrong = ~((actual.double() - truth).abs() <= bound)  # NaN is wrong
-    assert not bool(wrong.any()), f"{name}: {int(wrong.sum())} of {wrong.numel()} values differ"
-
-
-def score_tolerance(cell: Cell, scores: Tensor) -> float:
-    """How far a cosine may be off: one unit in the last place for each step of 16 columns, which tensor cores cut off
-    instead of rounding, and as much again for the norm and the division."""
-    return max(4e-7, 2 * -(-cell.hidden_size // 16) * 2**-23 * float(scores.abs().max()))
-
-
-def cosines(p: Problem, rows: slice) -> Tensor:
-    """(chunk, E) fp64 from the directions as rounded to the dtype."""
-    x = p.x.detach()[rows].double()
-    return x @ p.directions.double().T / torch.linalg.vector_norm(x, dim=1, keepdim=True)
-
-
 def check_routing(p: Problem, routing: Routing, num_rows: int | None = None) -> Outcome:
-    """ids, selected scores and gates of the first num_rows tokens (None: all) against fp64; near-ties are counted."""
-    worst, near_ties = 0.0, 0
-    assert bool(routing.valid.all()), "tokens were dropped"
-    for rows in chunks(num_rows or p.cell.num_tokens):
-        scores, ids = cosines(p, rows), routing.indices[rows]
-        tolerance = score_tolerance(p.cell, scores)
-        near_ties += assert_same_selection(ids, scores + p.bias.double(), tolerance=tolerance, cap=NEAR_TIE_CAP)
-        truth = scores.gather(1, ids)
-        error = float((routing.selected_scores.detach()[rows].double() - truth).abs().max())
-        assert error <= tolerance, f"scores: error {error:.2e}, allowed {tolerance:.2e}"
-        gates = (truth / TAU).softmax(1)
-        off = float((routing.weights.detach()[rows].double() - gates).abs().max())
-        assert off <= 2 * tolerance / TAU + 1e-6, f"gates: error {off:.2e}"
-        worst = max(worst, error)
-    counts = torch.bincount(routing.indices.flatten(), minlength=p.cell.num_experts)
-    assert torch.equal(routing.tokens_per_expert, counts), "tokens_per_expert does not count the ids"
-    return {"near_ties": near_ties, "max_score_error": worst}
+    """ids, selected scores, gates and counts against fp64; near-ties are counted."""
+    return truth.check_routing(p.x, p.directions, p.bias, TAU, routing, num_rows)
 
 
 def check_dispatch(p: Problem, routing: Routing, sent: Dispatch) -> Outcome:
@@ -139,19 +98,10 @@ def check_dispatch(p: Problem, routing: Routing, sent: Dispatch) -> Outcome:
 
 
 def check_statistics(p: Problem, routing: Routing) -> Outcome:
-    """Pending sums against a one-hot product in fp64; 16 bits of mantissa a term. Also counts and score spread."""
-    pending, cell = p.ours.pending, p.cell
-    truth = torch.zeros(cell.num_experts, cell.hidden_size, dtype=torch.float64, device=p.device)
-    size, spread = torch.zeros_like(truth), 0.0
-    for rows in chunks(cell.num_tokens):
-        unit = F.normalize(p.x.detach()[rows].double(), dim=1)
-        member = torch.zeros(cell.num_experts, len(unit), dtype=torch.float64, device=p.device)
-        member.scatter_(0, routing.indices[rows].T, 1.0)
-        truth += member @ unit
-        size += member @ unit.abs()
-        spread += float(cosines(p, rows).std(dim=1, correction=0).sum())
-    wrong = ~((pending.sums.double() - truth).abs() <= 2**-15 * size + 1e-6)
-    assert not bool(wrong.any()), f"centroid sums: {int(wrong.sum())} of {wrong.numel()} values differ"
+    """Pending sums, counts and score spread."""
+    pending, cell, x = p.ours.pending, p.cell, p.x.detach()
+    truth.check_sums(x, routing.indices, pending.sums)
+    spread = sum(float(cosines(x[rows], p.directions).std(dim=1, correction=0).sum()) for rows in chunks(len(x)))
     assert torch.equal(pending.counts, routing.tokens_per_expert), "pending counts differ"
     assert int(pending.num_tokens) == cell.num_tokens, "pending num_tokens differs"
     assert abs(float(pending.std_sum) - spread) <= 1e-3 * spread, "the sum of the scores' spreads differs"
@@ -161,13 +111,15 @@ def check_statistics(p: Problem, routing: Routing) -> Outcome:
 def check_backward(p: Problem, routing: Routing, sent: Dispatch) -> Outcome:
     """dx of gates and copies together against autograd in fp64."""
     (dx,) = p.backward((routing.weights, sent.x_sorted), (p.x,), keep=True)
-    for rows in chunks(p.cell.num_tokens, CHUNK // 4):
-        x = p.x.detach()[rows].double().requires_grad_()
-        scores = x @ p.directions.double().T / torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        gates = (scores.gather(1, routing.indices[rows]) / TAU).softmax(1)
-        (truth,) = torch.autograd.grad(gates, x, p.d_weights[rows].double())
-        assert_near("dx", dx[rows], truth + p.rows[sent.positions[rows]].double().sum(1))
+    check_dx(p, routing, sent, dx, p.cell.num_tokens)
     return {}
+
+
+def check_dx(p: Problem, routing: Routing, sent: Dispatch, dx: Tensor, num_rows: int) -> None:
+    """The first rows of dx against autograd in fp64."""
+    for rows in chunks(num_rows, CHUNK // 4):
+        gates = truth.gate_gradient(p.x[rows], p.directions, TAU, routing.indices[rows], p.d_weights[rows])
+        assert_near("dx", dx[rows], gates + p.rows[sent.positions[rows]].double().sum(1))
 
 
 def check_combine(p: Problem, routing: Routing, sent: Dispatch) -> Outcome:

@@ -9,26 +9,28 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_sanitize, gpu_table
 
 ROOT = Path(__file__).parent.parent
 LEARNED = {"learned eager", "learned compiled"}
 PAIR = {"kmeans_route", "eager"}
+REFERENCE = {"compiled reference"}
 EXPECTED = {
-    "eval": PAIR | LEARNED | {"compiled reference"},
-    "forward": PAIR | LEARNED,
+    "eval": PAIR | LEARNED | REFERENCE,
+    "assignment": {"kmeans_route", "flash-kmeans"},
+    "forward": PAIR | LEARNED | REFERENCE,
     "backward": PAIR,
-    "forward_backward": PAIR | LEARNED,
+    "forward_backward": PAIR | LEARNED | REFERENCE,
     "combine": PAIR,
     "combine_backward": PAIR,
     "commit": PAIR,
-    "step": PAIR,
+    "step": PAIR | LEARNED,
 }
 # An id too many by one, as a kernel might have it, behind everything that checks arguments.
 SPOILED = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"
-from benchmarks import gpu
+from benchmarks import gpu, gpu_sanitize, gpu_table
 from kmeans_route.kernels import route
 right = route.route_fwd
 def wrong(*args, **kwargs):
@@ -75,9 +77,66 @@ def test_dry_run_checks_and_times_every_contestant(tmp_path: Path) -> None:
                 assert {"gb_per_s", "percent_of_copy", "percent_of_floor", "peak_bytes", "method"} <= timing.keys()
         assert "median_us" in contestants["kmeans_route"], contestants["kmeans_route"]
         assert cell["floors"][part]["largest"] in ("hbm", "l2", "flop")
+        others = set(contestants) - {"flash-kmeans"}  # which is not installed, and needs a GPU
+        assert all("median_us" in contestants[name] for name in others), contestants
     assert end["exit_code"] == 0
     assert end["left"] == []
+    (markdown,) = tmp_path.glob("*.md")
+    assert "| tiny | 32 | " in markdown.read_text(encoding="utf-8")
     assert "tiny T=32 D=64 E=8 K=2 float32: correct" in done.stdout
+
+
+def test_out_of_time_lists_what_is_left(tmp_path: Path) -> None:
+    done, lines = run(tmp_path, "-m", "benchmarks.gpu", "--dry", "--seconds", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["kind"] for line in lines] == ["header", "tests", "peaks", "end"]
+    assert lines[-1]["left"] == ["tiny T=32"]
+    assert "Not measured in this run: tiny T=32." in done.stdout
+
+
+def test_no_contestant_starts_when_it_is_too_late() -> None:
+    """The cell that runs as the time ends keeps what it has."""
+    gpu_cells = pytest.importorskip("benchmarks.gpu_cells")
+    assert gpu_cells.time_one(None, None, lambda: pytest.fail("made"), lambda: True) == {"skipped": gpu_cells.NO_TIME}
+
+
+def test_sanitizer_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = "========= ERROR SUMMARY: 2 errors"
+    said = f"========= COMPUTE-SANITIZER\n========= Invalid __global__ read of size 4 bytes\n{summary}"
+    assert gpu_sanitize.outcome(0, "all right\n========= ERROR SUMMARY: 0 errors").startswith("clean: ERROR SUMMARY: 0")
+    found = gpu_sanitize.outcome(gpu_sanitize.FOUND, said)
+    assert found == "FOUND: ERROR SUMMARY: 2 errors; first: Invalid __global__ read of size 4 bytes"
+    assert gpu_sanitize.outcome(1, "x\nwrong: T=1") == "could not run, exit code 1: wrong: T=1"
+
+    monkeypatch.setattr(gpu_sanitize.shutil, "which", lambda name: "/bin/tool")
+    monkeypatch.setattr(gpu_sanitize.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    record = gpu_sanitize.sanitize(60)
+    assert set(record) == {"kind", "memcheck", "racecheck"}
+    assert "no time was left" in gpu_sanitize.sanitize(0)["memcheck"]
+    monkeypatch.setattr(gpu_sanitize.shutil, "which", lambda name: None)
+    assert "not on the PATH" in gpu_sanitize.sanitize(60)["racecheck"]
+
+
+def test_readme_table() -> None:
+    timing = {"median_us": 20.0, "percent_of_floor": 84.6}
+    slow = {"median_us": 50.0, "percent_of_floor": 30.0}
+    parts = {
+        "eval": {"kmeans_route": timing},
+        "forward": {"kmeans_route": {"skipped": "no time was left"}},
+        "step": {"kmeans_route": timing, "eager": slow, "learned compiled": slow},
+    }
+    cell = {"kind": "cell", "shape": "OLMoE", "num_tokens": 64}
+    header = {"kind": "header", "device": "H", "driver": None, "torch": "2", "triton": "3", "commit": None}
+    header |= {"date": "2026-01-01T00:00", "command": "c"}
+    end = {"kind": "end", "left": ["OLMoE T=1"]}
+    wrong = cell | {"correct": False, "checks": {}}
+    table = gpu_table.readme_table([header, cell | {"parts": parts}, wrong, end])
+    assert "| OLMoE | 64 | 20.0 | 85% | n/a | n/a | 20.0 | 0.40 | 2.50 |" in table
+    assert "| OLMoE | 64 | wrong, not timed |" in table
+    assert "H (torch 2, triton 3, 2026-01-01, `c`)" in table
+    assert table.endswith("Not measured in this run: OLMoE T=1.\n")
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
 
 
 def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
@@ -125,7 +184,7 @@ def test_floors_by_hand() -> None:
     assert parts["eval"]["l2"] - parts["eval"]["hbm"] == 64 * table * 2, "64 blocks read all directions"
     assert parts["eval"]["flop"] == 2 * 4096 * 2048 * 64
     record = cell | {"parts": {"eval": {"a": {"median_us": 20.0}, "b": {"skipped": "no"}}}}
-    gpu.weigh(record, {"copy_bytes_per_s": 1e12, "l2_copy_bytes_per_s": 1e13, "bf16_flop_per_s": 1e15}, 2)
+    gpu.weigh(record, {"copy_bytes_per_s": 1e12, "l2_bytes_per_s": 1e13, "bf16_flop_per_s": 1e15}, 2)
     timing, floor = record["parts"]["eval"]["a"], record["floors"]["eval"]
     assert floor["largest"] == "hbm"
     assert floor["hbm_us"] == pytest.approx((x + 2 * table) / 1e6)

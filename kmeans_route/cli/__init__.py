@@ -1,4 +1,4 @@
-"""The `kmeans-route` command: demo, train, inspect, convert, export, info, selftest."""
+"""The `kmeans-route` command: demo, train, bench, inspect, convert, export, info, selftest."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from kmeans_route.bench.routing_contest import MODES, RIVALS
 from kmeans_route.cli import checkpoint as checkpoints
 from kmeans_route.cli import info as machine
+from kmeans_route.cli.bench import DTYPES, SHAPE_NAMES, BenchOptions, bench
 from kmeans_route.cli.config import BALANCES, TrainConfig
 from kmeans_route.cli.conversion import convert, export
 from kmeans_route.cli.data import load_corpus
@@ -172,6 +174,47 @@ def selftest_command(
     set_threads(threads)
     output = Output(json_mode=json_mode, plain=plain)
     _leave(output, lambda: selftest(output))
+
+
+@app.command("bench")
+def bench_command(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help=f"{', '.join(SHAPE_NAMES)}, or T,D,E,K; repeatable [default: olmoe]."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="T of the named shapes.")] = 4096,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help=f"{', '.join(RIVALS)}; repeatable [default: all that need no compiler]."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help=f"{' or '.join(MODES)}: routing alone, or forward, statistics and backward.")
+    ] = "eval",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of the hidden states: {', '.join(DTYPES)} [default: float32, on a GPU bfloat16].")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda [default: cuda if there is one].")] = "",
+    repeats: Annotated[int, typer.Option(min=2, help="Rounds, each with one step of every contestant.")] = 15,
+    threads: Threads = 2,
+    csv: Annotated[
+        str, typer.Option("--csv", metavar="FILE", help="Write the rows to FILE; - for stdout and nothing else there.")
+    ] = "",
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Time routing against other ways to do it, after checking that all are right."""
+    output = Output(json_mode=json_mode, plain=plain)
+
+    def work() -> int:
+        options = BenchOptions.parsed(
+            shape or ["olmoe"], tokens, against, mode=mode, dtype=dtype, device=device, repeats=repeats, csv=csv
+        )
+        if options.csv == "-" and json_mode:
+            raise ValueError("--csv - and --json both want stdout: name a file for --csv")
+        set_threads(threads)
+        return bench(options, output)
+
+    _leave(output, work)
 
 
 Source = Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train, or of save_pretrained.")]

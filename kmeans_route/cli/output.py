@@ -62,22 +62,27 @@ class Output:
 
     def fail(self, message: str) -> None:
         """An error: a line on stderr, and in JSON mode a document with the key "error" on stdout."""
-        self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)
+        self.complain(message)
         self.document({"error": message})
 
+    def complain(self, message: str) -> None:
+        """An error that the command's own document tells too: a line on stderr."""
+        self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)
+
     @contextmanager
-    def progress(self, description: str, total: int, done: int = 0) -> Iterator[Update]:
+    def progress(self, description: str, total: int, done: int = 0, *, thread: bool = True) -> Iterator[Update]:
         """Report progress on stderr: a bar with the time left on a terminal, else ten lines, in JSON mode nothing.
 
         Args:
             description: what is running.
             total: steps in all.
             done: steps done before this call, which count for no speed.
+            thread: redraw the bar from a thread too; without, only as it is updated, so that it disturbs no timing.
         """
         if self.json_mode:
             yield lambda _done, _note: None
         elif self._bars:
-            yield from self._bar(description, total, done)
+            yield from self._bar(description, total, done, thread=thread)
         else:
             yield self._lines(description, total, done)
 
@@ -94,7 +99,7 @@ class Output:
 
             yield tick
 
-    def _bar(self, description: str, total: int, done: int) -> Iterator[Update]:
+    def _bar(self, description: str, total: int, done: int, *, thread: bool) -> Iterator[Update]:
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
@@ -104,10 +109,11 @@ class Output:
             TextColumn("{task.fields[note]}"),
             console=self._stderr,
             transient=True,
+            auto_refresh=thread,
         )
         with bar:
             task = bar.add_task(escape(description), total=total, completed=done, note="")
-            yield lambda now, note: bar.update(task, completed=now, note=escape(note))
+            yield lambda now, note: bar.update(task, completed=now, note=escape(note), refresh=not thread)
 
     def _lines(self, description: str, total: int, done: int) -> Update:
         start = time.monotonic()

@@ -1,0 +1,191 @@
+"""Every picture of the measurements, drawn from the result files and nothing else.
+
+    python -m benchmarks.pictures [--results benchmarks/results] [--out benchmarks/results]
+
+A roofline from the newest GPU run, or, until there is one, from the offline table (and then it says so); bars from the
+newest CPU run; scaling from records of kind "scaling". What no file holds is named and left out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kmeans_route.bench import pictures
+from kmeans_route.bench.pictures import Bars, Point
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PARTS = {
+    "eval": "eval routing",
+    "forward": "training forward",
+    "backward": "fused backward",
+    "combine": "combine",
+    "combine_backward": "combine backward",
+    "commit": "commit",
+}
+DECODE_T = 512
+Record = dict[str, Any]
+
+
+def gpu_runs(folder: Path) -> list[list[Record]]:
+    """The GPU runs that have timings, the newest last; dry runs do not count."""
+    runs = []
+    for path in folder.glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        head = next((line for line in lines if line.get("kind") == "header"), None)
+        timed = any(line.get("parts") for line in lines)
+        if head and timed and not head["device"].startswith("dry run"):
+            runs.append((head["date"], path.name, lines))
+    return [lines for *_, lines in sorted(runs, key=lambda run: run[:2])]
+
+
+def measured_points(run: list[Record], *, decode: bool) -> list[Point]:
+    """What this package reached: of each shape the largest T, or the largest T of decoding."""
+    peaks = next(line for line in run if line["kind"] == "peaks")
+    cells = [line for line in run if line["kind"] == "cell" and line.get("parts")]
+    cells = [cell for cell in cells if (cell["num_tokens"] <= DECODE_T) == decode]
+    points = []
+    for cell in cells:
+        if any(c["shape"] == cell["shape"] and c["num_tokens"] > cell["num_tokens"] for c in cells):
+            continue
+        for part, name in PARTS.items():
+            time_us = cell["parts"].get(part, {}).get(pictures.OURS, {}).get("median_us")
+            floors = cell["floors"].get(part)
+            if time_us is not None and floors is not None:
+                num_bytes = 1e-6 * floors["hbm_us"] * peaks["copy_bytes_per_s"]
+                flop = 1e-6 * floors["flop_us"] * peaks["bf16_flop_per_s"]
+                points.append(Point(name, f"{cell['shape']}, T={cell['num_tokens']}", num_bytes, flop, time_us))
+    return points
+
+
+def predicted_points(table: Record) -> tuple[list[Point], float, float]:
+    """Floors of every kernel on an H100, and the round rates they were computed with: bytes/s and FLOP/s."""
+    rows = [row for row in table["rows"] if row["arch"] == "sm_90"]
+    points: dict[tuple[str, str], Point] = {}
+    for row in rows:
+        kernel, work = row["kernel"], row["work"]
+        if row["regime"] == "index mode":
+            kernel += ", no copies"
+        if row["regime"] == "decode":
+            kernel += ", T=64"
+        point = Point(kernel, row["shape"], work["hbm"], work["flop"], max(row["floors_us"].values()))
+        points.setdefault((kernel, row["shape"]), point)  # eval and training route alike
+    product = next(row for row in rows if row["work"]["flop"])
+    work, floors = product["work"], product["floors_us"]
+    return list(points.values()), 1e6 * work["hbm"] / floors["HBM"], 1e6 * work["flop"] / floors["FLOP"]
+
+
+def rooflines(folder: Path) -> Iterator[tuple[str, "Figure"]]:
+    """Measured where a GPU was, else predicted."""
+    runs = gpu_runs(folder)
+    if runs:
+        run = runs[-1]
+        head = next(line for line in run if line["kind"] == "header")
+        peaks = next(line for line in run if line["kind"] == "peaks")
+        for name, decode in (("roofline", False), ("roofline-decode", True)):
+            points = measured_points(run, decode=decode)
+            if points:
+                yield name, pictures.roofline(
+                    points, peaks["copy_bytes_per_s"], peaks["bf16_flop_per_s"],
+                    title=f"Measured on {head['device']}, {head['date'][:10]}",
+                    dot="bytes that must move / median time",
+                    roof="rates of a copy and of a bf16 product in the same run",
+                )  # fmt: skip
+        return
+    tables = sorted(folder.glob("offline-triton-*.json"), key=_version)
+    if not tables:
+        return
+    points, copy, flop = predicted_points(json.loads(tables[-1].read_text(encoding="utf-8")))
+    yield "roofline-predicted", pictures.roofline(
+        points, copy, flop,
+        title="Predicted floors, not measured: every kernel on an H100 (T=16384 where not said)",
+        dot="bytes that must move / largest of three floors (HBM, L2, matrix units)",
+        roof=f"round figures, {copy / 1e12:g} TB/s and {flop / 1e12:g} TFLOP/s; below it L2 is the floor",
+    )  # fmt: skip
+
+
+def _version(path: Path) -> list[int]:
+    return [int(number) for number in path.stem.rpartition("-")[2].split(".")]
+
+
+def results_of(folder: Path, pattern: str) -> list[Record]:
+    """Result files by their date, the newest last."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
+    kept = [file for file in files if isinstance(file, dict) and "environment" in file and "results" in file]
+    return sorted(kept, key=lambda file: file["environment"]["date"])
+
+
+def contests(files: list[Record]) -> dict[str, tuple[Record, list[Bars]]]:
+    """Kind of contest -> the environment of its newest file, and its contests there."""
+    found: dict[str, tuple[Record, list[Bars]]] = {}
+    for file in files:
+        kinds: dict[str, list[Bars]] = {}
+        for record in file["results"]:
+            if "contestants" not in record or "title" not in record:
+                continue
+            kind, _, rest = record["title"].partition(", ")
+            times = {
+                name: (timing["median_ms"], timing["q1_ms"], timing["q3_ms"])
+                for name, timing in record["contestants"].items()
+                if "median_ms" in timing
+            }
+            if times:
+                kinds.setdefault(kind, []).append(Bars(_shape_label(record.get("shape"), rest), times))
+        found |= {kind: (file["environment"], bars) for kind, bars in kinds.items()}
+    return found
+
+
+def _shape_label(shape: Any, rest: str) -> str:
+    if not isinstance(shape, dict):
+        return rest
+    letters = {"num_tokens": "T", "hidden_size": "D", "num_experts": "E", "top_k": "K"}
+    return "  ".join(f"{letters.get(name, name)}={value}" for name, value in shape.items())
+
+
+def bars(folder: Path) -> Iterator[tuple[str, "Figure"]]:
+    """A picture for each kind of contest on a CPU."""
+    for kind, (where, panels) in contests(results_of(folder, "cpu-*.json")).items():
+        note = f"{where['device']}, {where['num_threads']} threads, {where['date'][:10]}"
+        name = "".join(letter if letter.isalnum() else "-" for letter in kind.lower())
+        yield f"bars-{name}", pictures.contest_bars(panels, title=kind.capitalize(), note=note)
+
+
+def scalings(folder: Path) -> Iterator[tuple[str, "Figure"]]:
+    """Of the newest file that has such records."""
+    for file in reversed(results_of(folder, "*.json")):
+        records = [record for record in file["results"] if record.get("kind") == "scaling"]
+        if records:
+            where = file["environment"]
+            title = f"Scaling on {where['device']}, {where['num_threads']} threads, {where['date'][:10]}"
+            yield "scaling", pictures.scaling(records, title=title)
+            return
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 1 when there is nothing at all to draw."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the pictures (that of the results)")
+    args = parser.parse_args(argv)
+    out = args.out or args.results
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for what, draw in (("roofline", rooflines), ("bars", bars), ("scaling", scalings)):
+        figures = list(draw(args.results))
+        if not figures:
+            print(f"{what}: no result file has the data, left out")
+        for name, figure in figures:
+            path = out / f"{name}.png"
+            figure.savefig(path, dpi=110, metadata={"Software": None})
+            print(f"{what}: {path.name}")
+        drawn += len(figures)
+    return int(drawn == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Timing on one device: graph replay with a cold L2 between CUDA events; on a CPU the wall clock."""
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+
+REPEATS_BACK_TO_BACK = 20
+Outcome = dict[str, Any]
+Runner = Callable[[], object]
+
+
+def nothing() -> None:
+    """What comes before a sample that needs no preparing."""
+
+
+class Clock:
+    """Times functions on one device: CUDA events around a replayed graph with a cold L2, or the wall clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.stream: torch.cuda.Stream | None = None
+        self.flush: torch.Tensor | None = None
+        if self.on_gpu:
+            # One stream for all: a backward runs on its forward's stream, and a capture may touch no other.
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # The last-level cache of AMD's devices lies behind L2 and is not reported.
+            least = 512 << 20 if torch.version.hip else 64 << 20
+            self.flush = torch.empty(max(2 * self.l2_bytes, least), dtype=torch.uint8, device=device)
+
+    @property
+    def l2_bytes(self) -> int:
+        """Size of the device's L2; 0 where it is not known."""
+        return getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) if self.on_gpu else 0
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """Where everything that is timed must run, the making of its inputs included."""
+        return torch.cuda.stream(self.stream) if self.on_gpu else nullcontext()
+
+    def wait(self) -> None:
+        """Until the device has done its work."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def measure(self, run: Runner, prepare: Runner = nothing, *, back_to_back: bool = False) -> Outcome:
+        """Median and quartiles of `run` in microseconds, and the peak of what it allocates in bytes.
+
+        prepare: called before each sample, outside of its time. back_to_back: also the mean of 20 calls in one graph,
+        with whatever they leave in L2.
+        """
+        with self.scope():
+            peak = self.warm_up(run, prepare)
+            timed, method = self.captured(run)
+            count = 2
+            if self.on_gpu:  # at least 20 samples, of about a second in all; fewer where one takes more than 50 ms
+                count = max(5, min(50, int(1e6 / max(self.samples_us(timed, prepare, 1)[0], 1.0))))
+            samples = torch.tensor(self.samples_us(timed, prepare, count), dtype=torch.float64)
+            q1, median, q3 = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+            result = {"median_us": median, "q1_us": q1, "q3_us": q3, "samples": count}
+            result |= {"peak_bytes": peak, "method": method}
+            if back_to_back and method == "graph":
+                many = self.captured(lambda: [run() for _ in range(REPEATS_BACK_TO_BACK)])
+                if many[1] == "graph":
+                    times = torch.tensor(self.samples_us(many[0], prepare, 20))
+                    result["back_to_back_us"] = float(times.median()) / REPEATS_BACK_TO_BACK
+            return result
+
+    def warm_up(self, run: Runner, prepare: Runner = nothing) -> int | None:
+        """Run it until everything is compiled; the peak of what one call allocates in bytes, on a GPU."""
+        for _ in range(3 if self.on_gpu else 1):
+            prepare()
+            run()
+        if not self.on_gpu:
+            return None
+        self.wait()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        prepare()
+        run()
+        self.wait()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def captured(self, run: Runner) -> tuple[Runner, str]:
+        """A warm `run` as a graph, or itself and the reason why not."""
+        if not self.on_gpu:
+            return run, "wall clock"
+        torch.cuda.set_sync_debug_mode("error")  # a failed capture leaves more behind than this does
+        try:
+            run()
+        except Exception as error:
+            return run, f"events, no graph: {reason(error)}"
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                run()
+        except Exception as error:
+            self.wait()
+            return run, f"events, no graph: {reason(error)}"
+        return graph.replay, "graph"
+
+    def samples_us(self, run: Runner, prepare: Runner = nothing, count: int = 1) -> list[float]:
+        """Microseconds of each of `count` calls; on a GPU all are launched before the first is waited for."""
+        times = []
+        if self.flush is None:
+            for _ in range(count):
+                prepare()
+                start = perf_counter()
+                run()
+                times.append(1e6 * (perf_counter() - start))
+            return times
+        event = partial(torch.cuda.Event, enable_timing=True)
+        events = [(event(), event()) for _ in range(count)]
+        for begin, end in events:
+            prepare()
+            self.flush.zero_()  # evicts the inputs, and the launch of `run` hides behind it
+            begin.record(self.stream)
+            run()
+            end.record(self.stream)
+        self.wait()
+        return [1e3 * begin.elapsed_time(end) for begin, end in events]
+
+
+def reason(error: BaseException) -> str:
+    """Type and first line of a message."""
+    lines = str(error).strip().splitlines()
+    return without_paths(f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}")
+
+
+def without_paths(text: str) -> str:
+    """Absolute paths cut to their last part: a result file says nothing of the machine's folders."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)

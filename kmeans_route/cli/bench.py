@@ -1,0 +1,278 @@
+"""`kmeans-route bench`: this package against other ways to route, on the user's machine and shapes.
+
+Legend: T tokens, D hidden size, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from kmeans_route.bench.allocator import recycle_memory
+from kmeans_route.bench.clock import Clock, reason
+from kmeans_route.bench.memory import free_bytes
+from kmeans_route.bench.results import environment
+from kmeans_route.bench.routing_contest import (
+    MODES,
+    OURS,
+    QUICK_RIVALS,
+    RIVALS,
+    ClockedContest,
+    Setting,
+    routing_contest,
+)
+from kmeans_route.bench.truth import CHUNK
+from kmeans_route.checks import check_choice, check_route_options
+from kmeans_route.cli.output import Output
+from kmeans_route.testing import MODEL_SHAPES, BenchShape
+
+SHAPE_NAMES = {
+    "olmoe": "OLMoE",
+    "qwen3": "Qwen3-30B-A3B",
+    "mixtral": "Mixtral",
+    "deepseek-v3": "DeepSeek-V3",
+    "gpt-oss": "GPT-OSS-120B",
+    "qwen3-next": "Qwen3-Next",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is asked for. shapes: (name as given, shape). csv: a file, "-" for stdout, or ""."""
+
+    shapes: list[tuple[str, BenchShape]]
+    rivals: list[str]
+    mode: str
+    dtype: torch.dtype
+    device: torch.device
+    repeats: int
+    csv: str
+    command: str
+
+    @classmethod
+    def parsed(
+        cls,
+        shapes: Sequence[str],
+        tokens: int,
+        against: Sequence[str] | None,
+        *,
+        mode: str,
+        dtype: str,
+        device: str,
+        repeats: int,
+        csv: str,
+    ) -> Self:
+        """From the words of the command line.
+
+        Raises:
+            ValueError: one of them is not known.
+        """
+        check_choice("--mode", mode, MODES)
+        for name in against or ():
+            check_choice("--against", name, RIVALS)
+        place = _device(device)
+        dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+        check_choice("--dtype", dtype, DTYPES)
+        named = [(text, parse_shape(text, tokens)) for text in dict.fromkeys(shapes)]
+        words = ["kmeans-route bench", *(f"--shape {text}" for text, _ in named), f"--tokens {tokens}"]
+        words += [f'--against "{name}"' for name in against or ()]
+        words += [f"--mode {mode} --dtype {dtype} --device {place} --repeats {repeats}"]
+        rivals = list(dict.fromkeys(against or QUICK_RIVALS))
+        return cls(named, rivals, mode, getattr(torch, dtype), place, repeats, csv, " ".join(words))
+
+
+def parse_shape(text: str, tokens: int) -> BenchShape:
+    """A named shape at T = tokens, or T,D,E,K.
+
+    Raises:
+        ValueError: neither, or a shape that no router can have.
+    """
+    name = SHAPE_NAMES.get(text.lower())
+    if name is not None:
+        return BenchShape(tokens, *MODEL_SHAPES[name])
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 4 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"--shape must be T,D,E,K or one of {', '.join(SHAPE_NAMES)}, got {text!r}")
+    shape = BenchShape(*(int(word) for word in words))
+    if not all(shape):
+        raise ValueError(f"--shape must have T, D, E and K of at least 1, got {text!r}")
+    check_route_options(shape.num_experts, shape.top_k)
+    return shape
+
+
+def _device(text: str) -> torch.device:
+    if not text:
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu or cuda, got {text!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {text!r}: nothing else can be timed")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device must be one that torch can use, got {text!r} with {count} GPUs: try cpu")
+        torch.cuda.set_device(device.index or 0)
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def bytes_needed(shape: BenchShape, dtype: torch.dtype, mode: str) -> int:
+    """About what a contest holds at once: inputs and the fp32 they are drawn in, temporaries, fp64 of the checks."""
+    num_tokens, width, num_experts, top_k = shape
+    train = mode == "train"
+    a_token = 24 + 3 * dtype.itemsize + (24 + 6 * dtype.itemsize if train else 0)
+    rows = num_tokens * (width * a_token + num_experts * (48 if train else 24) + 64 * top_k)
+    return rows + min(num_tokens, CHUNK) * 32 * (width + num_experts) + 64 * num_experts * width
+
+
+def check_memory(name: str, shape: BenchShape, options: BenchOptions) -> None:
+    """Refuse what would not fit, before anything is made.
+
+    Raises:
+        ValueError: it would not.
+    """
+    needed, free = bytes_needed(shape, options.dtype, options.mode), free_bytes(options.device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"--shape {name} needs about {needed / 1e9:.1f} GB in mode {options.mode}, and {free / 1e9:.1f} GB are "
+            f"free on {options.device}: take fewer tokens"
+        )
+
+
+def bench(options: BenchOptions, output: Output) -> int:
+    """The command `bench`.
+
+    Returns:
+        The exit code: 1 where a contestant of some shape was wrong; of that shape no time is shown.
+
+    Raises:
+        ValueError: a shape would not fit in memory. OSError: the CSV file cannot be written.
+    """
+    for name, shape in options.shapes:
+        check_memory(name, shape, options)
+    if options.device.type == "cpu":
+        recycle_memory()
+    clock, results = Clock(options.device), []
+    for name, shape in options.shapes:
+        facts = _one_shape(name, shape, options, clock, output)
+        results.append(facts)
+        if "error" in facts:
+            output.complain(facts["error"])
+        elif options.csv != "-":
+            _show(facts, output)
+    if options.csv:
+        _write_csv(options.csv, results, output)
+    facts = environment(options.command)
+    if clock.on_gpu:
+        facts |= {"device": torch.cuda.get_device_name(options.device), "cuda": torch.version.cuda}
+    output.document({"command": "bench", "environment": facts, "results": results})
+    return int(any("error" in facts for facts in results))
+
+
+def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock, output: Output) -> Facts:
+    facts: Facts = {
+        "shape": name,
+        **shape._asdict(),
+        "mode": options.mode,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "device": str(options.device),
+    }
+    title = (
+        f"{name}: T={shape.num_tokens} D={shape.hidden_size} E={shape.num_experts} K={shape.top_k}, {facts['dtype']} "
+        f"on {facts['device']}, {options.mode}"
+    )
+    seen = sys.stderr.isatty()
+    progress = output.progress(f"timing {name}", options.repeats, thread=False) if seen else nullcontext(_quiet)
+    try:
+        with progress as update:
+            update(0, "making the input, checking everyone")
+            with clock.scope():
+                setting = Setting(shape, options.dtype, options.device, options.mode)
+            contest, skipped = routing_contest(title, setting, options.rivals, clock)
+            contest.warm_up()
+            for done in range(1, options.repeats + 1):
+                contest.round()
+                update(done, "")
+    except AssertionError as error:
+        message = f"{title}: refused, a result is wrong, so no time is shown: {error}"
+        return {**facts, "correct": False, "error": " ".join(message.split())}
+    except (RuntimeError, MemoryError) as error:
+        return {**facts, "correct": None, "error": f"{title}: {reason(error)}"}
+    return {**facts, "title": title, "correct": True, "contestants": _rows(contest, setting), "skipped": skipped}
+
+
+def _quiet(done: int, note: str) -> None:
+    """Progress that nobody sees."""
+
+
+def _rows(contest: ClockedContest, setting: Setting) -> dict[str, Facts]:
+    x_bytes = setting.x.numel() * setting.x.element_size()
+    return {
+        name: {
+            **timing._asdict(),
+            "tokens_per_s": 1e3 * setting.shape.num_tokens / timing.median_ms,
+            "gb_per_s": x_bytes / timing.median_ms / 1e6,
+            "method": contest.method[name],
+            "peak_bytes": contest.peak_bytes[name],
+        }
+        for name, timing in contest.timings().items()
+    }
+
+
+def _show(facts: Facts, output: Output) -> None:
+    columns = ["contestant", "median ms", "quartiles ms", "time / ours", "tokens/s", "GB/s of x"]
+    rows = [
+        [
+            name,
+            _number(t["median_ms"]),
+            f"{_number(t['q1_ms'])} .. {_number(t['q3_ms'])}",
+            f"{t['ratio']:.2f}",
+            f"{t['tokens_per_s']:,.0f}",
+            _number(t["gb_per_s"]),
+        ]
+        for name, t in facts["contestants"].items()
+    ]
+    repeats = facts["contestants"][OURS]["repeats"]
+    output.table(f"{facts['title']} ({repeats} rounds, all results right)", columns, rows)
+    for name, why in facts["skipped"].items():
+        output.note(f"{name}: did not run: {why}")
+    for name, t in facts["contestants"].items():
+        if t["method"].startswith("events"):
+            output.note(f"{name}: gaps between launches count: {t['method']}")
+
+
+def _number(value: float) -> str:
+    """Three digits at least."""
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _write_csv(place: str, results: list[Facts], output: Output) -> None:
+    """One row a contestant; those without a time have a reason instead."""
+    shared = ["shape", "num_tokens", "hidden_size", "num_experts", "top_k", "dtype", "device", "mode"]
+    timed = ["median_ms", "q1_ms", "q3_ms", "min_ms", "ratio", "repeats", "tokens_per_s", "gb_per_s", "method"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*shared, "contestant", *timed, "reason"], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for facts in results:
+        rows = [{"contestant": name, **row} for name, row in facts.get("contestants", {}).items()]
+        rows += [{"contestant": name, "reason": why} for name, why in facts.get("skipped", {}).items()]
+        if "error" in facts:
+            rows.append({"contestant": "", "reason": facts["error"]})
+        writer.writerows({**{key: facts[key] for key in shared}, **row} for row in rows)
+    if place == "-":
+        sys.stdout.write(text.getvalue())
+        return
+    Path(place).write_text(text.getvalue(), encoding="utf-8")
+    output.note(f"rows: {place}")
