@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kmeans_route import KMeansRouter, MoE, centroid_sums, directions, route
 from kmeans_route.bench import baselines
-from kmeans_route.bench.steps import Exchange, Problem, Sorted, clear
+from kmeans_route.bench.steps import Exchange, ExchangeFunction, Problem, Sorted, SortedFunction, clear
 from kmeans_route.checks import check_route_options
 from kmeans_route.reference import candidates_reference
 from kmeans_route.testing import assert_close_to_truth, assert_same_selection
@@ -174,7 +174,7 @@ def check_exchange(name: str, function: Callable[[Exchange], Tensor], exchange: 
         assert_close_to_truth(value, exact, yardstick, tolerance=tolerance, name=f"{name}: {what}")
 
 
-def check_dispatch(name: str, function: Callable[[Exchange], Tensor], exchange: Exchange, d_sorted: Tensor) -> None:
+def check_dispatch(name: str, function: ExchangeFunction, exchange: Exchange, d_sorted: Tensor) -> None:
     """The copies bit for bit, and dx, the sum of its K rows of d_sorted (T*K, D), against fp64."""
     x, indices = exchange.x, exchange.routing.indices
     x_sorted = function(exchange)
@@ -191,7 +191,7 @@ def check_dispatch(name: str, function: Callable[[Exchange], Tensor], exchange: 
     assert_close_to_truth(dx, truth, plain, tolerance=tolerance, name=f"{name}: dx")
 
 
-def check_combine(name: str, function: Callable[[Sorted], Tensor], given: Sorted) -> None:
+def check_combine(name: str, function: SortedFunction, given: Sorted) -> None:
     """y, d y_sorted and d weights of combine against fp64, from the rows in token order."""
     y_sorted, weights, dy = given.y_sorted, given.routing.weights, given.dy
     y = function(given)

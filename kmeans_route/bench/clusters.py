@@ -25,7 +25,7 @@ Update = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Clusters(NamedTuple):
-    """batches: of T tokens (T, D) each, tokens_per_centroid around each centre. centroids (E, D), unit rows near them."""
+    """batches: T tokens (T, D) each, tokens_per_centroid around each centre. centroids (E, D): unit rows near these."""
 
     batches: list[Tensor]
     centroids: Tensor

@@ -108,6 +108,9 @@ class Exchange(NamedTuple):
     dy: Tensor
 
 
+ExchangeFunction = Callable[[Exchange], Tensor]
+
+
 def package_exchange(exchange: Exchange) -> Tensor:
     """y of dispatch and combine of the package, identity experts between them."""
     sent = dispatch(exchange.x, exchange.routing)
@@ -173,12 +176,15 @@ def make_sorted(exchange: Exchange, seed: int = 4) -> Sorted:
     return Sorted(y_sorted, exchange.routing, sent._replace(x_sorted=y_sorted.new_empty(0)), order, exchange.dy)
 
 
+SortedFunction = Callable[[Sorted], Tensor]
+
+
 def package_combine(given: Sorted) -> Tensor:
     """y (T, D) of the package."""
     return combine(given.y_sorted, given.routing, given.sent)
 
 
-def plain_combine(combine_function: baselines.CombineFunction) -> Callable[[Sorted], Tensor]:
+def plain_combine(combine_function: baselines.CombineFunction) -> SortedFunction:
     """The same in plain PyTorch; gates in the dtype of the expert outputs, as models have it."""
 
     def combined(given: Sorted) -> Tensor:
@@ -187,7 +193,7 @@ def plain_combine(combine_function: baselines.CombineFunction) -> Callable[[Sort
     return combined
 
 
-def combine_step(name: str, function: Callable[[Sorted], Tensor], given: Sorted) -> Contestant:
+def combine_step(name: str, function: SortedFunction, given: Sorted) -> Contestant:
     """Forward and backward of combine alone; expert outputs and gate weights get gradients."""
     return Contestant(
         name,
@@ -206,6 +212,13 @@ def moe_step(name: str, layer: MoE, x: Tensor, dy: Tensor) -> Contestant:
         torch.autograd.backward([y, *losses], [dy, *[None] * len(losses)])
 
     return Contestant(name, step, lambda: clear(x, *parameters))
+
+
+def layer_step(
+    name: str, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, dy: Tensor, leaves: list[Tensor]
+) -> Contestant:
+    """Forward and backward of another package's layer, a function of x and the router's weight, the first leaf."""
+    return Contestant(name, lambda: torch.autograd.backward(function(x, leaves[0]), dy), lambda: clear(x, *leaves))
 
 
 def clear(*leaves: Tensor) -> None:
