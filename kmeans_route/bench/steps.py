@@ -46,6 +46,12 @@ def cast_problem(problem: Problem, dtype: torch.dtype) -> Problem:
     return Problem(problem.shape, x, problem.weight.to(dtype), problem.gradient.to(dtype))
 
 
+def first_tokens(problem: Problem, num_tokens: int) -> Problem:
+    """The same problem with at most that many tokens; x is a leaf again."""
+    x = problem.x.detach()[:num_tokens].requires_grad_()
+    return Problem(problem.shape._replace(num_tokens=len(x)), x, problem.weight, problem.gradient[:num_tokens])
+
+
 def make_kmeans_router(problem: Problem) -> KMeansRouter:
     """A router in training, backend "torch", whose centroids come from the data."""
     shape = problem.shape
