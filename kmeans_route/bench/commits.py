@@ -27,7 +27,8 @@ class CommitProblem(NamedTuple):
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
         """Of `commit_reference`, floating point in `dtype`."""
-        state = State(*(t.to(dtype) if t is not None and t.is_floating_point() else t for t in self.state))
+        weight, bias, score_std, steps, seen = self.state
+        state = State(weight.to(dtype), bias.to(dtype), score_std.to(dtype), steps, seen)
         sums, std_sum = (self.pending[field].to(dtype) for field in ("sums", "std_sum"))
         counts, num_tokens = self.pending["counts"], self.pending["num_tokens"]
         return state, sums, counts, std_sum, num_tokens, None, self.router.commit_options
@@ -48,7 +49,8 @@ def make_commit_problem(problem: Problem) -> CommitProblem:
 def state_of(router: KMeansRouter) -> State:
     """A copy of what a commit writes."""
     seen = None if router.tokens_seen is None else router.tokens_seen.clone()
-    return State(*(t.clone() for t in (router.weight, router.expert_bias, router.score_std, router.steps)), seen)
+    weight, bias, score_std, steps = router.weight, router.expert_bias, router.score_std, router.steps
+    return State(weight.clone(), bias.clone(), score_std.clone(), steps.clone(), seen)
 
 
 def commit_step(name: str, given: CommitProblem) -> Contestant:

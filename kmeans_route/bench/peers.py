@@ -16,6 +16,7 @@ import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,14 +102,14 @@ def routers(shape: BenchShape) -> dict[str, Peer]:
     weight = make_centroids(shape.num_experts, shape.hidden_size)
     small = (make_hidden_states(4, shape.hidden_size), weight, shape.top_k)
     found = {
-        f"transformers {name}": find("transformers", lambda m=module: _transformers_router(m, shape), *small)
+        f"transformers {name}": find("transformers", partial(_transformers_router, module, shape), *small)
         for name, module in TRANSFORMERS.items()
     }
     # Its own groups at its own size; a smaller number of experts is one group.
     groups = (8, 4) if shape.num_experts == 256 and shape.top_k <= 128 else (1, 1)
     found["transformers DeepSeek-V3"] = find(
         "transformers",
-        lambda: _transformers_router("deepseek_v3", shape, n_group=groups[0], topk_group=groups[1]),
+        partial(_transformers_router, "deepseek_v3", shape, n_group=groups[0], topk_group=groups[1]),
         *small,
         kind="sigmoid",
         groups=groups,
@@ -156,11 +157,11 @@ def layers(shape: BenchShape, gate_up: Tensor, down: Tensor) -> dict[str, Peer]:
     small = (make_hidden_states(4, shape.hidden_size), make_centroids(shape.num_experts, shape.hidden_size))
     found = {
         f"transformers OLMoE block, {way}": find(
-            "transformers", lambda w=way: _transformers_layer(shape, gate_up, down, w), *small
+            "transformers", partial(_transformers_layer, shape, gate_up, down, way), *small
         )
         for way in ("eager", "grouped_mm")
     }
-    found["Liger fused MoE"] = find("liger_kernel", lambda: _liger_layer(shape, gate_up, down), *small)
+    found["Liger fused MoE"] = find("liger_kernel", partial(_liger_layer, shape, gate_up, down), *small)
     found["triton_kernels routed matmul"] = cuda_only("triton_kernels", "triton_kernels.matmul_ogs")
     return found
 
