@@ -25,11 +25,8 @@ def combine_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, co
         steps.clear(given.y_sorted, given.routing.weights)
 
     for name in ("gather", "scatter"):
-        compiled = baselines.compile_or_reason(functions[name], try_out) if compiles else baselines.NOT_COMPILED
-        if isinstance(compiled, str):
-            not_run[f"{name}, compiled"] = compiled
-        else:
-            functions[f"{name}, compiled"] = compiled
+        compiled = baselines.compile_or_reason(functions[name], try_out, compiles=compiles)
+        baselines.enter(f"{name}, compiled", compiled, functions, not_run)
     contest = Contest(
         f"combine, {shape}, {dtype}",
         [steps.combine_step(name, function, given) for name, function in functions.items()],

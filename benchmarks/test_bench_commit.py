@@ -22,13 +22,8 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
     arguments = given.arguments()
     functions = {"reference": commit_reference}
     not_run: dict[str, str] = {}
-    compiled = baselines.NOT_COMPILED
-    if compiles:
-        compiled = baselines.compile_or_reason(commit_reference, lambda function: function(*arguments))
-    if isinstance(compiled, str):
-        not_run["reference, compiled"] = compiled
-    else:
-        functions["reference, compiled"] = compiled
+    compiled = baselines.compile_or_reason(commit_reference, lambda made: made(*arguments), compiles=compiles)
+    baselines.enter("reference, compiled", compiled, functions, not_run)
     optimizers = {name: commits.make_adamw(problem, fused=fused) for name, fused in ADAMW.items()}
     contest = Contest(
         f"commit, E{shape.num_experts} D{shape.hidden_size}",

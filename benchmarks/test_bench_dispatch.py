@@ -59,11 +59,8 @@ def dispatch_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, c
         torch.autograd.backward(function(exchange), d_sorted)
         steps.clear(exchange.x)
 
-    compiled = baselines.compile_or_reason(steps.plain_dispatch, try_out) if compiles else baselines.NOT_COMPILED
-    if isinstance(compiled, str):
-        not_run["index, compiled"] = compiled
-    else:
-        functions["index, compiled"] = compiled
+    compiled = baselines.compile_or_reason(steps.plain_dispatch, try_out, compiles=compiles)
+    baselines.enter("index, compiled", compiled, functions, not_run)
     contest = Contest(
         f"dispatch, {shape}, {dtype}",
         [steps.dispatch_step(name, function, exchange, d_sorted) for name, function in functions.items()],

@@ -115,7 +115,7 @@ def check_record(record: dict[str, Any], names: set[str] | None) -> None:
         assert growth["median_ms"] == [timing["median_ms"] for timing in record["contestants"].values()]
         assert len(growth["peak_extra_num_bytes"]) == len(growth["sizes"])
         assert {"exponent", "r_squared"} <= growth["time"].keys() & growth["memory"].keys()
-    if record["title"].startswith("routing alone, "):
+    if record["title"].startswith("routing alone, ") and record["dtype"] == "torch.float32":
         whole, product = record["goals"]
         parts = ("the product x W^T", "one vector_norm", "one topk")
         assert tuple(whole["over"]) == parts
@@ -287,6 +287,6 @@ def test_what_cannot_be_compiled_says_why() -> None:
         torch._dynamo.graph_break()
         return x
 
-    reason = baselines.compile_or_reason(breaks, lambda function: function(torch.ones(2)))
+    reason = baselines.compile_or_reason(breaks, lambda function: function(torch.ones(2)), compiles=True)
     assert isinstance(reason, str)
     assert ": " in reason

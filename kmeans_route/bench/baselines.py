@@ -89,8 +89,15 @@ def compile_learned(function: LearnedFunction, x: Tensor, weight: Tensor, top_k:
     return compiled
 
 
-def compile_or_reason(function: Compilable, try_out: Callable[[Compilable], object]) -> Compilable | str:
-    """`function` under torch.compile for fixed shapes, compiled by `try_out`, or the reason why it is not."""
+def compile_or_reason(
+    function: Compilable, try_out: Callable[[Compilable], object], *, compiles: bool
+) -> Compilable | str:
+    """`function` under torch.compile for fixed shapes, compiled by `try_out`, or the reason why it is not.
+
+    compiles: false for NOT_COMPILED as the reason.
+    """
+    if not compiles:
+        return NOT_COMPILED
     try:
         compiled: Compilable = torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[assignment]
         try_out(compiled)
@@ -98,6 +105,14 @@ def compile_or_reason(function: Compilable, try_out: Callable[[Compilable], obje
         reason = str(error).strip().splitlines()
         return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
     return compiled
+
+
+def enter(name: str, made: Compilable | str, functions: dict[str, Compilable], not_run: dict[str, str]) -> None:
+    """Put what was made among the functions, or, where it is a reason, among those not run."""
+    if isinstance(made, str):
+        not_run[name] = made
+    else:
+        functions[name] = made
 
 
 class TextbookKMeansRouter:
