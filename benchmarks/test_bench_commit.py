@@ -3,6 +3,8 @@
 T does not enter; the pending statistics are of a few tokens an expert.
 """
 
+from functools import partial
+
 from benchmarks.conftest import Bench
 from kmeans_route.bench import baselines, commits, steps
 from kmeans_route.bench.contest import Contest, Contestant
@@ -29,7 +31,7 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
         f"commit, E{shape.num_experts} D{shape.hidden_size}",
         [
             commits.commit_step("kmeans_route", given),
-            *(Contestant(name, lambda f=function: f(*arguments)) for name, function in functions.items()),
+            *(Contestant(name, partial(function, *arguments)) for name, function in functions.items()),
             *(Contestant(name, optimizer.step) for name, optimizer in optimizers.items()),
         ],
         baselines=list(ADAMW),
@@ -40,7 +42,7 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
     def check() -> None:
         commits.check_commit("kmeans_route", lambda: commits.package_commit(given), given)
         for name, function in functions.items():
-            commits.check_commit(name, lambda f=function: f(*arguments), given)
+            commits.check_commit(name, partial(function, *arguments), given)
         for name, fused in ADAMW.items():
             commits.check_adamw(name, commits.make_adamw(problem, fused=fused))
 

@@ -13,5 +13,5 @@ QUICK = {f"quick-T{num_tokens}": BenchShape(num_tokens, 24, 8, 2) for num_tokens
 
 def test_decode(shape: BenchShape, dtype: torch.dtype, bench: Bench) -> None:
     contest = eval_contest(shape, dtype, compiles=bench.compiles)
-    with torch.inference_mode():
+    with torch.no_grad():
         bench.run(contest, {"shape": shape._asdict(), "dtype": str(dtype), "floor_num_bytes": eval_bytes(shape, dtype)})

@@ -7,6 +7,7 @@ most the product, the norms and the top-k that it consists of, and aims at 1.35 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,15 +90,24 @@ def compiled_reference(router: KMeansRouter, problem: steps.Problem, *, compiles
     return baselines.compile_or_reason(steps.make_reference_router(router), try_out, compiles=compiles)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compiled_eval(function: Callable[..., Any], *args: Any, compiles: bool) -> Routed | str:
     """Gates and ids of `function` under torch.compile, or why there are none."""
     compiled = baselines.compile_or_reason(function, lambda made: made(*args), compiles=compiles)
-    return compiled if isinstance(compiled, str) else lambda: compiled(*args)[:2]
+    return compiled if isinstance(compiled, str) else partial(first_two, compiled, *args)
+
+
+def first_two(function: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
+    """Gates and ids of what `function` returns."""
+    gates, indices = function(*args)[:2]
+    return gates, indices
 
 
 def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compiles: bool = False) -> Contest:
-    """Routing without gradient at one shape, verified; to be run in inference mode."""
+    """Routing without gradient at one shape, verified; to be run with gradients off.
+
+    In inference mode the router keeps no directions from call to call, which shows where T is small: a row of its own.
+    """
     problem = steps.make_problem(shape)
     router = steps.make_kmeans_router(problem).eval()
     problem = steps.cast_problem(problem, dtype)
@@ -107,14 +117,16 @@ def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compi
     running, not_run, versions = peers.split(peers.routers(shape))
     textbook = baselines.TextbookKMeansRouter(router.weight.to(dtype), top_k)
     cosine: dict[str, Routed] = {
-        "kmeans_route": lambda: router(x)[:2],
+        "kmeans_route": partial(first_two, router, x),
+        "kmeans_route, inference mode": torch.inference_mode()(partial(first_two, router, x)),
         "textbook K-Means": lambda: textbook(x, update=False),
     }
-    learned: dict[str, Routed] = {WITHOUT_LOSS: lambda: baselines.softmax_plain(x, weight, top_k)[:2]}
+    learned: dict[str, Routed] = {WITHOUT_LOSS: partial(first_two, baselines.softmax_plain, x, weight, top_k)}
     for name, peer in running.items():
-        learned[name] = lambda function=peer.function: function(x, weight, top_k)[:2]
+        assert peer.function
+        learned[name] = partial(first_two, peer.function, x, weight, top_k)
     for name, kind, function, given in (
-        ("reference, compiled", cosine, steps.make_reference_router(router), (x,)),
+        ("reference, compiled", cosine, steps.reference_route, (x, router, unit)),
         (f"{WITHOUT_LOSS}, compiled", learned, baselines.softmax_plain, (x, weight, top_k)),
     ):
         baselines.enter(name, compiled_eval(function, *given, compiles=compiles), kind, not_run)
@@ -136,6 +148,9 @@ def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compi
 
     def check() -> None:
         cosines = F.normalize(x.double()) @ unit.double().T
+        error = (parts[PRODUCT]().double() / parts[NORM]().double()[:, None] - cosines).abs().max()
+        assert float(error) <= 4 * torch.finfo(dtype).eps, f"product over norm is off by {float(error):.3e}"
+        assert torch.equal(parts[TOPK](), scores.sort(dim=1, descending=True).values[:, :top_k])
         for name, routed in cosine.items():
             checks.check_routed(name, *routed(), cosines, router.options.tau, dtype)
         logits = x.double() @ weight.double().T
@@ -159,7 +174,7 @@ def test_training_step(shape: BenchShape, bench: Bench) -> None:
 
 def test_eval(shape: BenchShape, dtype: torch.dtype, bench: Bench) -> None:
     contest = eval_contest(shape, dtype, compiles=bench.compiles)
-    with torch.inference_mode():
+    with torch.no_grad():
         bench.run(contest, {"shape": shape._asdict(), "dtype": str(dtype), "floor_num_bytes": eval_bytes(shape, dtype)})
 
 

@@ -6,6 +6,7 @@ must lie between 0.9 and 1.1; the others are reported.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def scaling_contest(axis: str, sizes: Sequence[int], base: BenchShape, *, traini
             contestants.append(steps.kmeans_step(problem, router, str(size)))
         else:
             x = problem.x.detach()
-            contestants.append(Contestant(str(size), lambda router=router, x=x: router(x)))
+            contestants.append(Contestant(str(size), partial(router, x)))
     fixed = ", ".join(f"{name}={value}" for name, value in base._asdict().items() if name != axis)
     what = "training step" if training else "routing alone"
     contest = Contest(f"{what} over {axis}, {fixed}", contestants, baselines=[str(sizes[0])])
@@ -82,7 +83,7 @@ def growth(contest: Contest, axis: str, sizes: Sequence[int]) -> dict[str, Any]:
 def test_scaling(axis: str, training: bool, bench: Bench) -> None:
     base, sizes = (QUICK_BASE, QUICK_AXES[axis]) if bench.quick else (BASE, AXES[axis])
     contest = scaling_contest(axis, sizes, base, training=training)
-    with torch.inference_mode(not training):
+    with torch.set_grad_enabled(training):
         bench.start(contest)
         found = growth(contest, axis, sizes)
     low, high = LINEAR_IN_TOKENS

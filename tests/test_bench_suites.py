@@ -32,7 +32,9 @@ ROUTING = ROUTERS | {"kmeans_route", "textbook K-Means", "reference, compiled"}
 PARTS = {"the product x W^T", "one vector_norm", "one topk", "one copy of x"}
 EXPECTED = {  # how the title begins -> how many contests, and who is in each
     "training step, ": (1, ROUTING | LEARNED | {"kmeans_route commit alone"}),
-    "routing alone, ": (6, ROUTING | PARTS | {"softmax, no aux", "softmax, no aux, compiled"}),
+    "routing alone, ": (
+        6, ROUTING | PARTS | {"softmax, no aux", "softmax, no aux, compiled", "kmeans_route, inference mode"}
+    ),
     "dispatch, ": (2, PERMUTATIONS | {"kmeans_route", "index", "index, compiled"}),
     "combine, ": (
         2, PERMUTATIONS | {"kmeans_route", "gather", "gather, compiled", "scatter", "scatter, compiled"}
@@ -207,7 +209,8 @@ def test_a_wrong_permutation_is_refused(part: str, name: str, make: str, monkeyp
     right = getattr(steps, name)
 
     def rows_swapped(given: Any) -> Tensor:
-        return right(given).roll(1, 0)
+        y: Tensor = right(given)
+        return y.roll(1, 0)
 
     monkeypatch.setattr(steps, name, rows_swapped)
     with pytest.raises(AssertionError, match=r"expert order|y: error"):
@@ -255,7 +258,7 @@ def test_a_wrong_router_is_refused_at_every_size(monkeypatch: pytest.MonkeyPatch
         forward = router.forward
 
         def off(*args: Any, **kwargs: Any) -> Any:
-            routing = forward(*args, **kwargs)
+            routing: Any = forward(*args, **kwargs)
             return routing._replace(weights=routing.weights * 1.01)
 
         if problem.shape.num_experts == 8:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kmeans_route import Dispatch, KMeansRouter, MoE, Routing, combine, dispatch
+from kmeans_route import Dispatch, KMeansRouter, MoE, Routing, combine, dispatch, route
 from kmeans_route.bench import baselines
 from kmeans_route.bench.contest import Contestant
 from kmeans_route.testing import BenchShape, make_centroids, make_hidden_states
@@ -69,6 +69,13 @@ def make_reference_router(router: KMeansRouter) -> KMeansRouter:
     reference.pending.clear_()
     reference.commit()
     return reference
+
+
+def reference_route(x: Tensor, router: KMeansRouter, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates and ids (T, K) by the definition, with the router's directions (E, D) given, as its own cache has them."""
+    top_k, tau = router.options.top_k, router.options.tau
+    routing = route(x, router.weight, top_k, router.expert_bias, tau=tau, directions=unit, backend="reference")
+    return routing.weights, routing.indices
 
 
 def kmeans_step(problem: Problem, router: KMeansRouter, name: str = "kmeans_route") -> Contestant:
