@@ -4,11 +4,6 @@ The helpers of `kmeans_route.testing`, which benchmarks and tests share, are tes
 """
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +14,6 @@ from kmeans_route.bench import baselines, checks, memory, steps
 from kmeans_route.bench.contest import Contest, Contestant, NotVerifiedError
 from kmeans_route.testing import BenchShape, assert_close_to_truth, assert_same_selection
 
-ROOT = Path(__file__).parent.parent
 TINY = BenchShape(96, 24, 8, 2)
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -149,46 +143,21 @@ def test_contests_are_checked() -> None:
 
 def test_all_contests_run_at_tiny_shapes() -> None:
     """The very contests of the benchmark files, correctness first, two rounds each."""
-    names = ["test_bench_route", "test_bench_dispatch", "test_bench_moe"]
-    bench_route, bench_dispatch, bench_moe = (importlib.import_module(f"benchmarks.{name}") for name in names)
+    names = ["test_bench_route", "test_bench_dispatch", "test_bench_commit", "test_bench_moe"]
+    bench_route, bench_dispatch, bench_commit, bench_moe = (
+        importlib.import_module(f"benchmarks.{name}") for name in names
+    )
     contests = [
         bench_route.training_contest(TINY, compiles=False),
         bench_route.eval_contest(TINY),
-        bench_dispatch.dispatch_contest(TINY),
+        bench_dispatch.exchange_contest(TINY),
+        bench_commit.commit_contest(TINY, compiles=False),
         bench_moe.moe_contest(TINY, 16),
     ]
     for contest in contests:
         contest.run(2, warm_up=1)
         assert "kmeans_route" in contest.table()
         assert all(timing.repeats == 2 for timing in contest.timings().values())
-
-
-def test_benchmark_files_run_as_make_bench_does(tmp_path: Path) -> None:
-    """A file, its options and the result file, at the shapes of the dispatch benchmark cut to one repeat."""
-    result = tmp_path / "result.json"
-    code = (
-        "import sys, pytest, kmeans_route.testing as t\n"
-        "t.CPU_BENCH_SHAPES = {k: v._replace(num_tokens=128, hidden_size=32) for k, v in t.CPU_BENCH_SHAPES.items()}\n"
-        "sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    options = ["benchmarks/test_bench_dispatch.py", "-q", "-s", "-p", "no:cacheprovider", "--repeats=2", "-k", "E16"]
-    # Inside a worker of pytest-xdist, pytest-benchmark would time nothing.
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    run = subprocess.run(
-        [sys.executable, "-c", code, *options, f"--results={result}"],
-        cwd=ROOT,
-        env=clean,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "index + scatter" in run.stdout
-    document = json.loads(result.read_text())
-    assert {"device", "torch", "date", "command", "num_threads"} <= document["environment"].keys()
-    assert str(tmp_path) not in result.read_text()
-    assert len(document["results"]) == 1
-    assert document["results"][0]["contestants"]["kmeans_route"]["repeats"] == 2
 
 
 def test_peak_extra_bytes_counts_what_lives_together() -> None:

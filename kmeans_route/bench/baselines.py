@@ -10,7 +10,7 @@ Legend: T tokens, D hidden size, E experts, K top_k.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class LearnedResult(NamedTuple):
 
 
 LearnedFunction = Callable[[Tensor, Tensor, int], LearnedResult]
+Compilable = TypeVar("Compilable", bound=Callable[..., object])
+NOT_COMPILED = "left out by --no-compile"
 
 
 def switch_loss(probabilities: Tensor, indices: Tensor) -> Tensor:
@@ -85,6 +87,32 @@ def compile_learned(function: LearnedFunction, x: Tensor, weight: Tensor, top_k:
         return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
     x.grad = weight.grad = None
     return compiled
+
+
+def compile_or_reason(
+    function: Compilable, try_out: Callable[[Compilable], object], *, compiles: bool
+) -> Compilable | str:
+    """`function` under torch.compile for fixed shapes, compiled by `try_out`, or the reason why it is not.
+
+    compiles: false for NOT_COMPILED as the reason.
+    """
+    if not compiles:
+        return NOT_COMPILED
+    try:
+        compiled: Compilable = torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[assignment]
+        try_out(compiled)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+    return compiled
+
+
+def enter(name: str, made: Compilable | str, functions: dict[str, Compilable], not_run: dict[str, str]) -> None:
+    """Put what was made among the functions, or, where it is a reason, among those not run."""
+    if isinstance(made, str):
+        not_run[name] = made
+    else:
+        functions[name] = made
 
 
 class TextbookKMeansRouter:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from kmeans_route import KMeansRouter, MoE, centroid_sums, directions, route
 from kmeans_route.bench import baselines
-from kmeans_route.bench.steps import Exchange, Problem, clear
+from kmeans_route.bench.steps import Exchange, ExchangeFunction, Problem, Sorted, SortedFunction, clear
+from kmeans_route.checks import check_route_options
+from kmeans_route.reference import candidates_reference
 from kmeans_route.testing import assert_close_to_truth, assert_same_selection
 
 # Rows in which two fp32 implementations may choose differently: near-ties grow with E, K and the logits' scale.
@@ -90,6 +92,57 @@ def check_kmeans(router: KMeansRouter, problem: Problem) -> None:
     assert int(pending.num_tokens) == problem.shape.num_tokens
 
 
+def check_routed(
+    name: str, weights: Tensor, indices: Tensor, ranking: Tensor, temperature: float, dtype: torch.dtype
+) -> None:
+    """Ids (T, K), in any order, of the largest of `ranking`, near-ties aside; gates by softmax over the chosen.
+
+    Args:
+        name: what messages call it.
+        weights, indices: (T, K), what is checked.
+        ranking: (T, E) fp64, cosines or logits.
+        temperature: what the chosen ones are divided by before the softmax.
+        dtype: that scores are rounded to on the way. In 16 bits most rows are near-ties; there, too, no place may lose
+            more than the rounding.
+    """
+    eps = torch.finfo(dtype).eps
+    tolerance = max(2e-7, 2 * eps * float(ranking.abs().max()))
+    by_value = ranking.gather(1, indices).argsort(dim=1, descending=True, stable=True)
+    ids, gates = indices.gather(1, by_value), weights.gather(1, by_value).double()
+    assert_same_selection(ids, ranking, tolerance=tolerance, cap=NEAR_TIE_CAP if dtype == torch.float32 else 1.0)
+    truth = (ranking.gather(1, ids) / temperature).softmax(1)
+    error, allowed = float((gates - truth).abs().max()), 2 * eps + tolerance / temperature
+    assert error <= allowed, f"{name}: gates are off by {error:.3e}, allowed {allowed:.3e}"
+
+
+def check_sigmoid(name: str, function: baselines.LearnedFunction, problem: Problem, groups: tuple[int, int]) -> None:
+    """Ids, gates and both gradients of a sigmoid router, limited to (n_group, topk_group), against fp64."""
+    x, weight, top_k = problem.x, problem.weight.clone().requires_grad_(), problem.shape.top_k
+    got = function(x, weight, top_k)
+    baselines.learned_backward(got, problem.gradient.to(got.weights.dtype))
+    assert x.grad is not None
+    assert weight.grad is not None
+    ours = {"weights": got.weights.detach(), "dx": x.grad, "d weight": weight.grad}
+    clear(x)
+    options = check_route_options(problem.shape.num_experts, top_k, n_group=groups[0], topk_group=groups[1])
+
+    def definition(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = [t.detach().to(dtype if dtype == torch.float64 else t.dtype).requires_grad_() for t in (x, weight)]
+        scores = (leaves[0].to(dtype) @ leaves[1].to(dtype).T).sigmoid()
+        selected = scores.gather(1, got.indices)
+        gates = selected / selected.sum(1, keepdim=True)
+        dx, dw = torch.autograd.grad(gates, leaves, problem.gradient.to(dtype))
+        return scores.detach(), {"weights": gates.detach(), "dx": dx, "d weight": dw}
+
+    scores, truth = definition(torch.float64)
+    plain = definition(torch.float32)[1]
+    ranking = scores.masked_fill(~candidates_reference(scores, options), -torch.inf)
+    by_value = ranking.gather(1, got.indices).argsort(dim=1, descending=True, stable=True)
+    assert_same_selection(got.indices.gather(1, by_value), ranking, cap=NEAR_TIE_CAP)
+    for what, value in ours.items():
+        assert_close_to_truth(value, truth[what], plain[what], name=f"{name}: {what}")
+
+
 def check_textbook(router: KMeansRouter, problem: Problem) -> None:
     """The textbook router, given the same centroids, has the same ids and gates, near-ties aside."""
     textbook = baselines.TextbookKMeansRouter(router.weight.clone(), problem.shape.top_k)
@@ -121,6 +174,52 @@ def check_exchange(name: str, function: Callable[[Exchange], Tensor], exchange: 
         assert_close_to_truth(value, exact, yardstick, tolerance=tolerance, name=f"{name}: {what}")
 
 
+def check_dispatch(name: str, function: ExchangeFunction, exchange: Exchange, d_sorted: Tensor) -> None:
+    """The copies bit for bit, and dx, the sum of its K rows of d_sorted (T*K, D), against fp64."""
+    x, indices = exchange.x, exchange.routing.indices
+    x_sorted = function(exchange)
+    torch.autograd.backward(x_sorted, d_sorted)
+    assert x.grad is not None
+    dx = x.grad
+    clear(x)
+    expected, order = baselines.index_dispatch(x.detach(), indices)
+    assert torch.equal(x_sorted, expected), f"{name}: the copies are not those of the tokens in expert order"
+    rows = torch.empty_like(d_sorted).index_copy_(0, order, d_sorted).view(*indices.shape, -1)
+    truth, plain = rows.double().sum(1), rows.sum(1)
+    # K rows may be added one after the other, each sum rounded.
+    tolerance = indices.shape[1] * torch.finfo(dx.dtype).eps * float(truth.abs().max())
+    assert_close_to_truth(dx, truth, plain, tolerance=tolerance, name=f"{name}: dx")
+
+
+def check_combine(name: str, function: SortedFunction, given: Sorted) -> None:
+    """y, d y_sorted and d weights of combine against fp64, from the rows in token order."""
+    y_sorted, weights, dy = given.y_sorted, given.routing.weights, given.dy
+    y = function(given)
+    torch.autograd.backward(y, dy)
+    assert y_sorted.grad is not None
+    assert weights.grad is not None
+    ours = {"y": y.detach(), "d y_sorted": y_sorted.grad, "d weights": weights.grad}
+    clear(y_sorted, weights)
+
+    def definition(dtype: torch.dtype) -> dict[str, Tensor]:
+        gates = weights.detach().to(dtype)
+        rows = torch.empty_like(y_sorted, dtype=dtype).index_copy_(0, given.order, y_sorted.detach().to(dtype))
+        rows = rows.view(*gates.shape, -1)
+        d_rows = (gates[..., None] * dy.to(dtype)[:, None]).flatten(0, 1)
+        return {
+            "y": torch.bmm(gates[:, None], rows)[:, 0],
+            "d y_sorted": d_rows[given.order],
+            "d weights": torch.bmm(rows, dy.to(dtype)[..., None])[..., 0],
+        }
+
+    truth, plain = definition(torch.float64), definition(y_sorted.dtype)
+    for what, value in ours.items():
+        tolerance = weights.shape[1] * torch.finfo(y_sorted.dtype).eps * float(truth[what].abs().max())
+        assert_close_to_truth(
+            value, truth[what], plain[what].to(value.dtype), tolerance=tolerance, name=f"{name}: {what}"
+        )
+
+
 def check_moe(layer: MoE, x: Tensor) -> None:
     """The layer's output against one expert after another, from the layer's own routing."""
     details = layer.details(x)
@@ -138,3 +237,21 @@ def _one_expert_after_another(layer: MoE, indices: Tensor, weights: Tensor, x: T
         g = torch.where(indices == expert, weights, 0.0).sum(1, keepdim=True).to(x.dtype)
         y += g * ((F.silu(gate) * up) @ layer.experts.down[expert].to(x.dtype).T)
     return y
+
+
+def check_layer(name: str, function: Callable[[Tensor, Tensor], Tensor], layer: MoE, x: Tensor, dy: Tensor) -> None:
+    """A softmax mixture that shares the experts of `layer`: y against one expert after another, dx against `layer`'s.
+
+    function: of x (T, D) and the router's weight (E, D), which it takes from `layer`. The auxiliary loss is left out.
+    """
+    router = layer.router
+    weight = router.weight.detach()
+    y = function(x, weight)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    routing = router.route(x.detach())
+    truth, plain = (_one_expert_after_another(layer, routing.indices, routing.weights, x.to(dtype).detach())
+                    for dtype in (torch.float64, torch.float32))  # fmt: skip
+    assert_close_to_truth(y.detach(), truth, plain, tolerance=1e-5 * float(truth.abs().max()), name=f"{name}: y")
+    (expected,) = torch.autograd.grad(layer(x), x, dy)
+    error, allowed = float((dx - expected).abs().max()), 1e-4 * float(expected.abs().max())
+    assert error <= allowed, f"{name}: dx differs by {error:.3e}, allowed {allowed:.3e}"

@@ -5,8 +5,8 @@ No time is shown unless correctness was asserted first: a contest that was not v
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 def nothing() -> None:
@@ -36,6 +36,18 @@ class Timing(NamedTuple):
     repeats: int
 
 
+class Goal(NamedTuple):
+    """A ratio that one run is read for: the median of `name` over the sum of the medians of `over`, at most `at_most`.
+
+    aim: what is striven for beyond the goal, or None.
+    """
+
+    name: str
+    over: tuple[str, ...]
+    at_most: float
+    aim: float | None = None
+
+
 class NotVerifiedError(RuntimeError):
     """A contest was run or printed though correctness was not asserted, or the assertion failed."""
 
@@ -48,14 +60,35 @@ class Contest:
         contestants: in the order of the rows; names must differ.
         baselines: names of those the ratio refers to; the one with the least median counts.
         note: a line under the table.
+        goals: ratios to show and to keep beside the times.
+        not_run: name of each contestant that cannot run here -> why; a line of the table and a record each.
+        versions: name of a contestant or of one not run -> the package it comes from, with its version.
+
+    Raises:
+        ValueError: names are not all different, or a baseline, a goal or a version names nobody.
     """
 
-    def __init__(self, title: str, contestants: list[Contestant], baselines: list[str], note: str = "") -> None:
+    def __init__(
+        self,
+        title: str,
+        contestants: list[Contestant],
+        baselines: list[str],
+        note: str = "",
+        *,
+        goals: Sequence[Goal] = (),
+        not_run: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        self.goals, self.not_run, self.versions = list(goals), dict(not_run or {}), dict(versions or {})
         names = [contestant.name for contestant in contestants]
-        if len(set(names)) != len(names):
-            raise ValueError(f"contestants must have different names, got {names}")
+        if len({*names, *self.not_run}) != len(names) + len(self.not_run):
+            raise ValueError(f"contestants must have different names, got {[*names, *self.not_run]}")
         if not baselines or not set(baselines) <= set(names):
             raise ValueError(f"baselines must be among {names}, got {baselines}")
+        unknown = {name for goal in self.goals for name in (goal.name, *goal.over)} - set(names)
+        unknown |= set(self.versions) - {*names, *self.not_run}
+        if unknown:
+            raise ValueError(f"goals and versions must name contestants, got {sorted(unknown)}")
         self.title, self.contestants, self.baselines, self.note = title, contestants, baselines, note
         self.times_ms: dict[str, list[float]] = {name: [] for name in names}
         self._verified = False
@@ -106,6 +139,16 @@ class Contest:
         """Median time of `name` over that of the quickest baseline."""
         return self.timings()[name].ratio
 
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Of each goal, in order: its fields, over_ms, ratio, and met, whether ratio <= at_most."""
+        timings = self.timings()
+        found = []
+        for goal in self.goals:
+            over_ms = sum(timings[name].median_ms for name in goal.over)
+            ratio = timings[goal.name].median_ms / over_ms
+            found.append({**goal._asdict(), "over_ms": over_ms, "ratio": ratio, "met": ratio <= goal.at_most})
+        return found
+
     def table(self) -> str:
         """The result for people.
 
@@ -114,7 +157,7 @@ class Contest:
         """
         timings = self.timings()
         baseline = self.baseline()
-        width = max(len("contestant"), *(len(name) + 2 for name in timings))
+        width = max(len("contestant"), *(len(name) + 2 for name in [*timings, *self.not_run]))
         repeats = timings[baseline].repeats
         lines = [
             f"{self.title} ({repeats} rounds)",
@@ -124,7 +167,15 @@ class Contest:
             label = f"{name} *" if name == baseline else name
             quartiles = f"{t.q1_ms:.2f}..{t.q3_ms:.2f}"
             lines.append(f"{label:{width}}  {t.median_ms:9.2f}  {quartiles:16}  {t.min_ms:7.2f}  {t.ratio:5.2f}")
+        lines += [f"{name:{width}}  not run: {reason}" for name, reason in self.not_run.items()]
         lines.append("* the baseline of the ratios")
+        for outcome in self.outcomes():
+            over = " + ".join(outcome["over"])
+            aim = "" if outcome["aim"] is None else f", aim {outcome['aim']:g}"
+            lines.append(
+                f"{outcome['name']} / ({over}, {outcome['over_ms']:.2f} ms) = {outcome['ratio']:.2f} "
+                f"(goal at most {outcome['at_most']:g}{aim}: {'met' if outcome['met'] else 'not met'})"
+            )
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)
@@ -136,6 +187,11 @@ class Contest:
             "baseline": self.baseline(),
             "note": self.note,
             "contestants": {name: timing._asdict() for name, timing in self.timings().items()},
+            "not_run": [
+                {"contestant": name, "status": "not run", "reason": reason} for name, reason in self.not_run.items()
+            ],
+            "versions": self.versions,
+            "goals": self.outcomes(),
         }
 
     def _check_verified(self) -> None:

@@ -3,13 +3,14 @@
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kmeans_route import KMeansRouter, MoE, Routing, combine, dispatch
+from kmeans_route import Dispatch, KMeansRouter, MoE, Routing, combine, dispatch, route
 from kmeans_route.bench import baselines
 from kmeans_route.bench.contest import Contestant
 from kmeans_route.testing import BenchShape, make_centroids, make_hidden_states
@@ -39,6 +40,18 @@ def make_problem(shape: BenchShape, seed: int = 0) -> Problem:
     return Problem(shape, x, weight, make_hidden_states(shape.num_tokens, shape.top_k, seed=seed + 2))
 
 
+def cast_problem(problem: Problem, dtype: torch.dtype) -> Problem:
+    """The same problem with x, weight and gradient in `dtype`; x is a leaf again."""
+    x = problem.x.detach().to(dtype).requires_grad_()
+    return Problem(problem.shape, x, problem.weight.to(dtype), problem.gradient.to(dtype))
+
+
+def first_tokens(problem: Problem, num_tokens: int) -> Problem:
+    """The same problem with at most that many tokens; x is a leaf again."""
+    x = problem.x.detach()[:num_tokens].requires_grad_()
+    return Problem(problem.shape._replace(num_tokens=len(x)), x, problem.weight, problem.gradient[:num_tokens])
+
+
 def make_kmeans_router(problem: Problem) -> KMeansRouter:
     """A router in training, backend "torch", whose centroids come from the data."""
     shape = problem.shape
@@ -47,6 +60,22 @@ def make_kmeans_router(problem: Problem) -> KMeansRouter:
     router.commit()  # nothing is pending: it tells the router that commits come by hand, so it does not warn
     assert bool(router.initialized)
     return router.train()
+
+
+def make_reference_router(router: KMeansRouter) -> KMeansRouter:
+    """A copy of `router` on the backend "reference", the definition in plain PyTorch, with nothing pending."""
+    reference = copy.deepcopy(router)
+    reference.backend = "reference"
+    reference.pending.clear_()
+    reference.commit()
+    return reference
+
+
+def reference_route(x: Tensor, router: KMeansRouter, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates and ids (T, K) by the definition, with the router's directions (E, D) given, as its own cache has them."""
+    top_k, tau = router.options.top_k, router.options.tau
+    routing = route(x, router.weight, top_k, router.expert_bias, tau=tau, directions=unit, backend="reference")
+    return routing.weights, routing.indices
 
 
 def kmeans_step(problem: Problem, router: KMeansRouter, name: str = "kmeans_route") -> Contestant:
@@ -92,6 +121,9 @@ class Exchange(NamedTuple):
     dy: Tensor
 
 
+ExchangeFunction = Callable[[Exchange], Tensor]
+
+
 def package_exchange(exchange: Exchange) -> Tensor:
     """y of dispatch and combine of the package, identity experts between them."""
     sent = dispatch(exchange.x, exchange.routing)
@@ -117,6 +149,72 @@ def exchange_step(name: str, function: Callable[[Exchange], Tensor], exchange: E
     )
 
 
+def package_dispatch(exchange: Exchange) -> Tensor:
+    """x_sorted (T*K, D) of the package."""
+    return dispatch(exchange.x, exchange.routing).x_sorted
+
+
+def plain_dispatch(exchange: Exchange) -> Tensor:
+    """The same in plain PyTorch."""
+    return baselines.index_dispatch(exchange.x, exchange.routing.indices)[0]
+
+
+def dispatch_step(
+    name: str, function: Callable[[Exchange], Tensor], exchange: Exchange, d_sorted: Tensor
+) -> Contestant:
+    """Forward and backward of dispatch alone; x gets a gradient from d_sorted (T*K, D)."""
+    return Contestant(name, lambda: torch.autograd.backward(function(exchange), d_sorted), lambda: clear(exchange.x))
+
+
+class Sorted(NamedTuple):
+    """Expert outputs for combine: y_sorted (T*K, D) and the routing's weights (T, K), both leaves, and dy (T, D).
+
+    sent: the package's dispatch, its copies left out. order (T*K,): the sorting permutation of plain PyTorch.
+    """
+
+    y_sorted: Tensor
+    routing: Routing
+    sent: Dispatch
+    order: Tensor
+    dy: Tensor
+
+
+def make_sorted(exchange: Exchange, seed: int = 4) -> Sorted:
+    """Random expert outputs for the routing of `exchange`."""
+    sent = dispatch(exchange.x.detach(), exchange.routing)
+    order = baselines.index_dispatch(exchange.x.detach(), exchange.routing.indices)[1]
+    y_sorted = make_hidden_states(
+        sent.x_sorted.shape[0], exchange.x.shape[1], seed=seed, dtype=exchange.x.dtype, requires_grad=True
+    )
+    return Sorted(y_sorted, exchange.routing, sent._replace(x_sorted=y_sorted.new_empty(0)), order, exchange.dy)
+
+
+SortedFunction = Callable[[Sorted], Tensor]
+
+
+def package_combine(given: Sorted) -> Tensor:
+    """y (T, D) of the package."""
+    return combine(given.y_sorted, given.routing, given.sent)
+
+
+def plain_combine(combine_function: baselines.CombineFunction) -> SortedFunction:
+    """The same in plain PyTorch; gates in the dtype of the expert outputs, as models have it."""
+
+    def combined(given: Sorted) -> Tensor:
+        return combine_function(given.y_sorted, given.routing.weights.to(given.y_sorted.dtype), given.order)
+
+    return combined
+
+
+def combine_step(name: str, function: SortedFunction, given: Sorted) -> Contestant:
+    """Forward and backward of combine alone; expert outputs and gate weights get gradients."""
+    return Contestant(
+        name,
+        lambda: torch.autograd.backward(function(given), given.dy),
+        lambda: clear(given.y_sorted, given.routing.weights),
+    )
+
+
 def moe_step(name: str, layer: MoE, x: Tensor, dy: Tensor) -> Contestant:
     """Forward and backward of a whole layer, with its auxiliary loss where it has one."""
     parameters = list(layer.parameters())
@@ -127,6 +225,13 @@ def moe_step(name: str, layer: MoE, x: Tensor, dy: Tensor) -> Contestant:
         torch.autograd.backward([y, *losses], [dy, *[None] * len(losses)])
 
     return Contestant(name, step, lambda: clear(x, *parameters))
+
+
+def layer_step(
+    name: str, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, dy: Tensor, leaves: list[Tensor]
+) -> Contestant:
+    """Forward and backward of another package's layer, a function of x and the router's weight, the first leaf."""
+    return Contestant(name, lambda: torch.autograd.backward(function(x, leaves[0]), dy), lambda: clear(x, *leaves))
 
 
 def clear(*leaves: Tensor) -> None:
