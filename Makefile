@@ -7,7 +7,7 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench gpu gpu-full style types hub clean env
+.PHONY: demo demo-seeds test test-all bench pictures gpu gpu-full profile style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -45,17 +45,22 @@ test-all: env
 bench: env
 	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc
 
+## make pictures    draw roofline, bars and scaling from benchmarks/results
+pictures: env
+	$(BIN)/python -m benchmarks.pictures
+
 ## make gpu         on a machine with a GPU: its tests, then checks and timings; no new cell after 7 minutes (GPU_ARGS="...")
 ## make gpu-full    the same, all cells
+## make profile     there too: one kernel and what bounds it (PROFILE_ARGS="--kernel route_fwd --shape OLMoE --tokens 4096")
 # No environment: $(PYTHON) has torch, Triton and setuptools. The installed copy comes first, since kmeans_route/ in the
 # repository has no kernels/; safe path keeps the current folder from coming before both.
-gpu gpu-full:
+gpu gpu-full profile:
 	@rm -rf build/lib  # setuptools keeps what lies there if it is newer than the source
 	@target=$$(mktemp -d) && trap 'rm -rf "$$target"' EXIT && \
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
 		--target "$$target" . && \
-	PYTHONSAFEPATH=1 PYTHONPATH="$$target:$(CURDIR)" \
-		$(PYTHON) -m benchmarks.gpu $(if $(filter gpu-full,$@),--full) $(GPU_ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH="$$target:$(CURDIR)" $(PYTHON) -m \
+		$(if $(filter profile,$@),benchmarks.profile $(PROFILE_ARGS),benchmarks.gpu $(if $(filter gpu-full,$@),--full) $(GPU_ARGS))
 
 ## make style       ruff: lint and format check
 style: env
