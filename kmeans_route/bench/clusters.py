@@ -79,8 +79,8 @@ def check_assignment(name: str, assign: Assign, clusters: Clusters) -> None:
     """Each token goes to the centroid of largest cosine, in fp64."""
     x = clusters.batches[0]
     cosines = F.normalize(x.double()) @ clusters.centroids.double().T
-    ids = assign(x)
-    checks.check_routed(name, torch.ones(len(x), 1), ids[:, None], cosines, 1.0, x.dtype)
+    plain = F.normalize(x) @ clusters.centroids.T
+    checks.check_routed(name, torch.ones(len(x), 1), assign(x)[:, None], cosines, 1.0, plain)
 
 
 def check_codebook_sums(codebook: Codebook, clusters: Clusters) -> None:
