@@ -374,11 +374,12 @@ class KMeansRouter(StatefulRouter):
             return directions(self.weight, dtype)
         if _is_capturing(self.weight.device):  # a replay must follow the centroids, and knows no Python
             return directions_for(backend, self.weight, dtype)
-        if torch.is_inference_mode_enabled() or self.weight.is_inference():  # such tensors cannot be kept for autograd
+        if self.weight.is_inference():  # such tensors have no version to tell a change by
             return directions_for(backend, self.weight, dtype)
         key = (self.weight.data_ptr(), self.weight._version, dtype)
         if self._cached is None or self._cached[0] != key:
-            self._cached = (key, directions_for(backend, self.weight, dtype))
+            with torch.inference_mode(False), torch.no_grad():  # autograd may want what is kept
+                self._cached = (key, directions_for(backend, self.weight, dtype))
         return self._cached[1]
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kmeans_route
 from kmeans_route import KMeansRouter
+from kmeans_route import router as router_module
 from tests import oracle
 from tests.compare import OPTIONS, assert_same_bits, assert_same_routing, generator, numpy
 
@@ -396,6 +397,19 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     router(leaf).weights[:, 0].sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.abs().sum() > 0
+
+
+def test_inference_mode_keeps_directions_and_follows_the_centroids(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, x, made = KMeansRouter(D, E, K).eval(), hidden_states(10, 0), []
+    make = router_module.directions_for
+    monkeypatch.setattr(router_module, "directions_for", lambda *args: made.append(1) or make(*args))
+    with torch.inference_mode():
+        first = router(x).weights.clone()
+        assert_same_bits(router(x).weights, first)
+        assert len(made) == 1
+        router.weight.copy_(router.weight.flip(0))
+        assert len(made) == 2
+        assert_same_bits(router(x).weights, kmeans_route.route(x, router.weight, K).weights)
 
 
 def test_a_router_built_in_inference_mode_routes() -> None:
