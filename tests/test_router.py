@@ -408,8 +408,8 @@ def test_inference_mode_keeps_directions_and_follows_the_centroids(monkeypatch: 
         assert_same_bits(router(x).weights, first)
         assert len(made) == 1
         router.weight.copy_(router.weight.flip(0))
-        assert len(made) == 2
         assert_same_bits(router(x).weights, kmeans_route.route(x, router.weight, K).weights)
+        assert len(made) == 2
 
 
 def test_a_router_built_in_inference_mode_routes() -> None:
