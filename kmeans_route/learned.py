@@ -25,7 +25,8 @@ from kmeans_route.checks import (
 )
 from kmeans_route.reference import stable_topk
 from kmeans_route.state import Pending, StatefulRouter
-from kmeans_route.torch_backend import count_experts, exact_topk, margin_hist
+from kmeans_route.torch_backend import count_experts, margin_hist
+from kmeans_route.torch_topk import exact_topk
 from kmeans_route.types import RouterOutput, Routing
 
 KINDS = ("softmax", "sigmoid")
