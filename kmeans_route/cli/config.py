@@ -9,8 +9,10 @@ BALANCES: dict[str, tuple[str, ...]] = {
     "kmeans": ("proportional", "sign", "quantile", "none"),
     "softmax": ("aux", "sign", "quantile", "none"),
     "sigmoid": ("sign", "quantile", "aux", "none"),
+    "random": ("none",),
+    "hash": ("none",),
 }
-"""Router kind -> its balance rules; the first is the default."""
+"""Router kind -> its balance rules; the first is the default. The last two learn nothing: floors for comparisons."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class TrainConfig:
     """Everything that decides the bits of a training run, beside the text itself.
 
     Args:
-        router: "kmeans", "softmax" or "sigmoid".
+        router: "kmeans", "softmax" or "sigmoid"; "random" for fixed random directions, "hash" for a fixed table of
+            experts by byte, with equal gates (Hash Layers, arXiv 2106.04426).
         balance: a rule of `BALANCES[router]`; "" takes the router's default.
         steps: optimizer steps, >= 1. The learning rate schedule spans them.
         seed: of the initial weights and of the order of the text.
@@ -27,7 +30,8 @@ class TrainConfig:
         seq_len, batch: bytes a sequence, sequences an optimizer step.
         accumulate: micro-batches that a step is cut into; divides batch. The tokens of a step do not depend on it.
         lr: peak learning rate, reached after `warmup` of the steps (a fraction), then a cosine down to a tenth.
-        tau, decay: of the K-Means router.
+        tau, decay, gate, average, init: of the K-Means router.
+        commit_every: optimizer steps from one commit to the next.
         bias_rate: of the bias rules; None takes the router's default.
         aux_loss_coef: of balance="aux".
         eval_every: steps between validation passes; 0 evaluates at the end only.
@@ -58,6 +62,10 @@ class TrainConfig:
     weight_decay: float = 0.1
     tau: float = 0.05
     decay: float = 0.999
+    gate: str = "softmax"
+    average: str = "ema"
+    init: str = "tokens"
+    commit_every: int = 1
     bias_rate: float | None = None
     aux_loss_coef: float = 0.01
     eval_every: int = 0
@@ -75,7 +83,7 @@ class TrainConfig:
             raise ValueError(f"balance must be one of {allowed} for router={self.router!r}, got {self.balance!r}")
         for name in ("steps", "layers", "hidden", "heads", "experts", "expert_hidden", "top_k", "seq_len", "batch"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("accumulate", "eval_bytes", "threads"):
+        for name in ("accumulate", "eval_bytes", "threads", "commit_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("seed", "eval_every"):
             _at_least(name, getattr(self, name), 0)
@@ -101,6 +109,10 @@ class TrainConfig:
             rule = "loss-free sign" if self.router != "kmeans" else "sign"
         else:
             rule = "no balancing" if self.balance == "none" else self.balance
+        if self.router == "random":
+            return "random, fixed"
+        if self.router == "hash":
+            return "hash of the byte"
         if self.router != "kmeans":
             return f"{self.router}, {rule}"
         return f"K-Means, {rule}" + ("" if self.tau == 0.05 else f", tau {self.tau:g}")

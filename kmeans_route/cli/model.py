@@ -16,6 +16,7 @@ from kmeans_route import MoE
 from kmeans_route.cli.config import TrainConfig
 
 VOCAB_SIZE = 256
+FIXED = ("random", "hash")
 
 
 class Attention(nn.Module):
@@ -61,17 +62,25 @@ class Block(nn.Module):
             config.expert_hidden,
             config.experts,
             config.top_k,
-            config.router,
+            "kmeans" if config.router in FIXED else config.router,
             balance=config.balance,
             seed=config.seed,
             name=f"layer_{layer:02d}",
             **router_options(config),
         )
+        self.table_VK: Tensor | None = None
+        if config.router in FIXED:
+            self.moe.router.freeze()
+        if config.router == "hash":
+            generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
+            table = torch.rand(VOCAB_SIZE, config.experts, generator=generator).argsort(1)[:, : config.top_k]
+            self.register_buffer("table_VK", table.contiguous(), persistent=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Args: x (B, S, D). Returns: (B, S, D)."""
+    def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
+        """Args: x (B, S, D), tokens (B, S) for the hash. Returns: (B, S, D)."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        y_BSD: Tensor = x_BSD + self.moe(self.moe_norm(x_BSD))
+        indices = None if self.table_VK is None else self.table_VK[tokens_BS.flatten()]
+        y_BSD: Tensor = x_BSD + self.moe(self.moe_norm(x_BSD), indices=indices)
         return y_BSD
 
 
@@ -116,7 +125,7 @@ class DecoderLM(nn.Module):
         """Args: tokens (B, S) int64 in [0, 256). Returns: logits (B, S, 256)."""
         x_BSD = self.embedding(tokens_BS)
         for block in self.blocks:
-            x_BSD = block(x_BSD)
+            x_BSD = block(x_BSD, tokens_BS)
         logits_BSV: Tensor = self.head(self.norm(x_BSD))
         return logits_BSV
 
@@ -124,8 +133,11 @@ class DecoderLM(nn.Module):
 def router_options(config: TrainConfig) -> dict[str, Any]:
     """The options of `config` that its router class takes, as keyword arguments of `MoE`."""
     options: dict[str, Any] = {} if config.bias_rate is None else {"bias_rate": config.bias_rate}
+    if config.router in FIXED:
+        return {"init": "normal", "gate": "uniform" if config.router == "hash" else "softmax", "tau": config.tau}
     if config.router == "kmeans":
-        return {**options, "tau": config.tau, "decay": config.decay}
+        names = ("tau", "decay", "gate", "average", "init")
+        return options | {name: getattr(config, name) for name in names}
     if config.balance == "aux":
         return {**options, "aux_loss_coef": config.aux_loss_coef}
     return options
