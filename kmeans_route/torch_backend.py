@@ -32,9 +32,11 @@ BAG_BYTES = 8 << 20  # of partial centroid sums held at once
 
 
 def chunks(x: Tensor) -> list[slice]:
+    """Slices of rows of about the same length."""
     rows = max(1, CHUNK_BYTES // max(1, x.shape[1] * compute_dtype(x.dtype).itemsize))
     rows = rows if x.device.type == "cpu" else 16 * rows
-    return [slice(i, min(i + rows, x.shape[0])) for i in range(0, x.shape[0], rows)]
+    rows = -(-x.shape[0] // max(1, round(x.shape[0] / rows)))
+    return [slice(i, min(i + rows, x.shape[0])) for i in range(0, x.shape[0], max(1, rows))]
 
 
 def _all_true(flags: Tensor) -> bool:
@@ -42,8 +44,8 @@ def _all_true(flags: Tensor) -> bool:
     return flags.device.type == "cpu" and bool(flags.all())
 
 
-def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """s (T, E), 1 / ||x|| (T,) and validity (T,), reading each chunk of x from memory once."""
+def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """s (T, E), 1 / ||x|| (T,), validity (T,), and whether all are known to be valid; reads x from memory once."""
     dtype = compute_dtype(x.dtype)
     scores = x.new_empty(x.shape[0], directions.shape[0], dtype=dtype)
     norm = x.new_empty(x.shape[0], dtype=dtype)
@@ -58,10 +60,11 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
         valid &= mask
     inv_norm = norm.reciprocal_()
     scores.mul_(inv_norm[:, None])
-    if not _all_true(valid):
+    all_valid = _all_true(valid)
+    if not all_valid:
         scores.masked_fill_(~valid[:, None], 0.0)
         inv_norm.masked_fill_(~valid, 0.0)
-    return scores, inv_norm, valid
+    return scores, inv_norm, valid, all_valid
 
 
 def route_fwd(
@@ -81,8 +84,7 @@ def route_fwd(
     scores and candidates are (T, E), or (0, E) where neither the caller nor the backward needs them.
     """
     num_experts, top_k = directions.shape[0], options.top_k
-    scores, inv_norm, valid = cosine_scores(x, directions, mask)
-    all_valid = _all_true(valid)
+    scores, inv_norm, valid, all_valid = cosine_scores(x, directions, mask)
     ranking = scores if expert_bias is None else scores + expert_bias.to(scores.dtype)
     among = ranking
     if options.grouped:
@@ -98,16 +100,18 @@ def route_fwd(
     selected = scores.gather(1, indices)
     candidates = candidate_mask(ranking, indices, options)
     if options.gate == "softmax" and options.normalize:
-        weights = softmax_rows(selected / options.tau).mul_(options.scaling)
+        weights = softmax_rows(selected / options.tau)
+        weights = weights if options.scaling == 1 else weights.mul_(options.scaling)
     else:
         weights = gates_reference(selected, scores, candidates, options)
     if not all_valid:
         weights.masked_fill_(~valid[:, None], 0.0)
-    std = _score_std(scores) if want_std else scores.new_zeros(0)
-    hist = margin_hist(ranking, among, valid, top_k) if want_hist else indices.new_zeros(0, NUM_MARGIN_BINS).int()
+    std = _score_std(scores) if want_std else scores.new_empty(0)
+    no_hist = (0, NUM_MARGIN_BINS)
+    hist = margin_hist(ranking, among, valid, top_k) if want_hist else x.new_empty(no_hist, dtype=torch.int32)
     counts = count_experts(indices, valid, num_experts, all_valid=all_valid)
     if not want_scores and not candidates.numel():
-        scores = scores.new_zeros(0, num_experts)
+        scores = scores.new_empty(0, num_experts)
     wanted = valid.numel() if mask is None else mask.sum()
     dropped = counts.new_zeros(()) if all_valid else wanted - valid.sum()
     return indices, weights, selected, scores, candidates, counts, inv_norm, valid, std, hist, dropped
@@ -116,7 +120,7 @@ def route_fwd(
 def candidate_mask(ranking: Tensor, indices: Tensor, options: RouteOptions) -> Tensor:
     """Which experts the softmax over all candidates runs over, (T, E); empty where no gate needs it."""
     if options.gate != "softmax" or options.normalize:
-        return ranking.new_zeros(0, ranking.shape[1], dtype=torch.bool)
+        return ranking.new_empty(0, ranking.shape[1], dtype=torch.bool)
     if not options.grouped:
         return torch.ones_like(ranking, dtype=torch.bool)
     return candidates_reference(ranking, options).scatter(1, indices, True)

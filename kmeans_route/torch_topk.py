@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kmeans_route.reference import stable_topk
 
-MIN_ROUNDS_SIZE = 1 << 17  # of T x E; below it the calls cost more than they save
+MIN_ROUNDS_SIZE = 1 << 18  # of T x E; below it the calls cost more than they save
 MAX_ROUNDS = 16
 BOUND = 2.0
 

@@ -117,8 +117,11 @@ def test_rounds_alternate_and_ratios_are_of_medians() -> None:
 
     contest = Contest("order", [contestant(name) for name in "abc"], ["b", "c"], "a note")
     contest.verify(lambda: None)
-    contest.run(3, warm_up=0)
-    assert "".join(order) == "AaBbCc" + "BbCcAa" + "CcAaBb"
+    contest.run(30, warm_up=0)
+    rounds = ["".join(order[i : i + 6]) for i in range(0, 180, 6)]
+    assert {"".join(sorted(one)) for one in rounds} == {"ABCabc"}, "each once a round"
+    assert all(one[0::2].lower() == one[1::2] for one in rounds), "the reset comes before its step"
+    assert len(set(rounds)) == 6, "every order comes"
     contest.times_ms = {"a": [1.0, 9.0, 2.0], "b": [4.0, 4.0, 4.0], "c": [5.0, 3.0, 8.0]}
     assert contest.baseline() == "b"
     timing = contest.timings()["a"]

@@ -39,19 +39,19 @@ def test_rounds_give_the_ids_of_a_stable_sort(num_experts: int, k: int, rounds: 
 @pytest.mark.parametrize("steps", [1, 3, 1000])
 def test_ties_go_to_the_lower_id(steps: int, rounds: list[int]) -> None:
     """Few values, so that most rows are tied within the top k or at its end, and some rows are all equal."""
-    ranking = (cosines(2048, 64) * steps).round() / steps
+    ranking = (cosines(4096, 64) * steps).round() / steps
     ranking[::100] = 0.25
     ranking[1::100] = -0.0
     ranking[1::100, ::2] = 0.0
     assert torch.equal(exact_topk(ranking, 8), stable_topk(ranking, 8))
-    assert rounds[0] == 2048
+    assert rounds[0] == 4096
     assert rounds[1] < 0
 
 
 def test_values_one_rounding_apart_keep_their_order() -> None:
-    ranking = torch.full((2048, 64), 0.3)
+    ranking = torch.full((4096, 64), 0.3)
     for e in range(1, 64):
-        up = torch.full((2048,), 2.0)
+        up = torch.full((4096,), 2.0)
         ranking[:, e] = torch.nextafter(ranking[:, e - 1], up)
     ranking = ranking[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
     assert torch.equal(exact_topk(ranking, 8), stable_topk(ranking, 8))
@@ -59,23 +59,23 @@ def test_values_one_rounding_apart_keep_their_order() -> None:
 
 @pytest.mark.parametrize("largest", [1.9999999, -1.9999999])
 def test_the_whole_range_is_right(largest: float, rounds: list[int]) -> None:
-    ranking = cosines(2048, 64) * 1.9
+    ranking = cosines(4096, 64) * 1.9
     ranking[:, 7] = largest
     ranking[5] = torch.linspace(-1.9999, 1.9999, 64)
     assert torch.equal(exact_topk(ranking, 8), stable_topk(ranking, 8))
-    assert rounds[0] == 2048
+    assert rounds[0] == 4096
 
 
 @pytest.mark.parametrize("value", [2.0, -2.0, 1e30, torch.inf, -torch.inf])
 def test_what_is_out_of_range_goes_the_other_way(value: float, rounds: list[int]) -> None:
-    ranking = cosines(2048, 64)
+    ranking = cosines(4096, 64)
     ranking[17, 3] = value
     assert torch.equal(exact_topk(ranking, 8), stable_topk(ranking, 8))
-    assert rounds == [-2048]
+    assert rounds == [-4096]
 
 
 @pytest.mark.parametrize(("shape", "k", "dtype"), [
-    ((100, 64), 8, torch.float32), ((2048, 64), 17, torch.float32), ((2048, 64), 8, torch.float64),
+    ((100, 64), 8, torch.float32), ((4096, 64), 17, torch.float32), ((4096, 64), 8, torch.float64),
 ])  # fmt: skip
 def test_few_tokens_many_experts_a_token_and_fp64_go_the_other_way(
     shape: tuple[int, int], k: int, dtype: torch.dtype, rounds: list[int]

@@ -3,6 +3,7 @@
 No time is shown unless correctness was asserted first: a contest that was not verified refuses to run and to print.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,14 +115,19 @@ class Contest:
                 contestant.step()
 
     def round(self) -> None:
-        """One step of each contestant, timed. Each round starts with another one."""
+        """One step of each contestant, timed, in the order of this round."""
         self._check_verified()
-        first = len(self.times_ms[self.contestants[0].name]) % len(self.contestants)
-        for contestant in self.contestants[first:] + self.contestants[:first]:
+        for contestant in self.order():
             contestant.reset()
             start = time.perf_counter()
             contestant.step()
             self.times_ms[contestant.name].append((time.perf_counter() - start) * 1e3)
+
+    def order(self) -> list[Contestant]:
+        """Drawn anew for each round, the same in every run: a step costs 10% more or less by what ran before it."""
+        shuffled = list(self.contestants)
+        random.Random(len(self.times_ms[shuffled[0].name])).shuffle(shuffled)
+        return shuffled
 
     def baseline(self) -> str:
         """Name of the quickest of the baselines, by median."""

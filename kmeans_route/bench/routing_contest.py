@@ -81,13 +81,12 @@ class ClockedContest(Contest):
                 self._timed[name], self.method[name] = self.clock.captured(step)
 
     def round(self) -> None:
-        """One step of each contestant, timed. Each round starts with another one."""
+        """One step of each contestant, timed, in the order of this round."""
         self._check_verified()
         if not self._timed:
             raise NotVerifiedError(f"{self.title}: call warm_up() before the first round")
-        first = len(self.times_ms[self.contestants[0].name]) % len(self.contestants)
         with self.clock.scope():
-            for name, _, reset in self.contestants[first:] + self.contestants[:first]:
+            for name, _, reset in self.order():
                 (time_us,) = self.clock.samples_us(self._timed[name], reset)
                 self.times_ms[name].append(time_us / 1e3)
 
