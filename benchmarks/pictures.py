@@ -3,7 +3,7 @@
     python -m benchmarks.pictures [--results benchmarks/results] [--out benchmarks/results]
 
 A roofline from the newest GPU run, or, until there is one, from the offline table (and then it says so); bars from the
-newest CPU run; scaling from records of kind "scaling". What no file holds is named and left out.
+newest CPU run; scaling from those of its suite. What no file holds is named and left out.
 """
 
 import argparse
@@ -29,6 +29,7 @@ PARTS = {
     "commit": "commit",
 }
 DECODE_T = 512
+LETTERS = {"num_tokens": "T", "hidden_size": "D", "num_experts": "E", "top_k": "K"}
 Record = dict[str, Any]
 
 
@@ -126,7 +127,7 @@ def contests(files: list[Record]) -> dict[str, tuple[Record, list[Bars]]]:
     for file in files:
         kinds: dict[str, list[Bars]] = {}
         for record in file["results"]:
-            if "contestants" not in record or "title" not in record:
+            if "contestants" not in record or "title" not in record or "growth" in record:
                 continue
             kind, _, rest = record["title"].partition(", ")
             times = {
@@ -143,8 +144,7 @@ def contests(files: list[Record]) -> dict[str, tuple[Record, list[Bars]]]:
 def _shape_label(shape: Any, rest: str) -> str:
     if not isinstance(shape, dict):
         return rest
-    letters = {"num_tokens": "T", "hidden_size": "D", "num_experts": "E", "top_k": "K"}
-    return "  ".join(f"{letters.get(name, name)}={value}" for name, value in shape.items())
+    return "  ".join(f"{LETTERS.get(name, name)}={value}" for name, value in shape.items())
 
 
 def bars(folder: Path) -> Iterator[tuple[str, "Figure"]]:
@@ -155,10 +155,27 @@ def bars(folder: Path) -> Iterator[tuple[str, "Figure"]]:
         yield f"bars-{name}", pictures.contest_bars(panels, title=kind.capitalize(), note=note)
 
 
+def growths(results: list[Record]) -> list[Record]:
+    """The records of the scaling suite, those of one axis together, as `pictures.scaling` takes them."""
+    found: dict[str, Record] = {}
+    for record in results:
+        growth = record.get("growth")
+        if not growth:
+            continue
+        axis, name = growth["axis"], record["title"].partition(" over ")[0]
+        fixed = {LETTERS[key]: value for key, value in record["base"].items() if key != axis}
+        one = found.setdefault(
+            axis, {"axis": LETTERS[axis], "values": growth["sizes"], "median_ms": {}, "exponent": {}, "fixed": fixed}
+        )
+        one["median_ms"][name] = growth["median_ms"]
+        one["exponent"][name] = growth["time"]["exponent"]
+    return list(found.values())
+
+
 def scalings(folder: Path) -> Iterator[tuple[str, "Figure"]]:
     """Of the newest file that has such records."""
     for file in reversed(results_of(folder, "*.json")):
-        records = [record for record in file["results"] if record.get("kind") == "scaling"]
+        records = growths(file["results"])
         if records:
             where = file["environment"]
             title = f"Scaling on {where['device']}, {where['num_threads']} threads, {where['date'][:10]}"

@@ -31,6 +31,17 @@ LINEAR_IN_TOKENS = (0.9, 1.1)
 CHECKED_TOKENS = 16384  # of each size: what fp64 copies of 256 times 1024 tokens would take is left to others
 
 
+def warmed(contestant: Contestant) -> Contestant:
+    """Each timed step follows one of its own size: after a larger one a small step finds neither cache nor memory."""
+
+    def reset() -> None:
+        contestant.reset()
+        contestant.step()
+        contestant.reset()
+
+    return contestant._replace(reset=reset)
+
+
 def scaling_contest(axis: str, sizes: Sequence[int], base: BenchShape, *, training: bool) -> Contest:
     """One contestant a size of `axis`, all verified."""
     contestants, verifications = [], []
@@ -39,10 +50,9 @@ def scaling_contest(axis: str, sizes: Sequence[int], base: BenchShape, *, traini
         router = steps.make_kmeans_router(problem)
         verifications.append((router, problem))
         if training:
-            contestants.append(steps.kmeans_step(problem, router, str(size)))
+            contestants.append(warmed(steps.kmeans_step(problem, router, str(size))))
         else:
-            x = problem.x.detach()
-            contestants.append(Contestant(str(size), partial(router, x)))
+            contestants.append(warmed(Contestant(str(size), partial(router, problem.x.detach()))))
     fixed = ", ".join(f"{name}={value}" for name, value in base._asdict().items() if name != axis)
     what = "training step" if training else "routing alone"
     contest = Contest(f"{what} over {axis}, {fixed}", contestants, baselines=[str(sizes[0])])

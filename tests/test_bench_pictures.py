@@ -82,7 +82,6 @@ def test_bars_have_medians_whiskers_and_ratios() -> None:
 
 
 SCALING = {
-    "kind": "scaling",
     "axis": "T",
     "values": [1024, 2048, 4096],
     "median_ms": {"kmeans_route": [1.0, 2.1, 4.0], "textbook": [3.0, None, 13.0]},
@@ -100,7 +99,7 @@ def test_scaling_draws_times_and_a_line_of_slope_one() -> None:
     assert str(textbook.get_ydata()[1]) == "nan"
     assert list(reference.get_ydata()) == [1.0, 2.0, 4.0]
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
-    assert axis.get_title(loc="left") == "T: slope of kmeans_route 1.02\n(D1024 E64 K8)"
+    assert axis.get_title(loc="left") == "T: slopes kmeans_route 1.02\n(D1024 E64 K8)"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["kmeans_route", "textbook", "slope 1"]
     four = drawn(pictures.scaling([SCALING | {"axis": axis} for axis in "TDEK"], title="Scaling"))
@@ -166,7 +165,22 @@ def test_committed_results_give_the_prediction_and_the_bars() -> None:
 
 
 def test_scaling_comes_from_the_newest_file_that_has_it(tmp_path: Path) -> None:
-    write_results(tmp_path / "one.json", "c", [SCALING | {"axis": axis} for axis in ("T", "D")])
+    base = {"num_tokens": 64, "hidden_size": 16, "num_experts": 8, "top_k": 2}
+    grown = [
+        {
+            "title": f"{what} over {axis}, fixed",
+            "contestants": {},
+            "base": base,
+            "growth": {"axis": axis, "sizes": [2, 4], "median_ms": [1.0, 2.0], "time": {"exponent": 1.0}},
+        }
+        for axis in ("num_tokens", "hidden_size")
+        for what in ("training step", "routing alone")
+    ]
+    write_results(tmp_path / "one.json", "c", grown)
+    assert [(r["axis"], list(r["median_ms"]), r["fixed"]) for r in command.growths(grown)] == [
+        ("T", ["training step", "routing alone"], {"D": 16, "E": 8, "K": 2}),
+        ("D", ["training step", "routing alone"], {"T": 64, "E": 8, "K": 2}),
+    ]
     write_results(tmp_path / "two.json", "c", [{"title": "routing alone, x", "contestants": {}}])
     ((name, figure),) = command.scalings(tmp_path)
     assert name == "scaling"

@@ -156,11 +156,11 @@ def contest_bars(contests: Sequence[Bars], *, title: str, note: str = "") -> Fig
 
 @_large_print
 def scaling(records: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Time over T, D, E and K, a panel an axis, both scales logarithmic, with a line of slope 1 from our first point.
+    """Time over T, D, E and K, a panel an axis, both scales logarithmic, with a line of slope 1 from the first point.
 
     Args:
-        records: {"axis": "T", "values": [...], "median_ms": {contestant: [...]}, "exponent": {contestant: slope},
-            "fixed": {"D": ...}}; a None among the medians leaves a gap.
+        records: {"axis": "T", "values": [...], "median_ms": {name: [...]}, "exponent": {name: slope}, "fixed": {"D":
+            ...}}; a None among the medians leaves a gap. The line of slope 1 starts at the first name's first point.
         title: of the picture.
 
     Raises:
@@ -181,14 +181,16 @@ def scaling(records: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
             color, style = _STYLES[place % len(_STYLES)]
             drawn = [math.nan if time is None else time for time in times]
             axis.plot(values, drawn, color=color, linestyle=style, marker=MARKERS[place % 6], linewidth=2)
-        own = next((time for time in record["median_ms"].get(OURS, []) if time is not None), None)
+        first = next(iter(record["median_ms"].values()))
+        own = next((time for time in first if time is not None), None)
         if own is not None:
-            start = values[record["median_ms"][OURS].index(own)]
+            start = values[first.index(own)]
             axis.plot(
                 values, [own * value / start for value in values], color=_GREY, linewidth=1, linestyle=(0, (2, 3))
             )
         exponents = record.get("exponent") or {}
-        slope = f": slope of {OURS} {exponents[OURS]:.2f}" if exponents.get(OURS) is not None else ""
+        slopes = ", ".join(f"{name} {exponent:.2f}" for name, exponent in exponents.items())
+        slope = f": slopes {slopes}" if slopes else ""
         fixed = " ".join(f"{key}{value}" for key, value in record.get("fixed", {}).items())
         axis.set_title(f"{record['axis']}{slope}\n({fixed})", fontsize=_SMALL, loc="left")
         axis.set_xscale("log")
