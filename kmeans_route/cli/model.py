@@ -68,13 +68,15 @@ class Block(nn.Module):
             name=f"layer_{layer:02d}",
             **router_options(config),
         )
-        self.table_VK: Tensor | None = None
+        self.table_VK: Tensor | None
+        table = None
         if config.router in FIXED:
             self.moe.router.freeze()
         if config.router == "hash":
             generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
-            table = torch.rand(VOCAB_SIZE, config.experts, generator=generator).argsort(1)[:, : config.top_k]
-            self.register_buffer("table_VK", table.contiguous(), persistent=False)
+            order = torch.rand(VOCAB_SIZE, config.experts, generator=generator).argsort(1)
+            table = order[:, : config.top_k].contiguous()
+        self.register_buffer("table_VK", table, persistent=False)
 
     def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
         """Args: x (B, S, D), tokens (B, S) for the hash. Returns: (B, S, D)."""
