@@ -73,7 +73,7 @@ def jobs(
             raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
     every = max(1, base.steps // CURVE_POINTS)
     return [
-        Job(size, name, replace(base, seed=seed, eval_every=every, **SIZES[size], **options))
+        Job(size, name, replace(base, **{"seed": seed, "eval_every": every, "balance": ""} | SIZES[size] | options))
         for size in sizes
         for seed in seeds
         for name, options in STUDIES[study].items()
