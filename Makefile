@@ -43,7 +43,7 @@ test-all: env
 
 ## make bench       CPU benchmarks: ratios against the baselines, one run
 bench: env
-	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc
+	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc --results build/bench.json $(BENCH_ARGS)
 
 ## make pictures    draw roofline, bars and scaling from benchmarks/results
 pictures: env
