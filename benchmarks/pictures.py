@@ -29,6 +29,7 @@ PARTS = {
     "commit": "commit",
 }
 DECODE_T = 512
+PANELS = 3  # contests in one picture of bars
 LETTERS = {"num_tokens": "T", "hidden_size": "D", "num_experts": "E", "top_k": "K"}
 Record = dict[str, Any]
 
@@ -152,7 +153,9 @@ def bars(folder: Path) -> Iterator[tuple[str, "Figure"]]:
     for kind, (where, panels) in contests(results_of(folder, "cpu-*.json")).items():
         note = f"{where['device']}, {where['num_threads']} threads, {where['date'][:10]}"
         name = "".join(letter if letter.isalnum() else "-" for letter in kind.lower())
-        yield f"bars-{name}", pictures.contest_bars(panels, title=kind.capitalize(), note=note)
+        for first in range(0, len(panels), PANELS):
+            some, number = panels[first : first + PANELS], f"-{first // PANELS + 1}" if first else ""
+            yield f"bars-{name}{number}", pictures.contest_bars(some, title=kind.capitalize(), note=note)
 
 
 def growths(results: list[Record]) -> list[Record]:

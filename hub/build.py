@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("checks", "functional", "ops", "reference", "reservoir", "torch_backend", "types")
+MODULES = ("checks", "functional", "ops", "reference", "reservoir", "torch_backend", "torch_topk", "types")
 BACKENDS = ("cpu", "cuda", "rocm")
 FUNCTIONS = ("centroid_sums", "combine", "directions", "dispatch", "route")
 RESULTS = ("Dispatch", "Routing")

@@ -99,7 +99,7 @@ def test_scaling_draws_times_and_a_line_of_slope_one() -> None:
     assert str(textbook.get_ydata()[1]) == "nan"
     assert list(reference.get_ydata()) == [1.0, 2.0, 4.0]
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
-    assert axis.get_title(loc="left") == "T: slopes kmeans_route 1.02\n(D1024 E64 K8)"
+    assert axis.get_title(loc="left") == "T: slope 1.02\n(D1024 E64 K8)"
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["kmeans_route", "textbook", "slope 1"]
     four = drawn(pictures.scaling([SCALING | {"axis": axis} for axis in "TDEK"], title="Scaling"))
@@ -156,7 +156,7 @@ def test_committed_results_give_the_prediction_and_the_bars() -> None:
         assert point.tb_per_s * 1e12 <= 1.0001 * copy
         assert point.flop / point.time_us * 1e6 <= 1.0001 * flop
     found = command.contests(command.results_of(command.RESULTS, "cpu-*.json"))
-    assert len(found["training step"][1]) == 3
+    assert len(found["training step"][1]) == 9
     assert found["training step"][1][0].label == "T=8192  D=1024  E=64  K=8"
     if not command.gpu_runs(command.RESULTS):
         ((name, figure),) = command.rooflines(command.RESULTS)

@@ -189,8 +189,8 @@ def scaling(records: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
                 values, [own * value / start for value in values], color=_GREY, linewidth=1, linestyle=(0, (2, 3))
             )
         exponents = record.get("exponent") or {}
-        slopes = ", ".join(f"{name} {exponent:.2f}" for name, exponent in exponents.items())
-        slope = f": slopes {slopes}" if slopes else ""
+        slopes = ", ".join(f"{exponents[name]:.2f}" for name in record["median_ms"] if name in exponents)
+        slope = f": slope {slopes}" if slopes else ""
         fixed = " ".join(f"{key}{value}" for key, value in record.get("fixed", {}).items())
         axis.set_title(f"{record['axis']}{slope}\n({fixed})", fontsize=_SMALL, loc="left")
         axis.set_xscale("log")
