@@ -49,7 +49,7 @@ bench: env
 quality: env
 	$(BIN)/python -m benchmarks.quality.analysis
 
-## make quality-run train what is missing of that study: many hours; stop it and go on (QUALITY_ARGS="--size E16-K2")
+## make quality-run train what is missing of that study: many hours; stop it and go on (QUALITY_ARGS="--size D64-E16-K2")
 quality-run: env
 	$(BIN)/python -m benchmarks.quality.sweep $(QUALITY_ARGS)
 

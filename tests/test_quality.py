@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from benchmarks.quality import analysis, studies, sweep
+from benchmarks.quality import analysis, one, studies, sweep, texts
 from kmeans_route import KMeansRouter, MoE
 from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.data import load_corpus
@@ -24,6 +25,7 @@ from kmeans_route.cli.model import DecoderLM
 from kmeans_route.cli.training import Trainer
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL: dict[str, Any] = {
     "layers": 1, "hidden": 16, "heads": 2, "experts": 4, "expert_hidden": 16, "seq_len": 16, "batch": 4,
     "eval_bytes": 512, "steps": 6,
@@ -72,92 +74,128 @@ def test_a_layer_replays_ids_and_a_learned_one_refuses() -> None:
 
 
 def test_jobs_are_the_study_and_bad_names_are_refused() -> None:
-    made = studies.jobs("main", ["E16-K2", "E64-K8"], [0, 1, 2], TrainConfig(steps=24))
+    made = studies.jobs("main", ["D64-E16-K2", "D64-E64-K8"], [0, 1, 2], TrainConfig(steps=24))
     assert len(made) == 2 * 3 * len(studies.MAIN)
     assert len({job.name for job in made}) == len(made)
-    assert {job.config.expert_hidden * job.config.top_k for job in made} == {256}
+    assert {job.config.expert_hidden * job.config.top_k for job in made} == {128}
     assert {job.config.seed for job in made[: len(studies.MAIN)]} == {0}
     assert all(job.config.eval_every == 2 for job in made)
-    for arguments, name in ((("other", ["E16-K2"]), "--study"), (("main", ["E1"]), "--size")):
+    for arguments, name in ((("other", ["D64-E16-K2"]), "--study"), (("main", ["E1"]), "--size")):
         with pytest.raises(ValueError, match=name):
             studies.jobs(*arguments, [0], TrainConfig())
     with pytest.raises(ValueError, match="--only must be among"):
-        studies.jobs("main", ["E16-K2"], [0], TrainConfig(), ["K-Means"])
+        studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), ["K-Means"])
 
 
 def command(folder: Path, steps: int, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "benchmarks.quality.sweep", "--size", "E16-K2", "--seeds", "0", "--steps", str(steps),
-        "--only", "K-Means, quantile", "hash of the byte", "--workers", "1", "--out", str(folder / "work"),
+        sys.executable, "-m", "benchmarks.quality.sweep", "--size", studies.TINY, "--seeds", "0", "--steps", str(steps),
+        "--only", "K-Means, quantile", "hash of the byte", "--workers", "2", "--out", str(folder / "work"),
         "--results", str(folder / "results.jsonl"), "--json", *more,
     ]  # fmt: skip
 
 
+def run_sweep(folder: Path, steps: int, *more: str) -> dict[str, Any]:
+    done = subprocess.run(command(folder, steps, *more), cwd=ROOT, env=ENVIRONMENT, capture_output=True, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    said = json.loads(done.stdout)
+    assert done.returncode == (3 if said["left"] else 0)
+    return said
+
+
 def test_a_sweep_that_is_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     """Stopped within a run by a signal, it leaves a checkpoint; the whole and the interrupted sweep agree."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    steps = 12
-    process = subprocess.Popen(command(tmp_path / "a", steps), cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-    (tmp_path / "a").mkdir(exist_ok=True)
+    steps, where = 400, tmp_path / "a"
+    where.mkdir()
+    process = subprocess.Popen(command(where, steps), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "a").glob("work/*/config.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(6)
+    while not list(where.glob("work/*/checkpoint/*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     first = json.loads(stdout)
-    assert process.returncode == (3 if first["left"] else 0)
-    again = subprocess.run(command(tmp_path / "a", steps), cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert again.returncode == 0, again.stderr
-    whole = subprocess.run(command(tmp_path / "b", steps), cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert whole.returncode == 0, whole.stderr
-    one, other = (sweep.read_results(tmp_path / name / "results.jsonl") for name in "ab")
-    assert sorted(r["name"] for r in one) == sorted(r["name"] for r in other)
-    assert len(one) == 2
-    by_name = {record["name"]: record for record in other}
-    for record in one:
-        twin = by_name[record["name"]]
-        assert record["curve"] == twin["curve"]
-        assert record["validation"] == twin["validation"]
-        assert record["measures"]["bits_per_byte"] == twin["measures"]["bits_per_byte"]
-    done = subprocess.run(command(tmp_path / "b", steps), cwd=ROOT, env=environment, capture_output=True, check=True)
-    assert json.loads(done.stdout) == {"finished": 0, "failed": [], "left": []}
+    assert process.returncode == 3
+    assert first["left"], "it was stopped after its first checkpoint"
+    assert not first["failed"]
+    assert run_sweep(where, steps)["left"] == []
+    run_sweep(tmp_path / "b", steps)
+    interrupted, whole = (
+        {run["name"]: run for run in sweep.read_results(tmp_path / name / "results.jsonl")} for name in "ab"
+    )
+    assert len(interrupted) == 2
+    for name, run in interrupted.items():
+        for key in ("measures", "curve", "validation", "geometry", "config"):
+            assert run[key] == whole[name][key], (name, key)
+    assert run_sweep(tmp_path / "b", steps) == {"finished": 0, "failed": [], "left": []}
 
 
-def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = "E16-K2") -> dict[str, Any]:
+@pytest.mark.parametrize("change", studies.CHANGES)
+def test_a_change_in_mid_run_happens_after_half_of_the_steps(change: str) -> None:
+    base = replace(TrainConfig(steps=20), batch=8)
+    job = studies.jobs(change, [studies.TINY], [0], base, [f"K-Means, quantile; {change}"])[0]
+    run = one.changed_run(job.config, change)
+    assert isinstance(run, dict)
+    assert run["curve"]["step"] == [10, 20]
+    assert set(run["measures"]) == {"bits_code", "bits_prose"}
+
+
+def test_prose_and_code_part_ways() -> None:
+    source = '"""Top."""\nx = 1  # why\ndef f():\n    """Inner."""\nclass C:\n    """Third."""\n    y = 2\n'
+    prose, code = texts.prose_and_code(source)
+    assert set(prose.split("\n\n")) == {"Top.", "Inner.", "Third."}
+    assert code == "x = 1\n\ndef f():\n    pass\n\nclass C:\n    y = 2"
+
+
+def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = "D64-E16-K2") -> dict[str, Any]:
     measures = {
         "bits_per_byte": bits, "max_vio_validation": max_vio, "max_vio_train": 2 * max_vio, "dead_experts": 0,
-        "coupling": None if "hash" in contestant else 0.25,
+        "load_std": max_vio / 10,
     }  # fmt: skip
+    geometry = dict.fromkeys(("cosine", "coupling", "coupling_neurons", "matched", "unmatched"), 0.25)
+    if "hash" in contestant:
+        geometry = dict.fromkeys(geometry)
     return {
         "size": size, "contestant": contestant, "config": {"steps": 100, "seed": seed}, "measures": measures,
-        "layers": {"direction_cosine": [0.1, 0.3]}, "validation": [[50, bits + 1], [100, bits]],
+        "geometry": [{"step": 100, **geometry}], "validation": [[50, bits + 1], [100, bits]],
     }  # fmt: skip
 
 
 def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [
         *(record("softmax, aux 0.01", seed, 2.0 + 0.01 * seed, 0.3) for seed in range(3)),
-        *(record("K-Means, quantile", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
+        *(record("K-Means, quantile", seed, 1.9 + 0.011 * seed, 0.1) for seed in range(3)),
         *(record("K-Means, sign", seed, 1.95 + 0.01 * seed, 0.2) for seed in range(3)),
         *(record("hash of the byte", seed, 1.0, 0.9) for seed in range(3)),
+        *(record("K-Means, tau 0.1", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
     assert analysis.main(["--results", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "| K-Means, quantile | 1.910 ± 0.010 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.0 ± 0.0 | 0.25 ± 0.00 |" in said
-    assert "| hash of the byte | 1.000 ± 0.000 | 0.900 ± 0.000 | 1.800 ± 0.000 | 0.0 ± 0.0 | n/a |" in said
-    assert "bits per byte: K-Means, quantile -0.100 against softmax, aux 0.01; resolved, standard error 0.008" in said
+    assert "| router | D64-E16-K2, 100 steps, 3 seeds |" in said
+    assert "| K-Means, quantile | 1.911 ± 0.011, 0.10 |" in said
+    assert "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 | 0.0 ± 0.0 |" in said
+    assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 3 |" in said
+    assert "| sigmoid, quantile | not run |" in said
+    assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 seeds), resolved" in said
     assert "MaxVio: K-Means, quantile 0.100, 3.0 times less than softmax, aux 0.01 (0.300)" in said
-    assert (tmp_path / "quality-E16-K2-100.png").stat().st_size > 10000
+    assert "| K-Means, tau 0.1 | 1.910 ± 0.010 | -0.001 ± 0.002 (95%, 3 seeds), not resolved | 0.100 ± 0.000 |" in said
+    assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000
     assert analysis.main(["--results", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["E16-K2, 100 steps"]["K-Means, sign"]["max_vio_validation"] == [0.2] * 3
+    document = json.loads(capsys.readouterr().out)["D64-E16-K2, 100 steps"]
+    assert document["K-Means, sign"]["MaxVio, validation"] == [0.2] * 3
 
 
-def test_close_means_are_not_resolved() -> None:
-    assert analysis.resolved([1.0, 1.1, 1.2], [1.05, 1.15, 1.25]).startswith("not resolved")
-    assert analysis.resolved([1.0], [2.0]) == "one seed decides nothing"
+def test_one_seed_and_strange_seeds_decide_nothing() -> None:
+    one, other = record("K-Means, sign", 0, 1.0, 0.1), record("softmax, aux 0.1", 0, 2.0, 0.1)
+    assert analysis.compared([one], [other]) == "-1.000, one seed decides nothing"
+    assert analysis.compared([one], [other | {"config": {"seed": 1}}]) == "no seed in common"
+
+
+def test_order_agrees_with_itself_and_not_with_its_reverse() -> None:
+    assert analysis.kendall([1, 2, 3], [4, 5, 6]) == 1
+    assert analysis.kendall([1, 2, 3], [6, 5, 4]) == -1
 
 
 def test_a_torn_result_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What is compared: sizes, contestants, seeds. Each run is one `TrainConfig` of `kmeans-route train`.
+"""What is compared: sizes, contestants, seeds, changes in mid-run. Each run is one `TrainConfig` of `kmeans-route train`.
 
-At every size a token passes through as many expert weights: expert_hidden is 256 / top_k.
+At every size a token passes through experts of 2 D inner width in all: expert_hidden is 2 D / top_k.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,20 @@ from kmeans_route.cli.config import TrainConfig
 STEPS = 2400
 CURVE_POINTS = 12
 SIZES: dict[str, dict[str, Any]] = {
-    f"E{experts}-K{top_k}": {"experts": experts, "top_k": top_k, "expert_hidden": 256 // top_k}
+    f"D{hidden}-E{experts}-K{top_k}": {
+        "hidden": hidden, "experts": experts, "top_k": top_k, "expert_hidden": 2 * hidden // top_k,
+    }
+    for hidden in (64, 128)
     for experts in (16, 64)
     for top_k in (2, 8)
-}
+}  # fmt: skip
+TINY = "D16-E4-K2"
+SIZES[TINY] = {
+    "layers": 1, "hidden": 16, "heads": 2, "experts": 4, "top_k": 2, "expert_hidden": 16, "seq_len": 32,
+    "eval_bytes": 2048,
+}  # fmt: skip
+"""The last one is for tests alone."""
+
 MAIN: dict[str, dict[str, Any]] = {
     **{
         f"softmax, aux {coef:g}": {"router": "softmax", "balance": "aux", "aux_loss_coef": coef}
@@ -23,7 +33,7 @@ MAIN: dict[str, dict[str, Any]] = {
     },
     **{
         f"sigmoid, sign {rate:g}": {"router": "sigmoid", "balance": "sign", "bias_rate": rate}
-        for rate in (0.0003, 0.001, 0.01)
+        for rate in (0.001, 0.01, 0.1)
     },
     "sigmoid, quantile": {"router": "sigmoid", "balance": "quantile"},
     "K-Means, sign": {"router": "kmeans", "balance": "sign"},
@@ -32,17 +42,42 @@ MAIN: dict[str, dict[str, Any]] = {
     "random, fixed": {"router": "random"},
     "hash of the byte": {"router": "hash"},
 }
+_PROPORTIONAL = {"router": "kmeans", "balance": "proportional"}
 _QUANTILE = {"router": "kmeans", "balance": "quantile"}
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    return _QUANTILE | {"router_options": options}
+
+
 TRIES: dict[str, dict[str, Any]] = {
-    **{f"K-Means, quantile, tau {tau:g}": _QUANTILE | {"tau": tau} for tau in (0.02, 0.1, 0.2, 0.5, 1.0)},
-    **{f"K-Means, quantile, decay {decay:g}": _QUANTILE | {"decay": decay} for decay in (0.99, 0.9999)},
-    "K-Means, quantile, cumulative": _QUANTILE | {"average": "cumulative"},
-    "K-Means, quantile, kmeans++": _QUANTILE | {"init": "kmeans++"},
-    "K-Means, quantile, sigmoid gate": _QUANTILE | {"gate": "sigmoid"},
-    "K-Means, quantile, uniform gate": _QUANTILE | {"gate": "uniform"},
-    "K-Means, quantile, commit every 4": _QUANTILE | {"commit_every": 4},
+    **{f"K-Means, tau {tau:g}": _QUANTILE | {"tau": tau} for tau in (0.02, 0.1, 0.2, 0.5, 1.0)},
+    **{f"K-Means, decay {decay:g}": _QUANTILE | {"decay": decay} for decay in (0.99, 0.9999)},
+    "K-Means, cumulative mean": _options(average="cumulative"),
+    "K-Means, kmeans++": _options(init="kmeans++"),
+    "K-Means, raw sums": _options(accumulate="raw"),
+    "K-Means, sigmoid gate": _options(gate="sigmoid"),
+    "K-Means, cosine gate": _options(gate="cosine"),
+    "K-Means, uniform gate": _options(gate="uniform"),
+    "K-Means, detached gates": _options(detach_gates=True),
+    "K-Means, 4 groups of which 2": _options(n_group=4, topk_group=2),
+    "K-Means, commit every 4": _QUANTILE | {"commit_every": 4},
+    "K-Means, quantile 0.03": _QUANTILE | {"bias_rate": 0.03},
+    "K-Means, quantile 0.3": _QUANTILE | {"bias_rate": 0.3},
+    "K-Means, proportional 0.015": _PROPORTIONAL | {"bias_rate": 0.015},
+    "K-Means, proportional 0.15": _PROPORTIONAL | {"bias_rate": 0.15},
 }
-STUDIES = {"main": MAIN, "tries": TRIES}
+CHANGES = ("prose", "lr", "batch")
+CHANGED = (
+    "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional",
+    "K-Means, quantile",
+)  # fmt: skip
+STUDIES: dict[str, dict[str, dict[str, Any]]] = {
+    "main": MAIN,
+    "tries": TRIES,
+    **{change: {f"{name}; {change}": MAIN[name] for name in CHANGED} for change in CHANGES},
+}
+"""Study -> contestants. The last three change something after half of the steps, see `one.py`."""
 
 
 class Job(NamedTuple):
@@ -51,6 +86,7 @@ class Job(NamedTuple):
     size: str
     contestant: str
     config: TrainConfig
+    change: str = ""
 
     @property
     def name(self) -> str:
@@ -71,11 +107,17 @@ def jobs(
         unknown = [name for name in got if name not in known]
         if unknown:
             raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
-    every = max(1, base.steps // CURVE_POINTS)
+    change = study if study in CHANGES else ""
+    every = 0 if change else max(1, base.steps // CURVE_POINTS)
+    batch = {"batch": base.batch // 4} if change == "batch" else {}
     return [
-        Job(size, name, replace(base, **{"seed": seed, "eval_every": every, "balance": ""} | SIZES[size] | options))
+        Job(
+            size, name,
+            replace(base, **{"seed": seed, "eval_every": every, "balance": ""} | SIZES[size] | batch | options),
+            change,
+        )
         for size in sizes
         for seed in seeds
         for name, options in STUDIES[study].items()
         if not only or name in only
-    ]
+    ]  # fmt: skip

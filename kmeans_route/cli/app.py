@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,9 +86,10 @@ def train_command(
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = _DEFAULT.weight_decay,
     tau: Annotated[float, typer.Option(help="Gate temperature of K-Means.")] = _DEFAULT.tau,
     decay: Annotated[float, typer.Option(help="Of K-Means' running average.")] = _DEFAULT.decay,
-    gate: Annotated[str, typer.Option(help="Of K-Means: softmax, sigmoid, cosine or uniform.")] = _DEFAULT.gate,
-    average: Annotated[str, typer.Option(help="Of K-Means: ema or cumulative.")] = _DEFAULT.average,
-    init: Annotated[str, typer.Option(help="First centroids: tokens, kmeans++ or normal.")] = _DEFAULT.init,
+    router_options: Annotated[
+        list[str] | None,
+        typer.Option("--router-option", metavar="NAME=VALUE", help="Another of the router's, repeatable: gate=uniform."),
+    ] = None,
     commit_every: Annotated[int, typer.Option(help="Optimizer steps a commit.")] = _DEFAULT.commit_every,
     bias_rate: Annotated[float | None, typer.Option(help="Step of the bias rule [default: the router's].")] = None,
     aux_loss_coef: Annotated[float, typer.Option(help="Of the auxiliary loss.")] = _DEFAULT.aux_loss_coef,
@@ -108,6 +110,7 @@ def train_command(
     """Train a small byte-level language model and report its routing."""
     output = Output(json_mode=json_mode, plain=plain)
     values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
+    values["router_options"] = dict(map(_named_value, router_options or []))
     given = {name: value for name, value in values.items() if _was_given(context, name)}
     paths = text or []
 
@@ -122,6 +125,17 @@ def train_command(
         return train(config, load_corpus(paths), folder, output, save_every=save_every)
 
     _leave(output, work)
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """"gate=uniform" -> ("gate", "uniform"); what reads as JSON is that value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise typer.BadParameter(f"--router-option must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

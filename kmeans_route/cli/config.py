@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 BALANCES: dict[str, tuple[str, ...]] = {
@@ -30,7 +30,8 @@ class TrainConfig:
         seq_len, batch: bytes a sequence, sequences an optimizer step.
         accumulate: micro-batches that a step is cut into; divides batch. The tokens of a step do not depend on it.
         lr: peak learning rate, reached after `warmup` of the steps (a fraction), then a cosine down to a tenth.
-        tau, decay, gate, average, init: of the K-Means router.
+        tau, decay: of the K-Means router.
+        router_options: anything else that the router's class takes, by name.
         commit_every: optimizer steps from one commit to the next.
         bias_rate: of the bias rules; None takes the router's default.
         aux_loss_coef: of balance="aux".
@@ -62,9 +63,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     tau: float = 0.05
     decay: float = 0.999
-    gate: str = "softmax"
-    average: str = "ema"
-    init: str = "tokens"
+    router_options: dict[str, Any] = field(default_factory=dict)
     commit_every: int = 1
     bias_rate: float | None = None
     aux_loss_coef: float = 0.01
@@ -115,7 +114,8 @@ class TrainConfig:
             return "hash of the byte"
         if self.router != "kmeans":
             return f"{self.router}, {rule}"
-        return f"K-Means, {rule}" + ("" if self.tau == 0.05 else f", tau {self.tau:g}")
+        more = "" if self.tau == 0.05 else f", tau {self.tau:g}"
+        return f"K-Means, {rule}{more}" + "".join(f", {name} {value}" for name, value in self.router_options.items())
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
@@ -128,7 +128,7 @@ class TrainConfig:
         Raises:
             ValueError: names that this version does not know, or lacks.
         """
-        known = {field.name for field in fields(cls)}
+        known = {known.name for known in fields(cls)}
         if set(values) != known:
             raise ValueError(f"options differ from this version's: {', '.join(sorted(set(values) ^ known))}")
         return cls(**values)

@@ -5,6 +5,7 @@ Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V = 256 byte va
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kmeans_route import MoE
+from kmeans_route import KMeansRouter, LearnedRouter, MoE
 from kmeans_route.cli.config import TrainConfig
 
 VOCAB_SIZE = 256
@@ -138,11 +139,14 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     if config.router in FIXED:
         return {"init": "normal", "gate": "uniform" if config.router == "hash" else "softmax", "tau": config.tau}
     if config.router == "kmeans":
-        names = ("tau", "decay", "gate", "average", "init")
-        return options | {name: getattr(config, name) for name in names}
+        options |= {"tau": config.tau, "decay": config.decay}
     if config.balance == "aux":
-        return {**options, "aux_loss_coef": config.aux_loss_coef}
-    return options
+        options["aux_loss_coef"] = config.aux_loss_coef
+    known = list(inspect.signature(KMeansRouter if config.router == "kmeans" else LearnedRouter).parameters)
+    unknown = sorted(set(config.router_options) - set(known))
+    if unknown:
+        raise ValueError(f"router_options must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return options | config.router_options
 
 
 def next_byte_loss(model: DecoderLM, windows: Tensor) -> Tensor:
