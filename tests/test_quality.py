@@ -17,12 +17,12 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from benchmarks.quality import analysis, one, studies, sweep, texts
+from benchmarks.quality import analysis, one, studies, sweep, texts, trials
 from kmeans_route import KMeansRouter, MoE
 from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.data import load_corpus
 from kmeans_route.cli.model import DecoderLM
-from kmeans_route.cli.training import Trainer
+from kmeans_route.cli.training import Trainer, learning_rate
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -31,10 +31,12 @@ SMALL: dict[str, Any] = {
     "eval_bytes": 512, "steps": 6,
 }  # fmt: skip
 
+CORPUS = load_corpus([ROOT / "kmeans_route"])
+
 
 @pytest.mark.parametrize("router", ["random", "hash"])
 def test_the_floors_choose_by_nothing_that_they_learn(router: str) -> None:
-    trainer = Trainer(TrainConfig(router=router, **SMALL), load_corpus([ROOT / "kmeans_route"]))
+    trainer = Trainer(TrainConfig(router=router, **SMALL), CORPUS)
     layer = trainer.model.moe_layers[0]
     before = {name: value.clone() for name, value in layer.router.state_dict().items()}
     for _ in range(3):
@@ -138,6 +140,31 @@ def test_a_change_in_mid_run_happens_after_half_of_the_steps(change: str) -> Non
     assert isinstance(run, dict)
     assert run["curve"]["step"] == [10, 20]
     assert set(run["measures"]) == {"bits_code", "bits_prose"}
+
+
+@pytest.mark.parametrize("trial", trials.TRIALS)
+def test_a_trial_changes_what_is_learnt_and_survives_a_stop(trial: str) -> None:
+    config = TrainConfig(router="kmeans", balance="quantile", **SMALL)
+    runs = []
+    for stop in (None, 3):
+        trainer = Trainer(config, CORPUS)
+        after_step = trials.TRIALS[trial](trainer) or (lambda: None)
+        for _ in range(config.steps):
+            trainer.train_step()
+            after_step()
+            if trainer.step == stop:
+                checkpoint = trainer.checkpoint()
+                trainer = Trainer(config, CORPUS)
+                after_step = trials.TRIALS[trial](trainer) or (lambda: None)
+                trainer.restore(checkpoint)
+        runs.append([record["loss_bits"] for record in trainer.history])
+    assert runs[0] == runs[1]
+    if trial == "decay follows the rate":  # the plain mean of the first steps hides it
+        decays = [layer.router.commit_options.decay for layer in trainer.model.moe_layers]
+        assert decays == [pytest.approx(1 - 0.01 * learning_rate(config, config.steps) / config.lr)]
+        return
+    plain = Trainer(config, CORPUS)
+    assert runs[0] != [plain.train_step()["loss_bits"] for _ in range(config.steps)]
 
 
 def test_prose_and_code_part_ways() -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.quality.texts import code_and_prose
+from benchmarks.quality.trials import TRIALS
 from kmeans_route import MoE, metrics
 from kmeans_route.cli import checkpoint as checkpoints
 from kmeans_route.cli.config import TrainConfig
@@ -106,10 +107,11 @@ def tell(record: dict[str, Any]) -> None:
         print(json.dumps({"step": record["step"]}), flush=True)
 
 
-def plain_run(config: TrainConfig, folder: Path) -> dict[str, Any] | int:
+def plain_run(config: TrainConfig, trial: str, folder: Path) -> dict[str, Any] | int:
     """Train, or go on. Returns: what to keep, or the signal that stopped it."""
     where = folder / "checkpoint"
     trainer = Trainer(config, load_corpus([]))
+    after_step = TRIALS[trial](trainer) if trial else None
     if checkpoints.exists(where):
         trainer.restore(checkpoints.load_checkpoint(where))
 
@@ -117,6 +119,8 @@ def plain_run(config: TrainConfig, folder: Path) -> dict[str, Any] | int:
         tell(record)
         if record["step"] % config.eval_every == 0:
             record["geometry"] = geometry(trainer)
+        if after_step is not None:
+            after_step()
 
     def save() -> None:
         checkpoints.save_checkpoint(where, trainer.checkpoint())
@@ -186,7 +190,7 @@ def main(folder: Path) -> int:
     """Exit code: 0, or 128 + the signal that stopped it."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(job["config"])
-    run = changed_run(config, job["change"]) if job["change"] else plain_run(config, folder)
+    run = changed_run(config, job["change"]) if job["change"] else plain_run(config, job["trial"], folder)
     if isinstance(run, int):
         return 128 + run
     checkpoints.write_atomically(folder / "run.json", json.dumps(run).encode())

@@ -1,4 +1,4 @@
-"""What is compared: sizes, contestants, seeds, changes in mid-run. Each run is one `TrainConfig` of `kmeans-route train`.
+"""What is compared: sizes, contestants, seeds, changes in mid-run. A run is one `TrainConfig` of `kmeans-route train`.
 
 At every size a token passes through experts of 2 D inner width in all: expert_hidden is 2 D / top_k.
 """
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from benchmarks.quality.trials import TRIALS
 from kmeans_route.cli.config import TrainConfig
 
 STEPS = 2400
@@ -66,6 +67,7 @@ TRIES: dict[str, dict[str, Any]] = {
     "K-Means, quantile 0.3": _QUANTILE | {"bias_rate": 0.3},
     "K-Means, proportional 0.015": _PROPORTIONAL | {"bias_rate": 0.015},
     "K-Means, proportional 0.15": _PROPORTIONAL | {"bias_rate": 0.15},
+    **{f"K-Means, {trial}": _QUANTILE | {"trial": trial} for trial in TRIALS},
 }
 CHANGES = ("prose", "lr", "batch")
 CHANGED = (
@@ -87,6 +89,7 @@ class Job(NamedTuple):
     contestant: str
     config: TrainConfig
     change: str = ""
+    trial: str = ""
 
     @property
     def name(self) -> str:
@@ -110,14 +113,18 @@ def jobs(
     change = study if study in CHANGES else ""
     every = 0 if change else max(1, base.steps // CURVE_POINTS)
     batch = {"batch": base.batch // 4} if change == "batch" else {}
+    chosen = {
+        name: (options.get("trial", ""), {key: value for key, value in options.items() if key != "trial"})
+        for name, options in STUDIES[study].items()
+        if not only or name in only
+    }
     return [
         Job(
             size, name,
             replace(base, **{"seed": seed, "eval_every": every, "balance": ""} | SIZES[size] | batch | options),
-            change,
+            change, trial,
         )
         for size in sizes
         for seed in seeds
-        for name, options in STUDIES[study].items()
-        if not only or name in only
+        for name, (trial, options) in chosen.items()
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Trains what `studies.py` lists, several runs side by side, and appends a JSON line for each that is finished.
 
-    python -m benchmarks.quality.sweep [--study main|tries|prose|lr|batch] [--size D64-E16-K2 ...] [--seeds 0 1 2] [--steps 2400]
-        [--workers 2] [--minutes N] [--only NAME ...] [--out DIR] [--results FILE] [--json] [--list]
+    python -m benchmarks.quality.sweep [--study main|tries|prose|lr|batch] [--size D64-E16-K2 ...] [--seeds 0 1 2]
+        [--steps 2400] [--workers 2] [--minutes N] [--only NAME ...] [--out DIR] [--results FILE] [--json] [--list]
 
 Stop it when you like, with Ctrl-C or --minutes: runs under way keep their checkpoints in --out, and the same command
 goes on from there. Runs whose line is in --results already are not done again. Each run has one thread.
@@ -77,7 +77,7 @@ class Running:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", job.name)
         self.folder = out / f"{slug}-{job.config.steps}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        options = json.dumps({"config": job.config.to_dict(), "change": job.change}, indent=2)
+        options = json.dumps({"config": job.config.to_dict(), "change": job.change, "trial": job.trial}, indent=2)
         (self.folder / "job.json").write_text(options + "\n", encoding="utf-8")
         self.log = (self.folder / "errors.txt").open("w", encoding="utf-8")
         self.process = subprocess.Popen(

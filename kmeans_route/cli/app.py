@@ -88,7 +88,7 @@ def train_command(
     decay: Annotated[float, typer.Option(help="Of K-Means' running average.")] = _DEFAULT.decay,
     router_options: Annotated[
         list[str] | None,
-        typer.Option("--router-option", metavar="NAME=VALUE", help="Another of the router's, repeatable: gate=uniform."),
+        typer.Option("--router-option", metavar="NAME=VALUE", help="Another of the router's, repeatable."),
     ] = None,
     commit_every: Annotated[int, typer.Option(help="Optimizer steps a commit.")] = _DEFAULT.commit_every,
     bias_rate: Annotated[float | None, typer.Option(help="Step of the bias rule [default: the router's].")] = None,
@@ -128,7 +128,7 @@ def train_command(
 
 
 def _named_value(text: str) -> tuple[str, Any]:
-    """"gate=uniform" -> ("gate", "uniform"); what reads as JSON is that value."""
+    """The two sides of NAME=VALUE; a value that reads as JSON is what it says, any other is text."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise typer.BadParameter(f"--router-option must be NAME=VALUE, got {text!r}")
