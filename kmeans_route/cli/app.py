@@ -110,11 +110,11 @@ def train_command(
     """Train a small byte-level language model and report its routing."""
     output = Output(json_mode=json_mode, plain=plain)
     values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
-    values["router_options"] = dict(map(_named_value, router_options or []))
-    given = {name: value for name, value in values.items() if _was_given(context, name)}
     paths = text or []
 
     def work() -> int:
+        values["router_options"] = dict(map(_named_value, router_options or []))
+        given = {name: value for name, value in values.items() if _was_given(context, name)}
         folder = out or Path("runs") / f"{router}-seed{seed}"
         if resume:
             config, corpus, checkpoint = resumed(folder, given, paths)
@@ -131,7 +131,7 @@ def _named_value(text: str) -> tuple[str, Any]:
     """The two sides of NAME=VALUE; a value that reads as JSON is what it says, any other is text."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise typer.BadParameter(f"--router-option must be NAME=VALUE, got {text!r}")
+        raise ValueError(f"--router-option must be NAME=VALUE, got {text!r}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -18,6 +18,11 @@ from kmeans_route.cli.config import TrainConfig
 
 VOCAB_SIZE = 256
 FIXED = ("random", "hash")
+OWN = (
+    "hidden_size", "num_experts", "top_k", "kind", "balance", "bias_rate", "aux_loss_coef", "tau", "decay", "seed",
+    "name", "device",
+)  # fmt: skip
+"""Options of a router that have a name of their own in `TrainConfig`, or follow from it."""
 
 
 class Attention(nn.Module):
@@ -142,7 +147,8 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
         options |= {"tau": config.tau, "decay": config.decay}
     if config.balance == "aux":
         options["aux_loss_coef"] = config.aux_loss_coef
-    known = list(inspect.signature(KMeansRouter if config.router == "kmeans" else LearnedRouter).parameters)
+    taken = inspect.signature(KMeansRouter if config.router == "kmeans" else LearnedRouter).parameters
+    known = [name for name in taken if name not in OWN]
     unknown = sorted(set(config.router_options) - set(known))
     if unknown:
         raise ValueError(f"router_options must be among {', '.join(known)}, got {', '.join(unknown)}")
