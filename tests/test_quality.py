@@ -22,6 +22,7 @@ from kmeans_route import KMeansRouter, MoE
 from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.data import load_corpus
 from kmeans_route.cli.model import DecoderLM
+from kmeans_route.cli.results import summarize
 from kmeans_route.cli.training import Trainer, learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +173,26 @@ def test_prose_and_code_part_ways() -> None:
     prose, code = texts.prose_and_code(source)
     assert set(prose.split("\n\n")) == {"Top.", "Inner.", "Third."}
     assert code == "x = 1\n\ndef f():\n    pass\n\nclass C:\n    y = 2"
+
+
+def test_direction_of_the_study_at_a_small_size() -> None:
+    """Balance alone: at this length no difference in bits per byte is larger than that between seeds."""
+    corpus, found = load_corpus(), {}
+    for router, balance in (("kmeans", "proportional"), ("softmax", "aux"), ("kmeans", "none")):
+        config = TrainConfig(
+            router=router, balance=balance, layers=2, hidden=32, heads=2, expert_hidden=32, seq_len=64, steps=250,
+            eval_bytes=16384,
+        )  # fmt: skip
+        trainer = Trainer(config, corpus)
+        while trainer.step < config.steps:
+            trainer.train_step()
+        found[router, balance] = summarize(trainer, trainer.evaluate())["measures"]
+    violation = {name: measures["max_vio_validation"] for name, measures in found.items()}
+    bits = {name: measures["bits_per_byte"] for name, measures in found.items()}
+    assert 2 * violation["kmeans", "proportional"] < violation["softmax", "aux"]
+    assert 2 * violation["softmax", "aux"] < violation["kmeans", "none"]
+    assert max(bits.values()) < 3.6, "a byte alone has 4.7 bits here"
+    assert max(bits.values()) - min(bits.values()) < 0.2
 
 
 def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = "D64-E16-K2") -> dict[str, Any]:
