@@ -7,7 +7,7 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench pictures gpu gpu-full profile style types hub clean env
+.PHONY: demo demo-seeds test test-all bench quality quality-run pictures gpu gpu-full profile style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,14 @@ test-all: env
 ## make bench       CPU benchmarks: ratios against the baselines, one run
 bench: env
 	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc --results build/bench.json $(BENCH_ARGS)
+
+## make quality     tables and pictures of the study of routers, from its committed runs
+quality: env
+	$(BIN)/python -m benchmarks.quality.analysis
+
+## make quality-run train what is missing of that study: many hours; stop it and go on (QUALITY_ARGS="--size D64-E16-K2")
+quality-run: env
+	$(BIN)/python -m benchmarks.quality.sweep $(QUALITY_ARGS)
 
 ## make pictures    draw roofline, bars and scaling from benchmarks/results
 pictures: env

@@ -89,12 +89,20 @@ class MoE(nn.Module):
             self.tokens_per_expert = torch.zeros_like(loads, device=device) if loads.is_meta else loads.to(device)
         return self
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Route, dispatch, apply the experts, combine."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, indices: Tensor | None = None) -> Tensor:
+        """Route, dispatch, apply the experts, combine.
+
+        Args:
+            x: (..., D). mask: bool, x.shape[:-1], false for padding.
+            indices: (T, K) ids to replay instead of choosing, router="kmeans" only; gates are those of its scores.
+        """
         x_TD = flatten_hidden_states(x, self.hidden_size)
         flat_mask = flatten_mask(mask, x)
         if isinstance(self.router, KMeansRouter):
-            routing, sent = cast(tuple[Routing, Dispatch], self.router(x_TD, flat_mask, with_dispatch=True))
+            answer = self.router(x_TD, flat_mask, indices, with_dispatch=True)
+            routing, sent = cast(tuple[Routing, Dispatch], answer)
+        elif indices is not None:
+            raise ValueError(f"indices must be None with router={self.router.kind!r}, got ids: only K-Means replays")
         else:
             routing = cast(Routing, self.router(x_TD, flat_mask, details=True))
             sent = dispatch(x_TD, routing, backend=self.backend)

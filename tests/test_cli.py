@@ -178,6 +178,25 @@ def test_train_saves_resumes_and_refuses(invoke: Invoke, text: Path, tmp_path: P
     assert code == 0
 
 
+def test_train_takes_any_option_of_the_router(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+    few = ["train", "--text", text, "--steps", 2, *TINY, "--threads", 1, "--json"]
+    options = ["--router-option", "gate=uniform", "--router-option", "detach_gates=true"]
+    code, _ = invoke(*few, *options, "--out", tmp_path / "a")
+    assert code == 0
+    assert load_checkpoint(tmp_path / "a").config["router_options"] == {"gate": "uniform", "detach_gates": True}
+    code, _ = invoke("train", "--resume", "--out", tmp_path / "a", *options, "--json")
+    assert code == 0
+    for given, message in (
+        ("gats=uniform", "router_options must be among average, .*, got gats"),
+        ("tau=0.2", "router_options must be among .*, got tau"),
+        ("gate=hard", "gate must be one of"),
+        ("gate", "--router-option must be NAME=VALUE, got 'gate'"),
+    ):
+        code, stdout = invoke(*few, "--router-option", given, "--out", tmp_path / "b")
+        assert code == 1
+        assert re.search(message, json.loads(stdout)["error"]), stdout
+
+
 def test_train_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path) -> None:
     arguments = ["train", "--text", str(text), "--out", str(tmp_path / "run"), "--top-k", "99"]
     result = CliRunner().invoke(commands.app, arguments)
@@ -316,6 +335,16 @@ def test_plain_has_no_escapes_boxes_or_bars(monkeypatch: pytest.MonkeyPatch) -> 
         assert not set(stdout + stderr) & set("─━"), options
         assert "name            number\n[bold]a[/bold]       1\n" in stdout
         assert stderr == "error: a failure\ntraining: 1/2, loss [1], 0 s left\ntraining: 2/2, loss [2], 0 s left\n"
+
+
+def test_lines_of_progress_come_at_tenths_however_far_a_leap_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with Output(plain=True).progress("work", 105, 7) as update:
+        for now in (7, 9, 13, 19, 31, 31, 104, 105, 105):
+            update(now, "busy")
+    monkeypatch.undo()
+    assert re.findall(r"work: (\d+)/105", stderr.getvalue()) == ["13", "31", "104", "105"]
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_validation_windows_cover_the_text_evenly() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"router": "hash"}, "router must be one of kmeans, softmax, sigmoid, got 'hash'"),
+        ({"router": "table"}, "router must be one of kmeans, softmax, sigmoid, random, hash, got 'table'"),
         ({"balance": "aux"}, "balance must be one of proportional, .* for router='kmeans', got 'aux'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

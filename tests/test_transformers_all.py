@@ -60,7 +60,7 @@ def compiled_losses(model_type: str, *, swapped: bool = True) -> list[float]:
 
 
 @pytest.mark.slow
-def test_every_type_with_all_of_it(subtests: pytest.Subtests, tmp_path: Path) -> None:
+def test_every_type_with_all_of_it(subtests: Any, tmp_path: Path) -> None:
     """One test, not one a type, so that one process holds all the rows of the summary."""
     rows = []
     for model_type in TYPES:

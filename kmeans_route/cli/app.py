@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,6 +86,11 @@ def train_command(
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = _DEFAULT.weight_decay,
     tau: Annotated[float, typer.Option(help="Gate temperature of K-Means.")] = _DEFAULT.tau,
     decay: Annotated[float, typer.Option(help="Of K-Means' running average.")] = _DEFAULT.decay,
+    router_options: Annotated[
+        list[str] | None,
+        typer.Option("--router-option", metavar="NAME=VALUE", help="Another of the router's, repeatable."),
+    ] = None,
+    commit_every: Annotated[int, typer.Option(help="Optimizer steps a commit.")] = _DEFAULT.commit_every,
     bias_rate: Annotated[float | None, typer.Option(help="Step of the bias rule [default: the router's].")] = None,
     aux_loss_coef: Annotated[float, typer.Option(help="Of the auxiliary loss.")] = _DEFAULT.aux_loss_coef,
     eval_every: Annotated[int, typer.Option(help="Steps between validations, 0: at the end.")] = _DEFAULT.eval_every,
@@ -104,10 +110,11 @@ def train_command(
     """Train a small byte-level language model and report its routing."""
     output = Output(json_mode=json_mode, plain=plain)
     values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
-    given = {name: value for name, value in values.items() if _was_given(context, name)}
     paths = text or []
 
     def work() -> int:
+        values["router_options"] = dict(map(_named_value, router_options or []))
+        given = {name: value for name, value in values.items() if _was_given(context, name)}
         folder = out or Path("runs") / f"{router}-seed{seed}"
         if resume:
             config, corpus, checkpoint = resumed(folder, given, paths)
@@ -118,6 +125,17 @@ def train_command(
         return train(config, load_corpus(paths), folder, output, save_every=save_every)
 
     _leave(output, work)
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    """The two sides of NAME=VALUE; a value that reads as JSON is what it says, any other is text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"--router-option must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 BALANCES: dict[str, tuple[str, ...]] = {
     "kmeans": ("proportional", "sign", "quantile", "none"),
     "softmax": ("aux", "sign", "quantile", "none"),
     "sigmoid": ("sign", "quantile", "aux", "none"),
+    "random": ("none",),
+    "hash": ("none",),
 }
-"""Router kind -> its balance rules; the first is the default."""
+"""Router kind -> its balance rules; the first is the default. The last two learn nothing: floors for comparisons."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class TrainConfig:
     """Everything that decides the bits of a training run, beside the text itself.
 
     Args:
-        router: "kmeans", "softmax" or "sigmoid".
+        router: "kmeans", "softmax" or "sigmoid"; "random" for fixed random directions, "hash" for a fixed table of
+            experts by byte, with equal gates (Hash Layers, arXiv 2106.04426).
         balance: a rule of `BALANCES[router]`; "" takes the router's default.
         steps: optimizer steps, >= 1. The learning rate schedule spans them.
         seed: of the initial weights and of the order of the text.
@@ -28,6 +31,8 @@ class TrainConfig:
         accumulate: micro-batches that a step is cut into; divides batch. The tokens of a step do not depend on it.
         lr: peak learning rate, reached after `warmup` of the steps (a fraction), then a cosine down to a tenth.
         tau, decay: of the K-Means router.
+        router_options: anything else that the router's class takes, by name.
+        commit_every: optimizer steps from one commit to the next.
         bias_rate: of the bias rules; None takes the router's default.
         aux_loss_coef: of balance="aux".
         eval_every: steps between validation passes; 0 evaluates at the end only.
@@ -58,6 +63,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     tau: float = 0.05
     decay: float = 0.999
+    router_options: dict[str, Any] = field(default_factory=dict)
+    commit_every: int = 1
     bias_rate: float | None = None
     aux_loss_coef: float = 0.01
     eval_every: int = 0
@@ -75,7 +82,7 @@ class TrainConfig:
             raise ValueError(f"balance must be one of {allowed} for router={self.router!r}, got {self.balance!r}")
         for name in ("steps", "layers", "hidden", "heads", "experts", "expert_hidden", "top_k", "seq_len", "batch"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("accumulate", "eval_bytes", "threads"):
+        for name in ("accumulate", "eval_bytes", "threads", "commit_every"):
             _at_least(name, getattr(self, name), 1)
         for name in ("seed", "eval_every"):
             _at_least(name, getattr(self, name), 0)
@@ -101,9 +108,14 @@ class TrainConfig:
             rule = "loss-free sign" if self.router != "kmeans" else "sign"
         else:
             rule = "no balancing" if self.balance == "none" else self.balance
+        if self.router == "random":
+            return "random, fixed"
+        if self.router == "hash":
+            return "hash of the byte"
         if self.router != "kmeans":
             return f"{self.router}, {rule}"
-        return f"K-Means, {rule}" + ("" if self.tau == 0.05 else f", tau {self.tau:g}")
+        more = "" if self.tau == 0.05 else f", tau {self.tau:g}"
+        return f"K-Means, {rule}{more}" + "".join(f", {name} {value}" for name, value in self.router_options.items())
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON values."""
@@ -116,7 +128,7 @@ class TrainConfig:
         Raises:
             ValueError: names that this version does not know, or lacks.
         """
-        known = {field.name for field in fields(cls)}
+        known = {known.name for known in fields(cls)}
         if set(values) != known:
             raise ValueError(f"options differ from this version's: {', '.join(sorted(set(values) ^ known))}")
         return cls(**values)

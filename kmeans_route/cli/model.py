@@ -5,6 +5,7 @@ Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V = 256 byte va
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -12,10 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kmeans_route import MoE
+from kmeans_route import KMeansRouter, LearnedRouter, MoE
 from kmeans_route.cli.config import TrainConfig
 
 VOCAB_SIZE = 256
+FIXED = ("random", "hash")
+OWN = (
+    "hidden_size", "num_experts", "top_k", "kind", "balance", "bias_rate", "aux_loss_coef", "tau", "decay", "seed",
+    "name", "device",
+)  # fmt: skip
+"""Options of a router that have a name of their own in `TrainConfig`, or follow from it."""
 
 
 class Attention(nn.Module):
@@ -61,17 +68,27 @@ class Block(nn.Module):
             config.expert_hidden,
             config.experts,
             config.top_k,
-            config.router,
+            "kmeans" if config.router in FIXED else config.router,
             balance=config.balance,
             seed=config.seed,
             name=f"layer_{layer:02d}",
             **router_options(config),
         )
+        self.table_VK: Tensor | None
+        table = None
+        if config.router in FIXED:
+            self.moe.router.freeze()
+        if config.router == "hash":
+            generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
+            order = torch.rand(VOCAB_SIZE, config.experts, generator=generator).argsort(1)
+            table = order[:, : config.top_k].contiguous()
+        self.register_buffer("table_VK", table, persistent=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Args: x (B, S, D). Returns: (B, S, D)."""
+    def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
+        """Args: x (B, S, D), tokens (B, S) for the hash. Returns: (B, S, D)."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        y_BSD: Tensor = x_BSD + self.moe(self.moe_norm(x_BSD))
+        indices = None if self.table_VK is None else self.table_VK[tokens_BS.flatten()]
+        y_BSD: Tensor = x_BSD + self.moe(self.moe_norm(x_BSD), indices=indices)
         return y_BSD
 
 
@@ -116,7 +133,7 @@ class DecoderLM(nn.Module):
         """Args: tokens (B, S) int64 in [0, 256). Returns: logits (B, S, 256)."""
         x_BSD = self.embedding(tokens_BS)
         for block in self.blocks:
-            x_BSD = block(x_BSD)
+            x_BSD = block(x_BSD, tokens_BS)
         logits_BSV: Tensor = self.head(self.norm(x_BSD))
         return logits_BSV
 
@@ -124,11 +141,18 @@ class DecoderLM(nn.Module):
 def router_options(config: TrainConfig) -> dict[str, Any]:
     """The options of `config` that its router class takes, as keyword arguments of `MoE`."""
     options: dict[str, Any] = {} if config.bias_rate is None else {"bias_rate": config.bias_rate}
+    if config.router in FIXED:
+        return {"init": "normal", "gate": "uniform" if config.router == "hash" else "softmax", "tau": config.tau}
     if config.router == "kmeans":
-        return {**options, "tau": config.tau, "decay": config.decay}
+        options |= {"tau": config.tau, "decay": config.decay}
     if config.balance == "aux":
-        return {**options, "aux_loss_coef": config.aux_loss_coef}
-    return options
+        options["aux_loss_coef"] = config.aux_loss_coef
+    taken = inspect.signature(KMeansRouter if config.router == "kmeans" else LearnedRouter).parameters
+    known = [name for name in taken if name not in OWN]
+    unknown = sorted(set(config.router_options) - set(known))
+    if unknown:
+        raise ValueError(f"router_options must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return options | config.router_options
 
 
 def next_byte_loss(model: DecoderLM, windows: Tensor) -> Tensor:

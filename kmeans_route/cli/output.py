@@ -116,12 +116,14 @@ class Output:
             yield lambda now, note: bar.update(task, completed=now, note=escape(note), refresh=not thread)
 
     def _lines(self, description: str, total: int, done: int) -> Update:
-        start = time.monotonic()
+        start, last = time.monotonic(), done
         every = max(1, total // 10)
 
         def update(now: int, note: str) -> None:
-            if now % every and now != total:
+            nonlocal last
+            if now // every == last // every and (now != total or last == total):
                 return
+            last = now
             left_s = (time.monotonic() - start) / max(1, now - done) * (total - now)
             self._stderr.print(
                 escape(f"{description}: {now}/{total}, {note}, {duration(left_s)} left"),

@@ -78,7 +78,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config), lr=config.lr, betas=(0.9, 0.95), fused=True
         )
-        self.attachment = attach(self.model, self.optimizer)
+        self.attachment = attach(self.model, self.optimizer, every_n_steps=config.commit_every)
         self.sampler = BatchSampler(corpus.train, config.seq_len, config.batch, config.seed)
         self.windows = validation_windows(corpus.validation, config.seq_len, config.eval_bytes)
         self.step = 0
@@ -147,11 +147,12 @@ class Trainer:
         nats, num_bytes = 0.0, 0
         for windows in torch.split(self.windows, self.config.batch):
             loss = next_byte_loss(self.model, windows.to(self.device).long())
-            scored = windows[:, 1:].numel()
-            nats, num_bytes = nats + loss.item() * scored, num_bytes + scored
+            count = windows[:, 1:].numel()
+            nats, num_bytes = nats + loss.item() * count, num_bytes + count
             tokens_per_expert += torch.stack([layer.tokens_per_expert for layer in layers])
         mean_nats = nats / num_bytes
-        measured = self._coupling() if coupling else torch.full((len(layers),), math.nan, dtype=torch.float64)
+        scored = coupling and self.config.router != "hash"  # a table has no scores
+        measured = self._coupling() if scored else torch.full((len(layers),), math.nan, dtype=torch.float64)
         self.model.train()
         return Evaluation(mean_nats / NATS_PER_BIT, math.exp(mean_nats), tokens_per_expert.cpu(), measured)
 

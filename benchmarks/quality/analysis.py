@@ -1,0 +1,314 @@
+"""The study's tables and pictures from its result file: `python -m benchmarks.quality.analysis`.
+
+Means over seeds with the sample standard deviation. Two contestants are compared seed by seed, since runs of one seed
+share initial weights and order of the text: a difference counts as resolved where the 95% interval of Student's t about
+its mean leaves out 0.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.studies import CHANGES, STUDIES
+from benchmarks.quality.sweep import ROOT, Record, read_results
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+LEARNED, OURS, FLOORS = ("softmax", "sigmoid"), "K-Means", ("random", "hash")
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+"""Degrees of freedom -> half width of the 95% interval in standard errors."""
+Group = dict[str, list[Record]]
+Column = tuple[str, int, Callable[[Record], float | None]]
+
+
+def measure(key: str) -> Callable[[Record], float | None]:
+    """Of a run's measures."""
+    return lambda record: record["measures"][key]
+
+
+def at_the_end(key: str) -> Callable[[Record], float | None]:
+    """Of its geometry after the last step."""
+    return lambda record: record["geometry"][-1][key]
+
+
+bits, max_vio = measure("bits_per_byte"), measure("max_vio_validation")
+TABLE: tuple[Column, ...] = (
+    ("bits per byte", 3, bits),
+    ("MaxVio, validation", 3, max_vio),
+    ("MaxVio, training", 3, measure("max_vio_train")),
+    ("load std", 4, measure("load_std")),
+    ("dead", 1, measure("dead_experts")),
+)
+GEOMETRY: tuple[Column, ...] = (
+    ("cosine of directions", 3, at_the_end("cosine")),
+    ("score and output norm", 2, at_the_end("coupling")),
+    ("score and inner activation", 2, at_the_end("coupling_neurons")),
+    ("alignment, own expert", 3, at_the_end("matched")),
+    ("others", 3, at_the_end("unmatched")),
+)
+
+
+def groups(records: Sequence[Record], studies: Sequence[str]) -> dict[tuple[str, int], Group]:
+    """(size, steps) -> contestant -> its runs by seed, contestants in the order of the studies."""
+    order = [name for study in studies for name in STUDIES[study]]
+    found: dict[tuple[str, int], Group] = {}
+    chosen = [record for record in records if record["contestant"] in order]
+    for record in sorted(
+        chosen,
+        key=lambda r: (r["size"], r["config"]["steps"], order.index(r["contestant"]), r["config"]["seed"]),
+    ):
+        of_size = found.setdefault((record["size"], record["config"]["steps"]), {})
+        of_size.setdefault(record["contestant"], []).append(record)
+    return found
+
+
+def values(runs: Sequence[Record], get: Callable[[Record], float | None]) -> list[float]:
+    """One a run; NaN where there is none."""
+    return [math.nan if (value := get(run)) is None else float(value) for run in runs]
+
+
+def cell(found: Sequence[float], digits: int) -> str:
+    """mean ± standard deviation."""
+    mean = statistics.fmean(found)
+    if not math.isfinite(mean):
+        return "n/a"
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(contestants: Group, columns: Sequence[Column]) -> str:
+    """One size."""
+    head = ["router", *(label for label, _, _ in columns), "seeds"]
+    rows = [
+        [name, *(cell(values(runs, get), digits) for _, digits, get in columns), str(len(runs))]
+        for name, runs in contestants.items()
+    ]
+    return markdown(head, rows)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """One row a contestant, for each size bits per byte and validation MaxVio: the table of the README."""
+    found = groups(records, ["main"])
+    longest = {size: max(steps for other, steps in found if other == size) for size, _ in found}
+    sizes = [(size, steps) for size, steps in found if steps == longest[size]]
+    rows = []
+    for name in STUDIES["main"]:
+        runs = [found[size].get(name, []) for size in sizes]
+        cells = [
+            f"{cell(values(each, bits), 3)}, {statistics.fmean(values(each, max_vio)):.2f}" if each else "not run"
+            for each in runs
+        ]
+        rows.append([name, *cells])
+    head = ["router", *(f"{size}, {steps} steps, {_seeds(found[size, steps])}" for size, steps in sizes)]
+    return markdown(head, rows)
+
+
+def _seeds(contestants: Group) -> str:
+    counts = sorted({len(runs) for runs in contestants.values()})
+    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+
+
+def best(contestants: Group, kinds: str | tuple[str, ...], get: Callable[[Record], float | None]) -> str | None:
+    """The contestant of these kinds with the least mean; None where none has run."""
+    means = {name: statistics.fmean(values(runs, get)) for name, runs in contestants.items() if name.startswith(kinds)}
+    return min(means, key=lambda name: means[name]) if means else None
+
+
+def verdict(contestants: Group) -> list[str]:
+    """The two questions of the study, for one size: the best K-Means router against the best learned one."""
+    lines = []
+    ours, theirs = best(contestants, OURS, bits), best(contestants, LEARNED, bits)
+    if ours and theirs:
+        difference = compared(contestants[ours], contestants[theirs])
+        lines.append(f"bits per byte: {ours} against {theirs}: {difference}")
+    ours, theirs = best(contestants, OURS, max_vio), best(contestants, LEARNED, max_vio)
+    if ours and theirs:
+        one, other = (statistics.fmean(values(contestants[name], max_vio)) for name in (ours, theirs))
+        lines.append(f"validation MaxVio: {ours} {one:.3f}, {other / one:.1f} times less than {theirs} ({other:.3f})")
+    return lines
+
+
+def compared(one: Sequence[Record], other: Sequence[Record]) -> str:
+    """Difference in bits per byte, one - other, over the seeds that both have."""
+    by_seed = [{run["config"]["seed"]: float(bits(run) or math.nan) for run in runs} for runs in (one, other)]
+    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]]
+    if len(differences) < 2:
+        return f"{differences[0]:+.3f}, one seed decides nothing" if differences else "no seed in common"
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    half = STUDENT_T[min(len(differences) - 1, max(STUDENT_T))] * error
+    word = "resolved" if abs(mean) > half else "not resolved"
+    return f"{mean:+.3f} ± {half:.3f} (95%, {len(differences)} seeds), {word}"
+
+
+def against(contestants: Group, base: Sequence[Record]) -> str:
+    """A study's tries, each with its difference from `base`."""
+    rows = [
+        [name, cell(values(runs, bits), 3), compared(runs, base), cell(values(runs, max_vio), 3)]
+        for name, runs in contestants.items()
+    ]
+    return markdown(["router", "bits per byte", "difference from the base", "MaxVio, validation"], rows)
+
+
+def stability(contestants: Group) -> str:
+    """How the order of the contestants at each validation agrees with the last one's: Kendall's tau of the means."""
+    curves = {name: _mean_curve(runs) for name, runs in contestants.items()}
+    last = [curve[-1][1] for curve in curves.values()]
+    steps = [step for step, _ in next(iter(curves.values()))]
+    taus = [kendall([curve[i][1] for curve in curves.values()], last) for i in range(len(steps))]
+    return ", ".join(f"step {step}: {tau:.2f}" for step, tau in zip(steps, taus, strict=True))
+
+
+def kendall(one: Sequence[float], other: Sequence[float]) -> float:
+    """(concordant - discordant pairs) / pairs."""
+    pairs = [(i, j) for i in range(len(one)) for j in range(i)]
+    signs = [(one[i] > one[j]) == (other[i] > other[j]) for i, j in pairs]
+    return (2 * sum(signs) - len(signs)) / len(signs) if signs else math.nan
+
+
+def _mean_curve(runs: Sequence[Record]) -> list[tuple[int, float]]:
+    steps = [step for step, _ in runs[0]["validation"]]
+    return [(step, statistics.fmean(run["validation"][i][1] for run in runs)) for i, step in enumerate(steps)]
+
+
+def changes(records: Sequence[Record]) -> list[str]:
+    """One table a size and kind of change."""
+    parts = []
+    for change in CHANGES:
+        for (size, steps), contestants in groups(records, [change]).items():
+            rows = [[name.removesuffix(f"; {change}"), *_around(runs)] for name, runs in contestants.items()]
+            head = ["router", "MaxVio before", "highest after", "at the end", "dead, most after", "seeds"]
+            parts.append(f"### {size}, {steps} steps, {change} changes after half\n\n{markdown(head, rows)}")
+    return parts
+
+
+def _around(runs: Sequence[Record]) -> list[str]:
+    half = len(runs[0]["curve"]["step"]) // 2
+    curves = [run["curve"] for run in runs]
+    tail = max(1, half // 10)
+    return [
+        cell([statistics.fmean(curve["max_vio_pooled"][half - tail : half]) for curve in curves], 2),
+        cell([max(curve["max_vio_pooled"][half:]) for curve in curves], 2),
+        cell([statistics.fmean(curve["max_vio_pooled"][-tail:]) for curve in curves], 2),
+        cell([max(curve["dead_experts"][half:]) for curve in curves], 2),
+        str(len(runs)),
+    ]
+
+
+def report(records: Sequence[Record]) -> str:
+    """All tables with their verdicts, in Markdown."""
+    parts = ["## Bits per byte, MaxVio", summary(records)]
+    main = groups(records, ["main"])
+    for (size, steps), contestants in main.items():
+        lines = [f"### {size}, {steps} steps", table(contestants, TABLE)]
+        lines.append("\n".join(f"- {line}" for line in verdict(contestants)))
+        lines.append(f"Order of the means against that of the last step, Kendall's tau: {stability(contestants)}.")
+        lines.append("Routers and experts:\n\n" + table(contestants, GEOMETRY))
+        parts.extend(line for line in lines if line)
+    for (size, steps), contestants in groups(records, ["tries"]).items():
+        base = main.get((size, steps), {}).get("K-Means, quantile", [])
+        parts.append(f"### Tries, {size}, {steps} steps, against K-Means with quantile balancing")
+        parts.append(against(contestants, base))
+    return "\n\n".join([*parts, *changes(records)])
+
+
+def draw(title: str, contestants: Group, path: Path) -> None:
+    """Validation curves, and bits per byte against MaxVio, one point a seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    curves, plane = figure.subplots(1, 2)
+    styles, markers = ["-", "--", ":"], "osD"
+    kinds = {"softmax": "C1", "sigmoid": "C0", "K-Means": "C3", "random": "0.6", "hash": "0.3"}
+    seen = dict.fromkeys(kinds, 0)
+    for name, runs in contestants.items():
+        kind = next(kind for kind in kinds if name.startswith(kind))
+        number = seen[kind]
+        seen[kind] += 1
+        style: dict[str, Any] = {"color": kinds[kind], "label": name}
+        curves.plot(*zip(*_mean_curve(runs), strict=True), styles[number % 3], **style)
+        plane.scatter(values(runs, max_vio), values(runs, bits), marker=markers[number % 3], **style)
+    curves.set(xlabel="optimizer step", ylabel="validation bits per byte", title=f"{title}: mean over seeds")
+    plane.set(xlabel="validation MaxVio (0: even)", ylabel="validation bits per byte", title="last step, each seed")
+    plane.set_xscale("log")
+    lowest = min(value for runs in contestants.values() for value in values(runs, bits))
+    top = max(curve[len(curve) // 4][1] for curve in map(_mean_curve, contestants.values()))
+    curves.set_ylim(lowest - 0.02, top)
+    for axes in (curves, plane):
+        axes.grid(alpha=0.3)
+    figure.legend(*plane.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def draw_changes(title: str, change: str, contestants: Group, path: Path) -> None:
+    """MaxVio and dead experts through a change."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for number, (name, runs) in enumerate(contestants.items()):
+        steps = runs[0]["curve"]["step"]
+        for axes, key in zip(panels, ("max_vio_pooled", "dead_experts"), strict=True):
+            means = [statistics.fmean(run["curve"][key][i] for run in runs) for i in range(len(steps))]
+            axes.plot(steps, means, color=f"C{number}", label=name.removesuffix(f"; {change}"), linewidth=1)
+    for axes, label in zip(panels, ("MaxVio over 10 steps", "experts without a token in 10 steps"), strict=True):
+        axes.axvline(runs[0]["config"]["steps"] / 2, color="0.5", linestyle=":")
+        axes.set(xlabel="optimizer step", ylabel=label, title=title)
+        axes.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Draw them all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for (size, steps), contestants in groups(records, ["main"]).items():
+        paths.append(folder / f"quality-{size}-{steps}.png")
+        draw(f"{size}, {steps} steps", contestants, paths[-1])
+    for change in CHANGES:
+        for (size, steps), contestants in groups(records, [change]).items():
+            paths.append(folder / f"quality-{size}-{steps}-{change}.png")
+            draw_changes(f"{size}: {change} changes", change, contestants, paths[-1])
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables, draw the pictures. Exit code: 0; 1 where there is nothing to show."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.analysis", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="folder of the pictures (beside the results)")
+    parser.add_argument("--json", action="store_true", help="each run's figures as JSON, no pictures")
+    args = parser.parse_args(argv)
+    records = read_results(args.results)
+    if not records:
+        print(f"{args.results} holds no runs: python -m benchmarks.quality.sweep makes them", file=sys.stderr)
+        return 1
+    if args.json:
+        document = {
+            f"{size}, {steps} steps": {
+                name: {label: [get(run) for run in runs] for label, _, get in TABLE + GEOMETRY}
+                for name, runs in contestants.items()
+            }
+            for (size, steps), contestants in groups(records, ["main", "tries"]).items()
+        }
+        print(json.dumps(document, indent=2))
+        return 0
+    print(report(records))
+    for path in pictures(records, args.out or args.results.parent):
+        print(f"\npicture: {path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""One run of a sweep, in a process of its own: `python -m benchmarks.quality.one FOLDER`.
+
+FOLDER/job.json holds the options. Every line on stdout is {"step": n}; a run that is stopped leaves its checkpoint
+there and goes on from it next time; a finished one leaves run.json. A run with a change starts over instead.
+"""
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.quality.texts import code_and_prose
+from benchmarks.quality.trials import TRIALS
+from kmeans_route import MoE, metrics
+from kmeans_route.cli import checkpoint as checkpoints
+from kmeans_route.cli.config import TrainConfig
+from kmeans_route.cli.data import BatchSampler, Corpus, load_corpus, validation_windows
+from kmeans_route.cli.results import summarize
+from kmeans_route.cli.training import COUPLING_BYTES, Trainer, run_steps, stop_on_signal
+from kmeans_route.experts import grouped_linear
+
+SAVE_EVERY, WINDOW, CHANGE_WINDOW = 100, 50, 10
+
+
+@torch.no_grad()
+def geometry(trainer: Trainer) -> dict[str, float | None]:
+    """How routers and experts lie to each other now, means over the layers.
+
+    cosine: mean cosine between two different router directions. matched, unmatched: mean |cosine| of a router direction
+    with the input-side (gate) neurons of its own expert, and of the others. coupling, coupling_neurons: correlation
+    over validation tokens of the selected score with the norm of what that expert returned, and with the norm of its
+    inner activations. None where there are no scores.
+    """
+    inputs: list[Tensor] = []
+    layers = trainer.model.moe_layers
+    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+    trainer.model.eval()
+    windows = trainer.windows[: max(1, COUPLING_BYTES // trainer.config.seq_len), :-1]
+    trainer.model(windows.to(trainer.device).long())
+    for hook in hooks:
+        hook.remove()
+    rows = [_layer_geometry(layer, x) for layer, x in zip(layers, inputs, strict=True)]
+    trainer.model.train()
+    if trainer.config.router == "hash":
+        return dict.fromkeys(rows[0])
+    return {name: _finite(statistics.fmean(row[name] for row in rows)) for name in rows[0]}
+
+
+def _layer_geometry(layer: MoE, x: Tensor) -> dict[str, float]:
+    gates = layer.experts.gate_up.chunk(2, dim=1)[0]
+    directions = F.normalize(layer.router.weight.float(), dim=1)
+    cosines = torch.einsum("ed,fid->efi", directions, F.normalize(gates.float(), dim=2)).abs().mean(2)
+    own = torch.eye(len(directions), dtype=torch.bool)
+    details = layer.details(x)
+    sent, scores = details.dispatch, details.routing.selected_scores
+    gate, up = grouped_linear(sent.x_sorted, layer.experts.gate_up, sent.offsets).chunk(2, dim=1)
+    inner = (F.silu(gate) * up).norm(dim=1)
+    return {
+        "cosine": float(metrics.mean_pairwise_cosine(layer.router.weight.detach())),
+        "matched": float(cosines[own].mean()),
+        "unmatched": float(cosines[~own].mean()),
+        "coupling": float(metrics.coupling(scores, details.y_sorted.norm(dim=1)[sent.positions])),
+        "coupling_neurons": float(metrics.coupling(scores, inner[sent.positions])),
+    }
+
+
+def reduced(trainer: Trainer, measures: dict[str, Any]) -> dict[str, Any]:
+    """What the result file keeps: measures, and the curves as means over windows of 50 steps."""
+    history = trainer.history
+    windows = [history[i : i + WINDOW] for i in range(0, len(history), WINDOW)]
+    return {
+        "measures": {key: _finite(value) for key, value in measures.items()},
+        "curve": {
+            "step": [window[-1]["step"] for window in windows],
+            "loss_bits": [_mean(r["loss_bits"] for r in window) for window in windows],
+            "max_vio": [_mean(statistics.fmean(r["max_vio"]) for r in window) for window in windows],
+        },
+        "validation": [[r["step"], _round(r["validation_bits"])] for r in history if "validation_bits" in r],
+        "geometry": [{"step": r["step"], **r["geometry"]} for r in history if "geometry" in r],
+        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "corpus": {"name": trainer.corpus.name, "sha256": trainer.corpus.sha256},
+    }
+
+
+def _mean(values: Any) -> float:
+    return _round(statistics.fmean(values))
+
+
+def _round(value: float) -> float:
+    return round(value, 5)
+
+
+def _finite(value: float) -> float | None:
+    return _round(value) if math.isfinite(value) else None
+
+
+def tell(record: dict[str, Any]) -> None:
+    """The sweep's progress bar reads this."""
+    if record["step"] % 10 == 0:
+        print(json.dumps({"step": record["step"]}), flush=True)
+
+
+def plain_run(config: TrainConfig, trial: str, folder: Path) -> dict[str, Any] | int:
+    """Train, or go on. Returns: what to keep, or the signal that stopped it."""
+    where = folder / "checkpoint"
+    trainer = Trainer(config, load_corpus([]))
+    after_step = TRIALS[trial](trainer) if trial else None
+    if checkpoints.exists(where):
+        trainer.restore(checkpoints.load_checkpoint(where))
+
+    def on_step(record: dict[str, Any]) -> None:
+        tell(record)
+        if record["step"] % config.eval_every == 0:
+            record["geometry"] = geometry(trainer)
+        if after_step is not None:
+            after_step()
+
+    def save() -> None:
+        checkpoints.save_checkpoint(where, trainer.checkpoint())
+
+    with stop_on_signal() as request:
+        if not run_steps(trainer, request, on_step=on_step, save=save, save_every=SAVE_EVERY):
+            save()
+            return request.signum
+    trainer.attachment.remove()
+    evaluation = trainer.evaluate()
+    trainer.history[-1]["validation_bits"] = evaluation.bits_per_byte
+    measures = summarize(trainer, evaluation)["measures"]
+    del measures["time_ms"]  # runs side by side share the machine
+    return reduced(trainer, measures)
+
+
+def changed_run(config: TrainConfig, change: str) -> dict[str, Any] | int:
+    """Train half of the steps on code, then let one thing be different: the text turns to prose, the learning rate
+    doubles, or the batch grows by 16. Returns: what to keep, or the signal that stopped it."""
+    code, prose = code_and_prose()
+    trainer = Trainer(config, code)
+    layers, half = trainer.model.moe_layers, config.steps // 2
+    counts: list[Tensor] = []
+
+    def on_step(record: dict[str, Any]) -> None:
+        tell(record)
+        counts.append(torch.stack([layer.tokens_per_expert for layer in layers]))
+        if record["step"] == half:
+            apply_change(trainer, change, prose)
+
+    with stop_on_signal() as request:
+        if not run_steps(trainer, request, on_step=on_step):
+            return request.signum
+    bits = {}
+    for name, corpus in (("code", code), ("prose", prose)):
+        trainer.windows = validation_windows(corpus.validation, config.seq_len, config.eval_bytes)
+        bits[f"bits_{name}"] = _round(trainer.evaluate(coupling=False).bits_per_byte)
+    spans = [slice(i, i + CHANGE_WINDOW) for i in range(0, config.steps, CHANGE_WINDOW)]
+    pooled = [torch.stack(counts[span]).sum(0) for span in spans]
+    history = trainer.history
+    return {
+        "measures": bits,
+        "change": change,
+        "curve": {
+            "step": [history[span][-1]["step"] for span in spans],
+            "loss_bits": [_mean(r["loss_bits"] for r in history[span]) for span in spans],
+            "max_vio": [_mean(statistics.fmean(r["max_vio"]) for r in history[span]) for span in spans],
+            "max_vio_pooled": [_round(float(metrics.max_vio(window).mean())) for window in pooled],
+            "dead_experts": [_round(float(metrics.dead_experts(window).float().mean())) for window in pooled],
+        },
+        "corpus": {"name": code.name, "sha256": code.sha256},
+    }
+
+
+def apply_change(trainer: Trainer, change: str, prose: Corpus) -> None:
+    """From the next step on."""
+    config = trainer.config
+    if change == "prose":
+        trainer.sampler = BatchSampler(prose.train, config.seq_len, config.batch, config.seed)
+    elif change == "lr":
+        trainer.config = replace(config, lr=2 * config.lr)
+    else:
+        trainer.sampler.batch = 16 * config.batch
+
+
+def main(folder: Path) -> int:
+    """Exit code: 0, or 128 + the signal that stopped it."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    config = TrainConfig.from_dict(job["config"])
+    run = changed_run(config, job["change"]) if job["change"] else plain_run(config, job["trial"], folder)
+    if isinstance(run, int):
+        return 128 + run
+    checkpoints.write_atomically(folder / "run.json", json.dumps(run).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,130 @@
+"""What is compared: sizes, contestants, seeds, changes in mid-run. A run is one `TrainConfig` of `kmeans-route train`.
+
+At every size a token passes through experts of 2 D inner width in all: expert_hidden is 2 D / top_k.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from benchmarks.quality.trials import TRIALS
+from kmeans_route.cli.config import TrainConfig
+
+STEPS = 2400
+CURVE_POINTS = 12
+SIZES: dict[str, dict[str, Any]] = {
+    f"D{hidden}-E{experts}-K{top_k}": {
+        "hidden": hidden, "experts": experts, "top_k": top_k, "expert_hidden": 2 * hidden // top_k,
+    }
+    for hidden in (64, 128)
+    for experts in (16, 64)
+    for top_k in (2, 8)
+}  # fmt: skip
+TINY = "D16-E4-K2"
+SIZES[TINY] = {
+    "layers": 1, "hidden": 16, "heads": 2, "experts": 4, "top_k": 2, "expert_hidden": 16, "seq_len": 32,
+    "eval_bytes": 2048,
+}  # fmt: skip
+"""The last one is for tests alone."""
+
+MAIN: dict[str, dict[str, Any]] = {
+    **{
+        f"softmax, aux {coef:g}": {"router": "softmax", "balance": "aux", "aux_loss_coef": coef}
+        for coef in (0.001, 0.01, 0.1)
+    },
+    **{
+        f"sigmoid, sign {rate:g}": {"router": "sigmoid", "balance": "sign", "bias_rate": rate}
+        for rate in (0.001, 0.01, 0.1)
+    },
+    "sigmoid, quantile": {"router": "sigmoid", "balance": "quantile"},
+    "K-Means, sign": {"router": "kmeans", "balance": "sign"},
+    "K-Means, proportional": {"router": "kmeans", "balance": "proportional"},
+    "K-Means, quantile": {"router": "kmeans", "balance": "quantile"},
+    "random, fixed": {"router": "random"},
+    "hash of the byte": {"router": "hash"},
+}
+_PROPORTIONAL = {"router": "kmeans", "balance": "proportional"}
+_QUANTILE = {"router": "kmeans", "balance": "quantile"}
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    return _QUANTILE | {"router_options": options}
+
+
+TRIES: dict[str, dict[str, Any]] = {
+    **{f"K-Means, tau {tau:g}": _QUANTILE | {"tau": tau} for tau in (0.02, 0.1, 0.2, 0.5, 1.0)},
+    **{f"K-Means, decay {decay:g}": _QUANTILE | {"decay": decay} for decay in (0.99, 0.9999)},
+    "K-Means, cumulative mean": _options(average="cumulative"),
+    "K-Means, kmeans++": _options(init="kmeans++"),
+    "K-Means, raw sums": _options(accumulate="raw"),
+    "K-Means, sigmoid gate": _options(gate="sigmoid"),
+    "K-Means, cosine gate": _options(gate="cosine"),
+    "K-Means, uniform gate": _options(gate="uniform"),
+    "K-Means, detached gates": _options(detach_gates=True),
+    "K-Means, 4 groups of which 2": _options(n_group=4, topk_group=2),
+    "K-Means, commit every 4": _QUANTILE | {"commit_every": 4},
+    "K-Means, quantile 0.03": _QUANTILE | {"bias_rate": 0.03},
+    "K-Means, quantile 0.3": _QUANTILE | {"bias_rate": 0.3},
+    "K-Means, proportional 0.015": _PROPORTIONAL | {"bias_rate": 0.015},
+    "K-Means, proportional 0.15": _PROPORTIONAL | {"bias_rate": 0.15},
+    **{f"K-Means, {trial}": _QUANTILE | {"trial": trial} for trial in TRIALS},
+}
+CHANGES = ("prose", "lr", "batch")
+CHANGED = (
+    "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional",
+    "K-Means, quantile",
+)  # fmt: skip
+STUDIES: dict[str, dict[str, dict[str, Any]]] = {
+    "main": MAIN,
+    "tries": TRIES,
+    **{change: {f"{name}; {change}": MAIN[name] for name in CHANGED} for change in CHANGES},
+}
+"""Study -> contestants. The last three change something after half of the steps, see `one.py`."""
+
+
+class Job(NamedTuple):
+    """One run. name: size/contestant/seed, its key in the result file together with the options."""
+
+    size: str
+    contestant: str
+    config: TrainConfig
+    change: str = ""
+    trial: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}/{self.contestant}/{self.config.seed}"
+
+
+def jobs(
+    study: str, sizes: Sequence[str], seeds: Sequence[int], base: TrainConfig, only: Sequence[str] = ()
+) -> list[Job]:
+    """All runs of a study, seed by seed, so that a sweep that is stopped has whole comparisons.
+
+    Raises:
+        ValueError: a study, size or contestant that is not known.
+    """
+    for what, got, known in (
+        ("--study", [study], STUDIES), ("--size", sizes, SIZES), ("--only", only, STUDIES.get(study, {})),
+    ):  # fmt: skip
+        unknown = [name for name in got if name not in known]
+        if unknown:
+            raise ValueError(f"{what} must be among {', '.join(known)}, got {', '.join(unknown)}")
+    change = study if study in CHANGES else ""
+    every = 0 if change else max(1, base.steps // CURVE_POINTS)
+    batch = {"batch": base.batch // 4} if change == "batch" else {}
+    chosen = {
+        name: (options.get("trial", ""), {key: value for key, value in options.items() if key != "trial"})
+        for name, options in STUDIES[study].items()
+        if not only or name in only
+    }
+    return [
+        Job(
+            size, name,
+            replace(base, **{"seed": seed, "eval_every": every, "balance": ""} | SIZES[size] | batch | options),
+            change, trial,
+        )
+        for size in sizes
+        for seed in seeds
+        for name, (trial, options) in chosen.items()
+    ]  # fmt: skip

@@ -1,0 +1,144 @@
+"""Changes to a K-Means router that its options do not offer, tried on a run before any of them becomes an option.
+
+Each takes the trainer of a run before its first step; what it returns, if anything, is called after every step.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kmeans_route import KMeansRouter, MoE
+from kmeans_route.cli.training import Trainer, learning_rate
+from kmeans_route.functional import dispatch
+from kmeans_route.types import Dispatch, Routing
+
+AfterStep = Callable[[], None] | None
+Answer = tuple[Routing, Dispatch]
+
+
+def _routers(trainer: Trainer) -> list[tuple[MoE, KMeansRouter]]:
+    found = [(layer, layer.router) for layer in trainer.model.moe_layers]
+    return [(layer, router) for layer, router in found if isinstance(router, KMeansRouter)]
+
+
+def _train(trainer: Trainer, parameters: list[nn.Parameter]) -> None:
+    trainer.optimizer.add_param_group({"params": parameters, "weight_decay": 0.0})
+
+
+def learnable_tau(trainer: Trainer, *, per_expert: bool) -> AfterStep:
+    """The temperature of the gates is trained, one a layer or one an expert."""
+    parameters = []
+    for layer, router in _routers(trainer):
+        size = router.num_experts if per_expert else 1
+        log_tau = nn.Parameter(torch.full((size,), router.options.tau).log())
+        layer.register_parameter("trial_log_tau", log_tau)
+        parameters.append(log_tau)
+        plain = router.forward
+
+        def forward(*args: Any, plain: Any = plain, log_tau: Tensor = log_tau, **kwargs: Any) -> Answer:
+            routing, sent = plain(*args, **kwargs)
+            tau = log_tau.exp()[routing.indices] if log_tau.numel() > 1 else log_tau.exp()
+            weights = torch.softmax(routing.selected_scores / tau, 1)
+            return routing._replace(weights=weights * routing.valid[:, None]), sent
+
+        router.forward = forward  # type: ignore[method-assign]
+    _train(trainer, parameters)
+    return None
+
+
+def learned_offset(trainer: Trainer) -> AfterStep:
+    """Each direction gets a trained offset, of the directions' own scale, in selection and gates."""
+    parameters = []
+    for layer, router in _routers(trainer):
+        offset = nn.Parameter(torch.zeros_like(router.weight))
+        layer.register_parameter("trial_offset", offset)
+        parameters.append(offset)
+        plain = router.forward
+
+        def forward(
+            x: Tensor, *args: Any, plain: Any = plain, offset: Tensor = offset, router: Any = router, **kwargs: Any
+        ) -> Answer:
+            rows = F.normalize(router.weight, dim=1) + offset
+            kept = router.weight.clone()
+            with torch.no_grad():
+                router.weight.copy_(rows)
+            routing, sent = plain(x, *args, **kwargs)
+            with torch.no_grad():
+                router.weight.copy_(kept)
+            scores = F.normalize(x, dim=1) @ F.normalize(rows, dim=1).T
+            weights = torch.softmax(scores.gather(1, routing.indices) / router.options.tau, 1)
+            return routing._replace(weights=weights * routing.valid[:, None]), sent
+
+        router.forward = forward  # type: ignore[method-assign]
+    _train(trainer, parameters)
+    return None
+
+
+def weighted_tokens(trainer: Trainer, *, by_gradient: bool) -> AfterStep:
+    """A token counts in an expert's mean by its gate there, or by the size of the loss's gradient on that gate."""
+    for _, router in _routers(trainer):
+        plain = router.forward
+
+        def forward(x: Tensor, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
+            routing, sent = plain(x, *args, **kwargs)
+            if router.training and torch.is_grad_enabled():
+                gather = partial(_add_weighted, router, x.detach(), routing)
+                if by_gradient:
+                    routing.weights.register_hook(lambda grad: gather(grad.abs()))
+                else:
+                    gather(routing.weights.detach())
+            return routing, sent
+
+        router.forward = forward  # type: ignore[method-assign]
+    return None
+
+
+def _add_weighted(router: KMeansRouter, x: Tensor, routing: Routing, weights: Tensor) -> None:
+    """Turn the pending sum of equal tokens into a weighted one; the mean weight is 1."""
+    extra = weights / weights.mean().clamp_min(1e-30) - 1.0
+    unit = x * routing.inv_norm.detach()[:, None]
+    for k in range(extra.shape[1]):
+        router.pending.sums.index_add_(0, routing.indices[:, k], unit * extra[:, k, None])
+
+
+def centred(trainer: Trainer) -> AfterStep:
+    """The running mean of all hidden states is taken off before scoring and averaging."""
+    for layer, router in _routers(trainer):
+        layer.register_buffer("trial_mean", torch.zeros(router.hidden_size))
+        mean = layer.get_buffer("trial_mean")
+
+        def forward(x: Tensor, *_: Any, mean: Tensor = mean, router: Any = router, **__: Any) -> Answer:
+            routing = router._route(x - mean, None, None, gather=router.counts_now())
+            if router.training and torch.is_grad_enabled():
+                mean.lerp_(x.detach().mean(0), 0.01)
+            return routing, dispatch(x, routing)
+
+        router.forward = forward  # type: ignore[method-assign]
+    return None
+
+
+def decay_follows_the_learning_rate(trainer: Trainer) -> AfterStep:
+    """1 - decay goes with the learning rate, from 0.01 at its peak (arXiv 2611.09501 does so for clustering)."""
+
+    def after_step() -> None:
+        rate = learning_rate(trainer.config, trainer.step) / trainer.config.lr
+        for _, router in _routers(trainer):
+            router.commit_options = router.commit_options._replace(decay=1.0 - 0.01 * rate)
+
+    after_step()
+    return after_step
+
+
+TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
+    "learnable tau a layer": partial(learnable_tau, per_expert=False),
+    "learnable tau an expert": partial(learnable_tau, per_expert=True),
+    "learned offset": learned_offset,
+    "tokens weighted by gate": partial(weighted_tokens, by_gradient=False),
+    "tokens weighted by gradient": partial(weighted_tokens, by_gradient=True),
+    "centred": centred,
+    "decay follows the rate": decay_follows_the_learning_rate,
+}

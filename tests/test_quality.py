@@ -1,0 +1,253 @@
+"""The quality study: floors, the sweep that stops and goes on, and what its tables say."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+from benchmarks.quality import analysis, one, studies, sweep, texts, trials
+from kmeans_route import KMeansRouter, MoE
+from kmeans_route.cli.config import TrainConfig
+from kmeans_route.cli.data import load_corpus
+from kmeans_route.cli.model import DecoderLM
+from kmeans_route.cli.results import summarize
+from kmeans_route.cli.training import Trainer, learning_rate
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL: dict[str, Any] = {
+    "layers": 1, "hidden": 16, "heads": 2, "experts": 4, "expert_hidden": 16, "seq_len": 16, "batch": 4,
+    "eval_bytes": 512, "steps": 6,
+}  # fmt: skip
+
+CORPUS = load_corpus([ROOT / "kmeans_route"])
+
+
+@pytest.mark.parametrize("router", ["random", "hash"])
+def test_the_floors_choose_by_nothing_that_they_learn(router: str) -> None:
+    trainer = Trainer(TrainConfig(router=router, **SMALL), CORPUS)
+    layer = trainer.model.moe_layers[0]
+    before = {name: value.clone() for name, value in layer.router.state_dict().items()}
+    for _ in range(3):
+        trainer.train_step()
+    for name, value in layer.router.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert int(layer.tokens_per_expert.sum()) == 16 * 4 * 2
+    evaluation = trainer.evaluate()
+    assert math.isfinite(evaluation.bits_per_byte)
+    assert bool(evaluation.coupling.isnan().all()) == (router == "hash")
+
+
+def test_a_byte_has_one_set_of_experts_whatever_stands_around_it() -> None:
+    config = TrainConfig(router="hash", **SMALL | {"layers": 2})
+    model, seen = DecoderLM(config).eval(), list[torch.Tensor]()
+    for block in model.blocks:
+        block.moe.register_forward_pre_hook(lambda _m, _args, kwargs: seen.append(kwargs["indices"]), with_kwargs=True)
+    model(torch.tensor([[7, 8, 7, 9]]))
+    for ids in seen:
+        assert torch.equal(ids[0], ids[2])
+        assert all(len(set(row)) == 2 for row in ids.tolist())
+    assert not torch.equal(seen[0], seen[1]), "each layer has a table of its own"
+    tables = [DecoderLM(TrainConfig(router="hash", seed=seed, **SMALL)).blocks[0].table_VK for seed in (0, 0, 1)]
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+    assert len(tables[0].flatten().bincount()) == 4
+
+
+def test_a_layer_replays_ids_and_a_learned_one_refuses() -> None:
+    x, ids = torch.randn(6, 16), torch.tensor([[3, 0]] * 6)
+    layer = MoE(16, 8, 4, 2, gate="uniform").eval()
+    assert isinstance(layer.router, KMeansRouter)
+    layer(x, indices=ids)
+    assert layer.tokens_per_expert.tolist() == [6, 0, 0, 6]
+    with pytest.raises(ValueError, match="indices must be None with router='softmax'"):
+        MoE(16, 8, 4, 2, "softmax")(x, indices=ids)
+
+
+def test_jobs_are_the_study_and_bad_names_are_refused() -> None:
+    made = studies.jobs("main", ["D64-E16-K2", "D64-E64-K8"], [0, 1, 2], TrainConfig(steps=24))
+    assert len(made) == 2 * 3 * len(studies.MAIN)
+    assert len({job.name for job in made}) == len(made)
+    assert {job.config.expert_hidden * job.config.top_k for job in made} == {128}
+    assert {job.config.seed for job in made[: len(studies.MAIN)]} == {0}
+    assert all(job.config.eval_every == 2 for job in made)
+    for arguments, name in ((("other", ["D64-E16-K2"]), "--study"), (("main", ["E1"]), "--size")):
+        with pytest.raises(ValueError, match=name):
+            studies.jobs(*arguments, [0], TrainConfig())
+    with pytest.raises(ValueError, match="--only must be among"):
+        studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), ["K-Means"])
+
+
+def command(folder: Path, steps: int, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "benchmarks.quality.sweep", "--size", studies.TINY, "--seeds", "0", "--steps", str(steps),
+        "--only", "K-Means, quantile", "hash of the byte", "--workers", "2", "--out", str(folder / "work"),
+        "--results", str(folder / "results.jsonl"), "--json", *more,
+    ]  # fmt: skip
+
+
+def run_sweep(folder: Path, steps: int, *more: str) -> dict[str, Any]:
+    done = subprocess.run(command(folder, steps, *more), cwd=ROOT, env=ENVIRONMENT, capture_output=True, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    said = json.loads(done.stdout)
+    assert done.returncode == (3 if said["left"] else 0)
+    return said
+
+
+def test_a_sweep_that_is_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Stopped within a run by a signal, it leaves a checkpoint; the whole and the interrupted sweep agree."""
+    steps, where = 400, tmp_path / "a"
+    where.mkdir()
+    process = subprocess.Popen(command(where, steps), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(where.glob("work/*/checkpoint/*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=60)
+    first = json.loads(stdout)
+    assert process.returncode == 3
+    assert first["left"], "it was stopped after its first checkpoint"
+    assert not first["failed"]
+    assert run_sweep(where, steps)["left"] == []
+    run_sweep(tmp_path / "b", steps)
+    interrupted, whole = (
+        {run["name"]: run for run in sweep.read_results(tmp_path / name / "results.jsonl")} for name in "ab"
+    )
+    assert len(interrupted) == 2
+    for name, run in interrupted.items():
+        for key in ("measures", "curve", "validation", "geometry", "config"):
+            assert run[key] == whole[name][key], (name, key)
+    assert run_sweep(tmp_path / "b", steps) == {"finished": 0, "failed": [], "left": []}
+
+
+@pytest.mark.parametrize("change", studies.CHANGES)
+def test_a_change_in_mid_run_happens_after_half_of_the_steps(change: str) -> None:
+    base = replace(TrainConfig(steps=20), batch=8)
+    job = studies.jobs(change, [studies.TINY], [0], base, [f"K-Means, quantile; {change}"])[0]
+    run = one.changed_run(job.config, change)
+    assert isinstance(run, dict)
+    assert run["curve"]["step"] == [10, 20]
+    assert set(run["measures"]) == {"bits_code", "bits_prose"}
+
+
+@pytest.mark.parametrize("trial", trials.TRIALS)
+def test_a_trial_changes_what_is_learnt_and_survives_a_stop(trial: str) -> None:
+    config = TrainConfig(router="kmeans", balance="quantile", **SMALL)
+    runs = []
+    for stop in (None, 3):
+        trainer = Trainer(config, CORPUS)
+        after_step = trials.TRIALS[trial](trainer) or (lambda: None)
+        for _ in range(config.steps):
+            trainer.train_step()
+            after_step()
+            if trainer.step == stop:
+                checkpoint = trainer.checkpoint()
+                trainer = Trainer(config, CORPUS)
+                after_step = trials.TRIALS[trial](trainer) or (lambda: None)
+                trainer.restore(checkpoint)
+        runs.append([record["loss_bits"] for record in trainer.history])
+    assert runs[0] == runs[1]
+    if trial == "decay follows the rate":  # the plain mean of the first steps hides it
+        decays = [layer.router.commit_options.decay for layer in trainer.model.moe_layers]
+        assert decays == [pytest.approx(1 - 0.01 * learning_rate(config, config.steps) / config.lr)]
+        return
+    plain = Trainer(config, CORPUS)
+    assert runs[0] != [plain.train_step()["loss_bits"] for _ in range(config.steps)]
+
+
+def test_prose_and_code_part_ways() -> None:
+    source = '"""Top."""\nx = 1  # why\ndef f():\n    """Inner."""\nclass C:\n    """Third."""\n    y = 2\n'
+    prose, code = texts.prose_and_code(source)
+    assert set(prose.split("\n\n")) == {"Top.", "Inner.", "Third."}
+    assert code == "x = 1\n\ndef f():\n    pass\n\nclass C:\n    y = 2"
+
+
+def test_direction_of_the_study_at_a_small_size() -> None:
+    """Balance alone: at this length no difference in bits per byte is larger than that between seeds."""
+    corpus, found = load_corpus(), {}
+    for router, balance in (("kmeans", "proportional"), ("softmax", "aux"), ("kmeans", "none")):
+        config = TrainConfig(
+            router=router, balance=balance, layers=2, hidden=32, heads=2, expert_hidden=32, seq_len=64, steps=250,
+            eval_bytes=16384,
+        )  # fmt: skip
+        trainer = Trainer(config, corpus)
+        while trainer.step < config.steps:
+            trainer.train_step()
+        found[router, balance] = summarize(trainer, trainer.evaluate())["measures"]
+    violation = {name: measures["max_vio_validation"] for name, measures in found.items()}
+    bits = {name: measures["bits_per_byte"] for name, measures in found.items()}
+    assert 2 * violation["kmeans", "proportional"] < violation["softmax", "aux"]
+    assert 2 * violation["softmax", "aux"] < violation["kmeans", "none"]
+    assert max(bits.values()) < 3.6, "a byte alone has 4.7 bits here"
+    assert max(bits.values()) - min(bits.values()) < 0.2
+
+
+def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = "D64-E16-K2") -> dict[str, Any]:
+    measures = {
+        "bits_per_byte": bits, "max_vio_validation": max_vio, "max_vio_train": 2 * max_vio, "dead_experts": 0,
+        "load_std": max_vio / 10,
+    }  # fmt: skip
+    geometry = dict.fromkeys(("cosine", "coupling", "coupling_neurons", "matched", "unmatched"), 0.25)
+    if "hash" in contestant:
+        geometry = dict.fromkeys(geometry)
+    return {
+        "size": size, "contestant": contestant, "config": {"steps": 100, "seed": seed}, "measures": measures,
+        "geometry": [{"step": 100, **geometry}], "validation": [[50, bits + 1], [100, bits]],
+    }  # fmt: skip
+
+
+def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [
+        *(record("softmax, aux 0.01", seed, 2.0 + 0.01 * seed, 0.3) for seed in range(3)),
+        *(record("K-Means, quantile", seed, 1.9 + 0.011 * seed, 0.1) for seed in range(3)),
+        *(record("K-Means, sign", seed, 1.95 + 0.01 * seed, 0.2) for seed in range(3)),
+        *(record("hash of the byte", seed, 1.0, 0.9) for seed in range(3)),
+        *(record("K-Means, tau 0.1", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    assert analysis.main(["--results", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "| router | D64-E16-K2, 100 steps, 3 seeds |" in said
+    assert "| K-Means, quantile | 1.911 ± 0.011, 0.10 |" in said
+    assert "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 | 0.0 ± 0.0 |" in said
+    assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 3 |" in said
+    assert "| sigmoid, quantile | not run |" in said
+    assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 seeds), resolved" in said
+    assert "MaxVio: K-Means, quantile 0.100, 3.0 times less than softmax, aux 0.01 (0.300)" in said
+    assert "| K-Means, tau 0.1 | 1.910 ± 0.010 | -0.001 ± 0.002 (95%, 3 seeds), not resolved | 0.100 ± 0.000 |" in said
+    assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000
+    assert analysis.main(["--results", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)["D64-E16-K2, 100 steps"]
+    assert document["K-Means, sign"]["MaxVio, validation"] == [0.2] * 3
+
+
+def test_one_seed_and_strange_seeds_decide_nothing() -> None:
+    one, other = record("K-Means, sign", 0, 1.0, 0.1), record("softmax, aux 0.1", 0, 2.0, 0.1)
+    assert analysis.compared([one], [other]) == "-1.000, one seed decides nothing"
+    assert analysis.compared([one], [other | {"config": {"seed": 1}}]) == "no seed in common"
+
+
+def test_order_agrees_with_itself_and_not_with_its_reverse() -> None:
+    assert analysis.kendall([1, 2, 3], [4, 5, 6]) == 1
+    assert analysis.kendall([1, 2, 3], [6, 5, 4]) == -1
+
+
+def test_a_torn_result_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"name": 1}\n{"name"')
+    with pytest.raises(ValueError, match="in line 2: remove it"):
+        sweep.read_results(path)
