@@ -57,7 +57,7 @@ def _layer_geometry(layer: MoE, x: Tensor) -> dict[str, float]:
     gates = layer.experts.gate_up.chunk(2, dim=1)[0]
     directions = F.normalize(layer.router.weight.float(), dim=1)
     cosines = torch.einsum("ed,fid->efi", directions, F.normalize(gates.float(), dim=2)).abs().mean(2)
-    own = torch.eye(len(directions), dtype=torch.bool)
+    own = torch.eye(len(directions), dtype=torch.bool, device=directions.device)
     details = layer.details(x)
     sent, scores = details.dispatch, details.routing.selected_scores
     gate, up = grouped_linear(sent.x_sorted, layer.experts.gate_up, sent.offsets).chunk(2, dim=1)

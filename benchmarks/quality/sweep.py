@@ -1,7 +1,8 @@
 """Trains what `studies.py` lists, several runs side by side, and appends a JSON line for each that is finished.
 
     python -m benchmarks.quality.sweep [--study main|tries|prose|lr|batch] [--size D64-E16-K2 ...] [--seeds 0 1 2]
-        [--steps 2400] [--workers 2] [--minutes N] [--only NAME ...] [--out DIR] [--results FILE] [--json] [--list]
+        [--steps 2400] [--workers 2] [--device cpu] [--minutes N] [--only NAME ...] [--out DIR] [--results FILE]
+        [--json] [--list]
 
 Stop it when you like, with Ctrl-C or --minutes: runs under way keep their checkpoints in --out, and the same command
 goes on from there. Runs whose line is in --results already are not done again. Each run has one thread.
@@ -40,6 +41,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these contestants")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of a run ({STEPS})")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side (2)")
+    parser.add_argument("--device", default="cpu", help="a torch device (cpu)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "quality", help="checkpoints (build/quality)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "quality.jsonl")
@@ -149,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     output = Output(json_mode=args.json)
     try:
-        everything = jobs(args.study, args.size, args.seeds, TrainConfig(steps=args.steps), args.only)
+        everything = jobs(
+            args.study, args.size, args.seeds, TrainConfig(steps=args.steps, device=args.device), args.only
+        )
         todo = left(everything, read_results(args.results))
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -34,7 +34,7 @@ def learnable_tau(trainer: Trainer, *, per_expert: bool) -> AfterStep:
     parameters = []
     for layer, router in _routers(trainer):
         size = router.num_experts if per_expert else 1
-        log_tau = nn.Parameter(torch.full((size,), router.options.tau).log())
+        log_tau = nn.Parameter(router.weight.new_full((size,), router.options.tau).log())
         layer.register_parameter("trial_log_tau", log_tau)
         parameters.append(log_tau)
         plain = router.forward
@@ -108,7 +108,7 @@ def _add_weighted(router: KMeansRouter, x: Tensor, routing: Routing, weights: Te
 def centred(trainer: Trainer) -> AfterStep:
     """The running mean of all hidden states is taken off before scoring and averaging."""
     for layer, router in _routers(trainer):
-        layer.register_buffer("trial_mean", torch.zeros(router.hidden_size))
+        layer.register_buffer("trial_mean", router.weight.new_zeros(router.hidden_size))
         mean = layer.get_buffer("trial_mean")
 
         def forward(x: Tensor, *_: Any, mean: Tensor = mean, router: Any = router, **__: Any) -> Answer:
