@@ -45,9 +45,9 @@ test-all: env
 bench: env
 	$(BIN)/python -m pytest benchmarks -q -s --benchmark-disable-gc --results build/bench.json $(BENCH_ARGS)
 
-## make quality     tables and pictures of the study of routers, from its committed runs
+## make quality     the study of routers: tables (here, README.md, docs/quality.md) and pictures from committed runs
 quality: env
-	$(BIN)/python -m benchmarks.quality.analysis
+	$(BIN)/python -m benchmarks.quality.analysis --write
 
 ## make quality-run train what is missing of that study: many hours; stop it and go on (QUALITY_ARGS="--size D64-E16-K2")
 quality-run: env

@@ -235,6 +235,16 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert document["K-Means, sign"]["MaxVio, validation"] == [0.2] * 3
 
 
+def test_the_pages_hold_what_the_committed_runs_say() -> None:
+    records = sweep.read_results(analysis.RESULTS)
+    assert records
+    for page, text in ((analysis.README, analysis.summary(records)), (analysis.PAGE, analysis.report(records))):
+        held = page.read_text(encoding="utf-8")
+        assert held == analysis.with_tables(held, text), f"{page.name}: make quality writes it"
+    with pytest.raises(ValueError, match="must hold"):
+        analysis.with_tables("no marks", "")
+
+
 def test_one_seed_and_strange_seeds_decide_nothing() -> None:
     one, other = record("K-Means, sign", 0, 1.0, 0.1), record("softmax, aux 0.1", 0, 2.0, 0.1)
     assert analysis.compared([one], [other]) == "-1.000, one seed decides nothing"

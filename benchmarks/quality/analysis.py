@@ -18,6 +18,8 @@ from benchmarks.quality.studies import CHANGES, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- make quality -->", "<!-- end of make quality -->"
 LEARNED, OURS, FLOORS = ("softmax", "sigmoid"), "K-Means", ("random", "hash")
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Degrees of freedom -> half width of the 95% interval in standard errors."""
@@ -283,12 +285,26 @@ def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
     return paths
 
 
+def with_tables(page: str, text: str) -> str:
+    """`page` with `text` between its two marks.
+
+    Raises:
+        ValueError: a page without them.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page must hold {BEGIN} and then {END}, where the tables belong")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, draw the pictures. Exit code: 0; 1 where there is nothing to show."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.analysis", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, help="folder of the pictures (beside the results)")
     parser.add_argument("--json", action="store_true", help="each run's figures as JSON, no pictures")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/quality.md too")
     args = parser.parse_args(argv)
     records = read_results(args.results)
     if not records:
@@ -307,6 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     print(report(records))
     for path in pictures(records, args.out or args.results.parent):
         print(f"\npicture: {path.name}")
+    if args.write:
+        for page, text in ((README, summary(records)), (PAGE, report(records))):
+            page.write_text(with_tables(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+            print(f"\nwritten: {page.name}")
     return 0
 
 
