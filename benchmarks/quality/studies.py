@@ -69,6 +69,7 @@ TRIES: dict[str, dict[str, Any]] = {
     "K-Means, quantile 0.3": _QUANTILE | {"bias_rate": 0.3},
     "K-Means, proportional 0.015": _PROPORTIONAL | {"bias_rate": 0.015},
     "K-Means, proportional 0.15": _PROPORTIONAL | {"bias_rate": 0.15},
+    "K-Means, proportional, tau 0.2": _PROPORTIONAL | {"tau": 0.2},
     **{f"K-Means, {trial}": _QUANTILE | {"trial": trial} for trial in TRIALS},
 }
 CHANGES = ("prose", "lr", "batch")
