@@ -106,18 +106,15 @@ def summary(records: Sequence[Record]) -> str:
     rows = []
     for name in STUDIES["main"]:
         runs = [found[size].get(name, []) for size in sizes]
-        cells = [
-            f"{cell(values(each, bits), 3)}, {statistics.fmean(values(each, max_vio)):.2f}" if each else "not run"
-            for each in runs
-        ]
-        rows.append([name, *cells])
-    head = ["router", *(f"{size}, {steps} steps, {_seeds(found[size, steps])}" for size, steps in sizes)]
-    return markdown(head, rows)
+        rows.append([name, *(_brief(each) for each in runs)])
+    return markdown(["router", *(f"{size}, {steps} steps" for size, steps in sizes)], rows)
 
 
-def _seeds(contestants: Group) -> str:
-    counts = sorted({len(runs) for runs in contestants.values()})
-    return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+def _brief(runs: Sequence[Record]) -> str:
+    if not runs:
+        return "not run"
+    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+    return f"{cell(values(runs, bits), 3)}, MaxVio {statistics.fmean(values(runs, max_vio)):.2f} ({seeds})"
 
 
 def best(contestants: Group, kinds: str | tuple[str, ...], get: Callable[[Record], float | None]) -> str | None:
@@ -224,30 +221,39 @@ def report(records: Sequence[Record]) -> str:
 
 
 def draw(title: str, contestants: Group, path: Path) -> None:
-    """Validation curves, and bits per byte against MaxVio, one point a seed."""
+    """Validation curves against the mean of all, and bits per byte against MaxVio, one point a seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    curves, plane = figure.subplots(1, 2)
-    styles, markers = ["-", "--", ":"], "osD"
+    panels = figure.subplots(1, 2)
+    styles, markers = ["-", "--", ":", "-."], "osD^"
     kinds = {"softmax": "C1", "sigmoid": "C0", "K-Means": "C3", "random": "0.6", "hash": "0.3"}
     seen = dict.fromkeys(kinds, 0)
+    curves = {name: _mean_curve(runs) for name, runs in contestants.items()}
+    steps = [step for step, _ in next(iter(curves.values()))]
+    middle = [statistics.fmean(curve[i][1] for curve in curves.values()) for i in range(len(steps))]
     for name, runs in contestants.items():
         kind = next(kind for kind in kinds if name.startswith(kind))
         number = seen[kind]
         seen[kind] += 1
         style: dict[str, Any] = {"color": kinds[kind], "label": name}
-        curves.plot(*zip(*_mean_curve(runs), strict=True), styles[number % 3], **style)
-        plane.scatter(values(runs, max_vio), values(runs, bits), marker=markers[number % 3], **style)
-    curves.set(xlabel="optimizer step", ylabel="validation bits per byte", title=f"{title}: mean over seeds")
-    plane.set(xlabel="validation MaxVio (0: even)", ylabel="validation bits per byte", title="last step, each seed")
-    plane.set_xscale("log")
-    lowest = min(value for runs in contestants.values() for value in values(runs, bits))
-    top = max(curve[len(curve) // 4][1] for curve in map(_mean_curve, contestants.values()))
-    curves.set_ylim(lowest - 0.02, top)
-    for axes in (curves, plane):
+        above = [value - mean for (_, value), mean in zip(curves[name], middle, strict=True)]
+        panels[0].plot(steps, above, styles[number], **style)
+        panels[1].scatter(values(runs, max_vio), values(runs, bits), marker=markers[number], **style)
+    panels[0].set(
+        xlabel="optimizer step",
+        ylabel="validation bits per byte above the mean of all",
+        title=f"{title}: mean over seeds",
+    )
+    panels[1].set(xlabel="validation MaxVio (0: even)", ylabel="validation bits per byte", title="last step, each seed")
+    panels[1].set_xscale("log")
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panels[1].xaxis.set_major_formatter(ScalarFormatter())
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
+    for axes in panels:
         axes.grid(alpha=0.3)
-    figure.legend(*plane.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
