@@ -214,6 +214,7 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
         *(record("softmax, aux 0.01", seed, 2.0 + 0.01 * seed, 0.3) for seed in range(3)),
         *(record("K-Means, quantile", seed, 1.9 + 0.011 * seed, 0.1) for seed in range(3)),
         *(record("K-Means, sign", seed, 1.95 + 0.01 * seed, 0.2) for seed in range(3)),
+        *(record("K-Means, proportional", seed, 2.0 + 0.01 * seed, 0.4) for seed in range(3)),
         *(record("hash of the byte", seed, 1.0, 0.9) for seed in range(3)),
         *(record("K-Means, tau 0.1", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
     ]
@@ -226,9 +227,10 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 | 0.0 ± 0.0 |" in said
     assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 3 |" in said
     assert "| sigmoid, quantile | not run |" in said
-    assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 seeds), resolved" in said
+    assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 pairs), resolved" in said
     assert "MaxVio: K-Means, quantile 0.100, 3.0 times less than softmax, aux 0.01 (0.300)" in said
-    assert "| K-Means, tau 0.1 | 1.910 ± 0.010 | -0.001 ± 0.002 (95%, 3 seeds), not resolved | 0.100 ± 0.000 |" in said
+    assert "| K-Means, tau 0.1 | 1.910 ± 0.010 | -0.001 ± 0.002 (95%, 3 pairs), not resolved | 0.100 ± 0.000 |" in said
+    assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.50 |" in said
     assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000
     assert analysis.main(["--results", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)["D64-E16-K2, 100 steps"]
@@ -248,7 +250,7 @@ def test_the_pages_hold_what_the_committed_runs_say() -> None:
 def test_one_seed_and_strange_seeds_decide_nothing() -> None:
     one, other = record("K-Means, sign", 0, 1.0, 0.1), record("softmax, aux 0.1", 0, 2.0, 0.1)
     assert analysis.compared([one], [other]) == "-1.000, one seed decides nothing"
-    assert analysis.compared([one], [other | {"config": {"seed": 1}}]) == "no seed in common"
+    assert analysis.compared([one], [other | {"config": {"steps": 100, "seed": 1}}]) == "no seed in common"
 
 
 def test_order_agrees_with_itself_and_not_with_its_reverse() -> None:

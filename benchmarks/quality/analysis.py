@@ -138,15 +138,34 @@ def verdict(contestants: Group) -> list[str]:
 
 
 def compared(one: Sequence[Record], other: Sequence[Record]) -> str:
-    """Difference in bits per byte, one - other, over the seeds that both have."""
-    by_seed = [{run["config"]["seed"]: float(bits(run) or math.nan) for run in runs} for runs in (one, other)]
-    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]]
+    """Difference in bits per byte, one - other, over the sizes and seeds that both have."""
+    pairs = [(float(bits(a) or math.nan), float(bits(b) or math.nan)) for a, b in paired(one, other)]
+    differences = [a - b for a, b in pairs]
     if len(differences) < 2:
         return f"{differences[0]:+.3f}, one seed decides nothing" if differences else "no seed in common"
     mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
     half = STUDENT_T[min(len(differences) - 1, max(STUDENT_T))] * error
     word = "resolved" if abs(mean) > half else "not resolved"
-    return f"{mean:+.3f} ± {half:.3f} (95%, {len(differences)} seeds), {word}"
+    return f"{mean:+.3f} ± {half:.3f} (95%, {len(differences)} pairs), {word}"
+
+
+def paired(one: Sequence[Record], other: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Runs of equal size, steps and seed."""
+    where = [{(r["size"], r["config"]["steps"], r["config"]["seed"]): r for r in runs} for runs in (one, other)]
+    return [(run, where[1][key]) for key, run in where[0].items() if key in where[1]]
+
+
+def pooled(records: Sequence[Record], base: str = "K-Means, proportional") -> str:
+    """Every contestant of the main study against `base`, all sizes and seeds together."""
+    runs = {name: [record for record in records if record["contestant"] == name] for name in STUDIES["main"]}
+    rows = []
+    for name in STUDIES["main"]:
+        pairs = paired(runs[name], runs[base])
+        if name == base or not pairs:
+            continue
+        ratio = math.exp(statistics.fmean(math.log(float(max_vio(a) or 0) / float(max_vio(b) or 0)) for a, b in pairs))
+        rows.append([name, compared(runs[name], runs[base]), f"{ratio:.2f}"])
+    return markdown(["router", f"bits per byte above {base}", "its MaxVio over that"], rows)
 
 
 def against(contestants: Group, base: Sequence[Record]) -> str:
@@ -206,6 +225,10 @@ def _around(runs: Sequence[Record]) -> list[str]:
 def report(records: Sequence[Record]) -> str:
     """All tables with their verdicts, in Markdown."""
     parts = ["## Bits per byte, MaxVio", summary(records)]
+    parts.append(
+        "Each against K-Means with its default balancing, all sizes and seeds together (MaxVio: geometric mean):"
+    )
+    parts.append(pooled(records))
     main = groups(records, ["main"])
     for (size, steps), contestants in main.items():
         lines = [f"### {size}, {steps} steps", table(contestants, TABLE)]
