@@ -118,13 +118,19 @@ def _brief(runs: Sequence[Record]) -> str:
 
 
 def best(contestants: Group, kinds: str | tuple[str, ...], get: Callable[[Record], float | None]) -> str | None:
-    """The contestant of these kinds with the least mean; None where none has run."""
-    means = {name: statistics.fmean(values(runs, get)) for name, runs in contestants.items() if name.startswith(kinds)}
+    """The contestant of these kinds with the least mean, among those with the most seeds; None where none has run."""
+    most = max(len(runs) for runs in contestants.values())
+    means = {
+        name: statistics.fmean(values(runs, get))
+        for name, runs in contestants.items()
+        if name.startswith(kinds) and len(runs) == most
+    }
     return min(means, key=lambda name: means[name]) if means else None
 
 
 def verdict(contestants: Group) -> list[str]:
-    """The two questions of the study, for one size: the best K-Means router against the best learned one."""
+    """The two questions of the study, for one size: the best K-Means router against the best learned one, of those
+    with the most seeds."""
     lines = []
     ours, theirs = best(contestants, OURS, bits), best(contestants, LEARNED, bits)
     if ours and theirs:
@@ -260,14 +266,14 @@ def draw(title: str, contestants: Group, path: Path) -> None:
         kind = next(kind for kind in kinds if name.startswith(kind))
         number = seen[kind]
         seen[kind] += 1
-        style: dict[str, Any] = {"color": kinds[kind], "label": name}
+        style: dict[str, Any] = {"color": kinds[kind], "label": f"{name} ({len(runs)})"}
         above = [value - mean for (_, value), mean in zip(curves[name], middle, strict=True)]
         panels[0].plot(steps, above, styles[number], **style)
         panels[1].scatter(values(runs, max_vio), values(runs, bits), marker=markers[number], **style)
     panels[0].set(
         xlabel="optimizer step",
         ylabel="validation bits per byte above the mean of all",
-        title=f"{title}: mean over seeds",
+        title=f"{title}: mean over seeds, their number in brackets",
     )
     panels[1].set(xlabel="validation MaxVio (0: even)", ylabel="validation bits per byte", title="last step, each seed")
     panels[1].set_xscale("log")
