@@ -229,7 +229,10 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert "| sigmoid, quantile | not run |" in said
     assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 pairs), resolved" in said
     assert "MaxVio: K-Means, quantile 0.100, 3.0 times less than softmax, aux 0.01 (0.300)" in said
-    assert "| K-Means, tau 0.1 | 1.910 ± 0.010 | -0.001 ± 0.002 (95%, 3 pairs), not resolved | 0.100 ± 0.000 |" in said
+    assert (
+        "| K-Means, tau 0.1 | 1.910 ± 0.010 | quantile | -0.001 ± 0.002 (95%, 3 pairs), not resolved | 0.100 ± 0.000 |"
+        in said
+    )
     assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.50 |" in said
     assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000
     assert analysis.main(["--results", str(path), "--json"]) == 0

@@ -174,13 +174,16 @@ def pooled(records: Sequence[Record], base: str = "K-Means, proportional") -> st
     return markdown(["router", f"bits per byte above {base}", "its MaxVio over that"], rows)
 
 
-def against(contestants: Group, base: Sequence[Record]) -> str:
-    """A study's tries, each with its difference from `base`."""
-    rows = [
-        [name, cell(values(runs, bits), 3), compared(runs, base), cell(values(runs, max_vio), 3)]
-        for name, runs in contestants.items()
-    ]
-    return markdown(["router", "bits per byte", "difference from the base", "MaxVio, validation"], rows)
+def against(contestants: Group, main: Group) -> str:
+    """A study's tries, each with its difference from the contestant of the main study that it changes."""
+    rows = []
+    for name, runs in contestants.items():
+        base = "proportional" if "proportional" in name else "quantile"
+        difference = compared(runs, main.get(f"K-Means, {base}", []))
+        rows.append([name, cell(values(runs, bits), 3), base, difference, cell(values(runs, max_vio), 3)])
+    return markdown(
+        ["router", "bits per byte", "balance", "difference from K-Means with it", "MaxVio, validation"], rows
+    )
 
 
 def stability(contestants: Group) -> str:
@@ -243,9 +246,8 @@ def report(records: Sequence[Record]) -> str:
         lines.append("Routers and experts:\n\n" + table(contestants, GEOMETRY))
         parts.extend(line for line in lines if line)
     for (size, steps), contestants in groups(records, ["tries"]).items():
-        base = main.get((size, steps), {}).get("K-Means, quantile", [])
-        parts.append(f"### Tries, {size}, {steps} steps, against K-Means with quantile balancing")
-        parts.append(against(contestants, base))
+        parts.append(f"### Tries, {size}, {steps} steps")
+        parts.append(against(contestants, main.get((size, steps), {})))
     return "\n\n".join([*parts, *changes(records)])
 
 
