@@ -99,7 +99,7 @@ class MoE(nn.Module):
         x_TD = flatten_hidden_states(x, self.hidden_size)
         flat_mask = flatten_mask(mask, x)
         if isinstance(self.router, KMeansRouter):
-            answer = self.router(x_TD, flat_mask, indices, with_dispatch=True)
+            answer = self.router(x_TD, flat_mask, indices=indices, with_dispatch=True)
             routing, sent = cast(tuple[Routing, Dispatch], answer)
         elif indices is not None:
             raise ValueError(f"indices must be None with router={self.router.kind!r}, got ids: only K-Means replays")
