@@ -133,6 +133,25 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> N
     assert run_sweep(tmp_path / "b", steps) == {"finished": 0, "failed": [], "left": []}
 
 
+def test_churn_is_the_share_of_a_tokens_experts_that_changed(tmp_path: Path) -> None:
+    now = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])
+    then = torch.tensor([[[1, 0], [2, 0]], [[2, 3], [2, 3]]])
+    assert one.churn(then, 10, 10, tmp_path) is None
+    assert one.churn(now, 20, 10, tmp_path) == 3 / 8
+    assert one.churn(now, 30, 10, tmp_path) == 0
+
+
+@pytest.mark.parametrize("router", ["hash", "kmeans"])
+def test_a_fixed_table_has_no_churn(tmp_path: Path, router: str) -> None:
+    trainer = Trainer(TrainConfig(router=router, eval_every=1, **SMALL), CORPUS)
+    found = []
+    for _ in range(3):
+        trainer.train_step()
+        found.append(one.geometry(trainer, tmp_path)["churn"])
+    assert found[0] is None
+    assert all((churn > 0) == (router == "kmeans") for churn in found[1:])
+
+
 @pytest.mark.parametrize("change", studies.CHANGES)
 def test_a_change_in_mid_run_happens_after_half_of_the_steps(change: str) -> None:
     base = replace(TrainConfig(steps=20), batch=8)
@@ -158,6 +177,7 @@ def test_a_trial_changes_what_is_learnt_and_survives_a_stop(trial: str) -> None:
                 trainer = Trainer(config, CORPUS)
                 after_step = trials.TRIALS[trial](trainer) or (lambda: None)
                 trainer.restore(checkpoint)
+                after_step()
         runs.append([record["loss_bits"] for record in trainer.history])
     assert runs[0] == runs[1]
     if trial == "decay follows the rate":  # the plain mean of the first steps hides it
@@ -200,9 +220,9 @@ def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = 
         "bits_per_byte": bits, "max_vio_validation": max_vio, "max_vio_train": 2 * max_vio, "dead_experts": 0,
         "load_std": max_vio / 10,
     }  # fmt: skip
-    geometry = dict.fromkeys(("cosine", "coupling", "coupling_neurons", "matched", "unmatched"), 0.25)
+    geometry = dict.fromkeys(("cosine", "coupling", "coupling_neurons", "matched", "unmatched", "churn"), 0.25)
     if "hash" in contestant:
-        geometry = dict.fromkeys(geometry)
+        geometry = dict.fromkeys(geometry) | {"churn": 0.0}
     return {
         "size": size, "contestant": contestant, "config": {"steps": 100, "seed": seed}, "measures": measures,
         "geometry": [{"step": 100, **geometry}], "validation": [[50, bits + 1], [100, bits]],

@@ -34,7 +34,7 @@ def measure(key: str) -> Callable[[Record], float | None]:
 
 def at_the_end(key: str) -> Callable[[Record], float | None]:
     """Of its geometry after the last step."""
-    return lambda record: record["geometry"][-1][key]
+    return lambda record: record["geometry"][-1].get(key)
 
 
 bits, max_vio = measure("bits_per_byte"), measure("max_vio_validation")
@@ -51,6 +51,7 @@ GEOMETRY: tuple[Column, ...] = (
     ("score and inner activation", 2, at_the_end("coupling_neurons")),
     ("alignment, own expert", 3, at_the_end("matched")),
     ("others", 3, at_the_end("unmatched")),
+    ("churn", 3, at_the_end("churn")),
 )
 
 
@@ -74,12 +75,12 @@ def values(runs: Sequence[Record], get: Callable[[Record], float | None]) -> lis
 
 
 def cell(found: Sequence[float], digits: int) -> str:
-    """mean ± standard deviation."""
-    mean = statistics.fmean(found)
-    if not math.isfinite(mean):
+    """mean ± standard deviation, of those that are known."""
+    known = [value for value in found if math.isfinite(value)]
+    if not known:
         return "n/a"
-    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{mean:.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.{digits}f}{spread}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,22 +25,31 @@ from kmeans_route.cli.data import BatchSampler, Corpus, load_corpus, validation_
 from kmeans_route.cli.results import summarize
 from kmeans_route.cli.training import COUPLING_BYTES, Trainer, run_steps, stop_on_signal
 from kmeans_route.experts import grouped_linear
+from kmeans_route.types import Routing
 
 SAVE_EVERY, WINDOW, CHANGE_WINDOW = 100, 50, 10
 
 
 @torch.no_grad()
-def geometry(trainer: Trainer) -> dict[str, float | None]:
-    """How routers and experts lie to each other now, means over the layers.
+def geometry(trainer: Trainer, folder: Path) -> dict[str, float | None]:
+    """How routers and experts lie to each other now, means over the layers. Keeps the choices in `folder`.
 
     cosine: mean cosine between two different router directions. matched, unmatched: mean |cosine| of a router direction
     with the input-side (gate) neurons of its own expert, and of the others. coupling, coupling_neurons: correlation
     over validation tokens of the selected score with the norm of what that expert returned, and with the norm of its
-    inner activations. None where there are no scores.
+    inner activations. churn: mean share of a token's experts that were not its own at the last such call. None where
+    there are no scores, and for the first churn.
     """
     inputs: list[Tensor] = []
+    choices: list[Tensor] = []
+
+    def on_routing(_: Any, __: Any, routed: Any) -> None:
+        routing = routed if isinstance(routed, Routing) else routed[0]
+        choices.append(routing.indices.cpu())
+
     layers = trainer.model.moe_layers
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+    hooks += [layer.router.register_forward_hook(on_routing) for layer in layers]
     trainer.model.eval()
     windows = trainer.windows[: max(1, COUPLING_BYTES // trainer.config.seq_len), :-1]
     trainer.model(windows.to(trainer.device).long())
@@ -48,9 +57,21 @@ def geometry(trainer: Trainer) -> dict[str, float | None]:
         hook.remove()
     rows = [_layer_geometry(layer, x) for layer, x in zip(layers, inputs, strict=True)]
     trainer.model.train()
-    if trainer.config.router == "hash":
-        return dict.fromkeys(rows[0])
-    return {name: _finite(statistics.fmean(row[name] for row in rows)) for name in rows[0]}
+    scored = trainer.config.router != "hash"
+    means = {key: _finite(statistics.fmean(row[key] for row in rows)) if scored else None for key in rows[0]}
+    return means | {"churn": churn(torch.stack(choices), trainer.step, trainer.config.eval_every, folder)}
+
+
+def churn(choices: Tensor, step: int, every: int, folder: Path) -> float | None:
+    """Mean share of a token's experts, choices (L, T, K) ids, that `every` steps ago were not among its own; None where
+    that is not known. Files and not the checkpoint keep the choices: what is loaded again stays what it was.
+    """
+    torch.save(choices, folder / f"choices-{step}.pt")
+    before = folder / f"choices-{step - every}.pt"
+    if not before.exists():
+        return None
+    kept = (choices[..., None] == torch.load(before)[..., None, :]).any(-1)
+    return _round(1.0 - float(kept.float().mean()))
 
 
 def _layer_geometry(layer: MoE, x: Tensor) -> dict[str, float]:
@@ -114,11 +135,13 @@ def plain_run(config: TrainConfig, trial: str, folder: Path) -> dict[str, Any] |
     after_step = TRIALS[trial](trainer) if trial else None
     if checkpoints.exists(where):
         trainer.restore(checkpoints.load_checkpoint(where))
+        if after_step is not None:
+            after_step()
 
     def on_step(record: dict[str, Any]) -> None:
         tell(record)
         if record["step"] % config.eval_every == 0:
-            record["geometry"] = geometry(trainer)
+            record["geometry"] = geometry(trainer, folder)
         if after_step is not None:
             after_step()
 

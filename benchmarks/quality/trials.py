@@ -1,6 +1,7 @@
 """Changes to a K-Means router that its options do not offer, tried on a run before any of them becomes an option.
 
-Each takes the trainer of a run before its first step; what it returns, if anything, is called after every step.
+Each takes the trainer of a run before its first step; what it returns, if anything, is called after every step and
+after a checkpoint was loaded.
 """
 
 from collections.abc import Callable
@@ -133,6 +134,30 @@ def decay_follows_the_learning_rate(trainer: Trainer) -> AfterStep:
     return after_step
 
 
+def routed_by_embedding(trainer: Trainer) -> AfterStep:
+    """Every layer scores and averages the token's embedding in place of its hidden state: the byte alone decides."""
+    seen: list[Tensor] = []
+    trainer.model.embedding.register_forward_hook(lambda _, __, rows: seen.__setitem__(slice(None), [rows]))
+    for _, router in _routers(trainer):
+
+        def forward(x: Tensor, *_: Any, router: Any = router, **__: Any) -> Answer:
+            routing = router._route(seen[0].flatten(0, -2), None, None, gather=router.counts_now())
+            return routing, dispatch(x, routing)
+
+        router.forward = forward  # type: ignore[method-assign]
+    return None
+
+
+def frozen_after_a_third(trainer: Trainer) -> AfterStep:
+    """Centroids and biases stand still for the last two thirds of the steps."""
+
+    def after_step() -> None:
+        for _, router in _routers(trainer):
+            router.freeze(trainer.step >= trainer.config.steps // 3)
+
+    return after_step
+
+
 TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "learnable tau a layer": partial(learnable_tau, per_expert=False),
     "learnable tau an expert": partial(learnable_tau, per_expert=True),
@@ -140,5 +165,7 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "tokens weighted by gate": partial(weighted_tokens, by_gradient=False),
     "tokens weighted by gradient": partial(weighted_tokens, by_gradient=True),
     "centred": centred,
+    "routed by the embedding": routed_by_embedding,
+    "frozen after a third": frozen_after_a_third,
     "decay follows the rate": decay_follows_the_learning_rate,
 }
