@@ -46,6 +46,7 @@ MAIN: dict[str, dict[str, Any]] = {
     "hash of the byte": {"router": "hash"},
 }
 _PROPORTIONAL = {"router": "kmeans", "balance": "proportional"}
+_WARMER = _PROPORTIONAL | {"tau": 0.2}
 _QUANTILE = {"router": "kmeans", "balance": "quantile"}
 
 
@@ -69,7 +70,9 @@ TRIES: dict[str, dict[str, Any]] = {
     "K-Means, quantile 0.3": _QUANTILE | {"bias_rate": 0.3},
     "K-Means, proportional 0.015": _PROPORTIONAL | {"bias_rate": 0.015},
     "K-Means, proportional 0.15": _PROPORTIONAL | {"bias_rate": 0.15},
-    "K-Means, proportional, tau 0.2": _PROPORTIONAL | {"tau": 0.2},
+    "K-Means, proportional, tau 0.2": _WARMER,
+    "K-Means, proportional 0.015, tau 0.2": _WARMER | {"bias_rate": 0.015},
+    "K-Means, proportional, tau 0.2, bias step follows the rate": _WARMER | {"trial": "bias step follows the rate"},
     **{f"K-Means, {trial}": _QUANTILE | {"trial": trial} for trial in TRIALS},
 }
 CHANGES = ("prose", "lr", "batch")

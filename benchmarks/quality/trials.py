@@ -122,13 +122,17 @@ def centred(trainer: Trainer) -> AfterStep:
     return None
 
 
-def decay_follows_the_learning_rate(trainer: Trainer) -> AfterStep:
-    """1 - decay goes with the learning rate, from 0.01 at its peak (arXiv 2611.09501 does so for clustering)."""
+def follows_the_learning_rate(trainer: Trainer, *, what: str) -> AfterStep:
+    """1 - decay goes with the learning rate, from 0.01 at its peak (arXiv 2611.09501 does so for clustering); or the
+    step of the balance bias does, from its full size: what jitters with each batch would then come to rest."""
+    routers = [router for _, router in _routers(trainer)]
+    full = [router.commit_options.bias_rate for router in routers]
 
     def after_step() -> None:
         rate = learning_rate(trainer.config, trainer.step) / trainer.config.lr
-        for _, router in _routers(trainer):
-            router.commit_options = router.commit_options._replace(decay=1.0 - 0.01 * rate)
+        for router, bias_rate in zip(routers, full, strict=True):
+            new = {"decay": 1.0 - 0.01 * rate} if what == "decay" else {"bias_rate": bias_rate * rate}
+            router.commit_options = router.commit_options._replace(**new)
 
     after_step()
     return after_step
@@ -167,5 +171,6 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "centred": centred,
     "routed by the embedding": routed_by_embedding,
     "frozen after a third": frozen_after_a_third,
-    "decay follows the rate": decay_follows_the_learning_rate,
+    "decay follows the rate": partial(follows_the_learning_rate, what="decay"),
+    "bias step follows the rate": partial(follows_the_learning_rate, what="bias_rate"),
 }
