@@ -88,6 +88,9 @@ def test_jobs_are_the_study_and_bad_names_are_refused() -> None:
             studies.jobs(*arguments, [0], TrainConfig())
     with pytest.raises(ValueError, match="--only must be among"):
         studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), ["K-Means"])
+    tried = studies.jobs("tries", ["D64-E16-K2"], [0], TrainConfig(), ["K-Means, proportional 0.015, tau 0.2"])[0]
+    changes = studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), [studies.DEFAULT])[0]
+    assert tried.config == replace(changes.config, bias_rate=0.015)
 
 
 def command(folder: Path, steps: int) -> list[str]:
@@ -234,7 +237,7 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
         *(record("softmax, aux 0.01", seed, 2.0 + 0.01 * seed, 0.3) for seed in range(3)),
         *(record("K-Means, quantile", seed, 1.9 + 0.011 * seed, 0.1) for seed in range(3)),
         *(record("K-Means, sign", seed, 1.95 + 0.01 * seed, 0.2) for seed in range(3)),
-        *(record("K-Means, proportional", seed, 2.0 + 0.01 * seed, 0.4) for seed in range(3)),
+        *(record(studies.DEFAULT, seed, 2.0 + 0.01 * seed, 0.4) for seed in range(3)),
         *(record("hash of the byte", seed, 1.0, 0.9) for seed in range(3)),
         *(record("K-Means, tau 0.1", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
     ]
@@ -245,13 +248,13 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert "| router | D64-E16-K2, 100 steps |" in said
     assert "| K-Means, quantile | 1.911 ± 0.011, MaxVio 0.10 (3 seeds) |" in said
     assert "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 | 0.0 ± 0.0 |" in said
-    assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 3 |" in said
+    assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 0.000 ± 0.000 | 3 |" in said
     assert "| sigmoid, quantile | not run |" in said
     assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 pairs), resolved" in said
-    assert "MaxVio: K-Means, quantile 0.100, 3.0 times less than softmax, aux 0.01 (0.300)" in said
+    assert "MaxVio: softmax, aux 0.01 0.300, K-Means, quantile 0.100: a factor of 3.00, goal 2" in said
     assert (
-        "| K-Means, tau 0.1 | 1.910 ± 0.010 | quantile | -0.001 ± 0.002 (95%, 3 pairs), not resolved | 0.100 ± 0.000 |"
-        in said
+        "| K-Means, tau 0.1 | 1.910 ± 0.010 | K-Means, quantile | -0.001 ± 0.002 (95%, 3 pairs), not resolved "
+        "| 0.100 ± 0.000 |" in said
     )
     assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.50 |" in said
     assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000

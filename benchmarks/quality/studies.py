@@ -41,43 +41,51 @@ MAIN: dict[str, dict[str, Any]] = {
     "sigmoid, quantile": {"router": "sigmoid", "balance": "quantile"},
     "K-Means, sign": {"router": "kmeans", "balance": "sign"},
     "K-Means, proportional": {"router": "kmeans", "balance": "proportional"},
+    "K-Means, proportional, tau 0.2": {"router": "kmeans", "balance": "proportional", "tau": 0.2},
     "K-Means, quantile": {"router": "kmeans", "balance": "quantile"},
     "random, fixed": {"router": "random"},
     "hash of the byte": {"router": "hash"},
 }
-_PROPORTIONAL = {"router": "kmeans", "balance": "proportional"}
-_WARMER = _PROPORTIONAL | {"tau": 0.2}
-_QUANTILE = {"router": "kmeans", "balance": "quantile"}
+DEFAULT = "K-Means, proportional, tau 0.2"
+"""The contestant that the router's defaults make."""
 
 
 def _options(**options: Any) -> dict[str, Any]:
-    return _QUANTILE | {"router_options": options}
+    return {"router_options": options}
 
 
-TRIES: dict[str, dict[str, Any]] = {
-    **{f"K-Means, tau {tau:g}": _QUANTILE | {"tau": tau} for tau in (0.02, 0.1, 0.2, 0.5, 1.0)},
-    **{f"K-Means, decay {decay:g}": _QUANTILE | {"decay": decay} for decay in (0.99, 0.9999)},
-    "K-Means, cumulative mean": _options(average="cumulative"),
-    "K-Means, kmeans++": _options(init="kmeans++"),
-    "K-Means, raw sums": _options(accumulate="raw"),
-    "K-Means, sigmoid gate": _options(gate="sigmoid"),
-    "K-Means, cosine gate": _options(gate="cosine"),
-    "K-Means, uniform gate": _options(gate="uniform"),
-    "K-Means, detached gates": _options(detach_gates=True),
-    "K-Means, 4 groups of which 2": _options(n_group=4, topk_group=2),
-    "K-Means, commit every 4": _QUANTILE | {"commit_every": 4},
-    "K-Means, quantile 0.03": _QUANTILE | {"bias_rate": 0.03},
-    "K-Means, quantile 0.3": _QUANTILE | {"bias_rate": 0.3},
-    "K-Means, proportional 0.015": _PROPORTIONAL | {"bias_rate": 0.015},
-    "K-Means, proportional 0.15": _PROPORTIONAL | {"bias_rate": 0.15},
-    "K-Means, proportional, tau 0.2": _WARMER,
-    "K-Means, proportional 0.015, tau 0.2": _WARMER | {"bias_rate": 0.015},
-    "K-Means, proportional, tau 0.2, bias step follows the rate": _WARMER | {"trial": "bias step follows the rate"},
-    **{f"K-Means, {trial}": _QUANTILE | {"trial": trial} for trial in TRIALS},
+_TRIES: dict[str, dict[str, dict[str, Any]]] = {
+    "K-Means, quantile": {
+        **{f"K-Means, tau {tau:g}": {"tau": tau} for tau in (0.02, 0.1, 0.2, 0.5, 1.0)},
+        **{f"K-Means, decay {decay:g}": {"decay": decay} for decay in (0.99, 0.9999)},
+        "K-Means, cumulative mean": _options(average="cumulative"),
+        "K-Means, kmeans++": _options(init="kmeans++"),
+        "K-Means, raw sums": _options(accumulate="raw"),
+        "K-Means, sigmoid gate": _options(gate="sigmoid"),
+        "K-Means, cosine gate": _options(gate="cosine"),
+        "K-Means, uniform gate": _options(gate="uniform"),
+        "K-Means, detached gates": _options(detach_gates=True),
+        "K-Means, 4 groups of which 2": _options(n_group=4, topk_group=2),
+        "K-Means, commit every 4": {"commit_every": 4},
+        "K-Means, quantile 0.03": {"bias_rate": 0.03},
+        "K-Means, quantile 0.3": {"bias_rate": 0.3},
+        **{f"K-Means, {trial}": {"trial": trial} for trial in TRIALS},
+    },
+    "K-Means, proportional": {
+        "K-Means, proportional 0.015": {"bias_rate": 0.015},
+        "K-Means, proportional 0.15": {"bias_rate": 0.15},
+    },
+    DEFAULT: {
+        "K-Means, proportional 0.015, tau 0.2": {"bias_rate": 0.015},
+        f"{DEFAULT}, bias step follows the rate": {"trial": "bias step follows the rate"},
+    },
 }
+TRIES = {name: MAIN[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
+CHANGED_BY = {name: base for base, tries in _TRIES.items() for name in tries}
+"""Try -> the contestant of the main study that it changes."""
 CHANGES = ("prose", "lr", "batch")
 CHANGED = (
-    "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional",
+    "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional", DEFAULT,
     "K-Means, quantile",
 )  # fmt: skip
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
