@@ -220,7 +220,8 @@ def test_direction_of_the_study_at_a_small_size() -> None:
 
 def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = "D64-E16-K2") -> dict[str, Any]:
     measures = {
-        "bits_per_byte": bits, "max_vio_validation": max_vio, "max_vio_train": 2 * max_vio, "dead_experts": 0,
+        "bits_per_byte": bits, "max_vio_validation": max_vio, "max_vio_train": 2 * max_vio,
+        "max_vio_training_text": max_vio / 2, "dead_experts": 0,
         "load_std": max_vio / 10,
     }  # fmt: skip
     geometry = dict.fromkeys(("cosine", "coupling", "coupling_neurons", "matched", "unmatched", "churn"), 0.25)

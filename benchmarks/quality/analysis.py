@@ -29,7 +29,7 @@ Column = tuple[str, int, Callable[[Record], float | None]]
 
 def measure(key: str) -> Callable[[Record], float | None]:
     """Of a run's measures."""
-    return lambda record: record["measures"][key]
+    return lambda record: record["measures"].get(key)
 
 
 def at_the_end(key: str) -> Callable[[Record], float | None]:
@@ -41,7 +41,8 @@ bits, max_vio = measure("bits_per_byte"), measure("max_vio_validation")
 TABLE: tuple[Column, ...] = (
     ("bits per byte", 3, bits),
     ("MaxVio, validation", 3, max_vio),
-    ("MaxVio, training", 3, measure("max_vio_train")),
+    ("MaxVio, training text", 3, measure("max_vio_training_text")),
+    ("MaxVio, training batches", 3, measure("max_vio_train")),
     ("load std", 4, measure("load_std")),
     ("dead", 1, measure("dead_experts")),
 )

@@ -27,7 +27,7 @@ from kmeans_route.cli.training import COUPLING_BYTES, Trainer, run_steps, stop_o
 from kmeans_route.experts import grouped_linear
 from kmeans_route.types import Routing
 
-SAVE_EVERY, WINDOW, CHANGE_WINDOW = 100, 50, 10
+SAVE_EVERY, WINDOW, CHANGE_WINDOW, TRAINING_BYTES = 100, 50, 10, 262144
 
 
 @torch.no_grad()
@@ -157,7 +157,15 @@ def plain_run(config: TrainConfig, trial: str, folder: Path) -> dict[str, Any] |
     trainer.history[-1]["validation_bits"] = evaluation.bits_per_byte
     measures = summarize(trainer, evaluation)["measures"]
     del measures["time_ms"]  # runs side by side share the machine
+    measures["max_vio_training_text"] = training_text_max_vio(trainer)
     return reduced(trainer, measures)
+
+
+def training_text_max_vio(trainer: Trainer) -> float:
+    """MaxVio, counts pooled over windows spread over the text that was trained on: without the noise of a batch and the
+    difference between training and held-out files, both of which are larger than what a good router leaves."""
+    trainer.windows = validation_windows(trainer.corpus.train, trainer.config.seq_len, TRAINING_BYTES)
+    return float(metrics.max_vio(trainer.evaluate(coupling=False).tokens_per_expert).mean())
 
 
 def changed_run(config: TrainConfig, change: str) -> dict[str, Any] | int:
