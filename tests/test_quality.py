@@ -247,21 +247,22 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert analysis.main(["--results", str(path)]) == 0
     said = capsys.readouterr().out
     assert "| router | D64-E16-K2, 100 steps |" in said
-    assert "| K-Means, quantile | 1.911 ± 0.011, MaxVio 0.10 (3 seeds) |" in said
-    assert "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 | 0.0 ± 0.0 |" in said
+    assert "| K-Means, quantile | 1.911 ± 0.011; 0.10 / 0.05 (3 seeds) |" in said
+    row = "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.050 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 |"
+    assert row in said
     assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 0.000 ± 0.000 | 3 |" in said
     assert "| sigmoid, quantile | not run |" in said
     assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 pairs), resolved" in said
-    assert "MaxVio: softmax, aux 0.01 0.300, K-Means, quantile 0.100: a factor of 3.00, goal 2" in said
+    assert "MaxVio on training text: softmax, aux 0.01 0.150, K-Means, quantile 0.050: a factor of 3.00, goal 2" in said
     assert (
         "| K-Means, tau 0.1 | 1.910 ± 0.010 | K-Means, quantile | -0.001 ± 0.002 (95%, 3 pairs), not resolved "
-        "| 0.100 ± 0.000 |" in said
+        "| 0.100 / 0.050 |" in said
     )
-    assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.50 |" in said
+    assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.50 | 0.50 |" in said
     assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000
     assert analysis.main(["--results", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)["D64-E16-K2, 100 steps"]
-    assert document["K-Means, sign"]["MaxVio, validation"] == [0.2] * 3
+    assert document["K-Means, sign"]["MaxVio, held-out text"] == [0.2] * 3
 
 
 def test_the_pages_hold_what_the_committed_runs_say() -> None:
