@@ -64,7 +64,7 @@ def check_route_options(
     top_k: int,
     *,
     gate: str = "softmax",
-    tau: float = 0.05,
+    tau: float = 0.2,
     normalize: bool = True,
     scaling: float = 1.0,
     n_group: int | None = None,

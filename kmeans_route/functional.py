@@ -103,7 +103,7 @@ def route(
     indices: Tensor | None = None,
     directions: Tensor | None = None,
     gate: str = "softmax",
-    tau: float = 0.05,
+    tau: float = 0.2,
     normalize: bool = True,
     scaling: float = 1.0,
     n_group: int | None = None,

@@ -105,7 +105,7 @@ class KMeansRouter(StatefulRouter):
         balance: str = "proportional",
         bias_rate: float | None = None,
         gate: str = "softmax",
-        tau: float = 0.05,
+        tau: float = 0.2,
         normalize: bool = True,
         scaling: float = 1.0,
         n_group: int | None = None,

@@ -28,7 +28,7 @@ class Options(NamedTuple):
     """The arguments of `route` that change a number."""
 
     gate: str = "softmax"
-    tau: float = 0.05
+    tau: float = 0.2
     normalize: bool = True
     scaling: float = 1.0
     n_group: int | None = None

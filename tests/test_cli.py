@@ -77,7 +77,7 @@ def test_demo_writes_a_report_that_needs_nothing_else(invoke: Invoke, text: Path
     assert code == 0
     document = json.loads(stdout)
     assert [run["seed"] for run in document["runs"]] == [0, 0, 0, 3, 3, 3]
-    labels = ["K-Means, proportional, tau 0.2", "softmax, aux loss 0.01", "sigmoid, loss-free sign"]
+    labels = ["K-Means, proportional", "softmax, aux loss 0.01", "sigmoid, loss-free sign"]
     assert list(document["means"]) == labels
     bits = [run["measures"]["bits_per_byte"] for run in document["runs"] if run["label"] == labels[0]]
     assert document["means"][labels[0]]["bits_per_byte"] == pytest.approx(sum(bits) / 2)

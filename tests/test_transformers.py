@@ -496,6 +496,10 @@ def test_config_says_what_was_swapped_and_loading_checks_it(tmp_path: Path) -> N
         "DeepseekV3TopkRouter", 8, 32, 2,
     )  # fmt: skip
     assert entry["options"]["tau"] == 0.1
+    unsaid = tiny_model("deepseek_v3")
+    apply_kmeans_routing(unsaid)
+    options = unsaid.config.kmeans_route["routers"]["layers.1.mlp.gate"]["options"]
+    assert options["tau"] == KMeansRouter(8, 4, 2).options.tau, "another version's default would change the gates"
     loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
     assert _swapped_paths(loaded) == ["model.layers.1.mlp.gate"]
     base = load_kmeans_pretrained(transformers.AutoModel, tmp_path)  # the model without its head

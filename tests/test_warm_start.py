@@ -368,7 +368,7 @@ def test_after_an_error_nothing_has_changed(
         assert_same_bits(value, before[name], name)
     for layer, sums in zip(new.layers, pending, strict=True):
         assert_same_bits(layer.router.pending.sums, sums)
-        assert layer.router.options.tau == 0.05
+        assert layer.router.options.tau == 0.2
     assert not any(m._forward_hooks for m in old.modules())
     assert all(m.training for m in new.modules())
 

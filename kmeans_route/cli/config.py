@@ -61,7 +61,7 @@ class TrainConfig:
     lr: float = 3e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    tau: float = 0.05
+    tau: float = 0.2
     decay: float = 0.999
     router_options: dict[str, Any] = field(default_factory=dict)
     commit_every: int = 1
@@ -114,7 +114,7 @@ class TrainConfig:
             return "hash of the byte"
         if self.router != "kmeans":
             return f"{self.router}, {rule}"
-        more = "" if self.tau == 0.05 else f", tau {self.tau:g}"
+        more = "" if self.tau == 0.2 else f", tau {self.tau:g}"
         return f"K-Means, {rule}{more}" + "".join(f", {name} {value}" for name, value in self.router_options.items())
 
     def to_dict(self) -> dict[str, Any]:

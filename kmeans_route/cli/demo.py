@@ -18,13 +18,11 @@ from kmeans_route.cli.run import Stopped, train_run
 
 DEMO_STEPS = 250
 CONTESTANTS: tuple[dict[str, Any], ...] = (
-    # In runs this short the default temperature of 0.05 costs 0.04 bits per byte: almost all the gate, and so almost
-    # all the gradient, goes to one expert of the two.
-    {"router": "kmeans", "balance": "proportional", "tau": 0.2},
+    {"router": "kmeans", "balance": "proportional"},
     {"router": "softmax", "balance": "aux", "aux_loss_coef": 0.01},
     {"router": "sigmoid", "balance": "sign"},
 )
-"""What is compared, each with its default settings but for the temperature of K-Means."""
+"""What is compared, each with its default settings."""
 
 
 def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output: Output) -> int:

@@ -7,7 +7,7 @@ Example:
     from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter
 
     spec = get_moe_module_spec(use_te=False, num_experts=8)
-    spec.submodules.router = partial(KMeansTopKRouter, tau=0.05)
+    spec.submodules.router = partial(KMeansTopKRouter, tau=0.2)
 
     def before_training(config, model):  # model: the list of chunks, as get_model returns it
         config.finalize_model_grads_func = FinalizeModelGrads(finalize_model_grads, model)

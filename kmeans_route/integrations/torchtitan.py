@@ -52,7 +52,7 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
 
         score_func: str = "softmax"
         route_norm: bool = True
-        tau: float = 0.05
+        tau: float = 0.2
         decay: float = 0.999
         average: str = "ema"
         accumulate: str = "unit"
@@ -137,7 +137,7 @@ class KMeansRouting(ModelConfigConverter):
     class Config(ModelConfigConverter.Config):
         """balance: "block" keeps the block's bias and its sign update; a rule of `KMeansRouter` takes its place.
 
-        options: fields of `KMeansTokenChoiceRouter.Config`. The gate is softmax over the chosen experts with tau 0.05
+        options: fields of `KMeansTokenChoiceRouter.Config`. The gate is softmax over the chosen experts with tau 0.2
         unless they say otherwise; groups, top_k and route_scale are those of the router that is replaced.
         """
 

@@ -10,8 +10,8 @@ Example:
     >>> model = MixtralForCausalLM(config).train()
     >>> print(apply_kmeans_routing(model))
     2 routers swapped
-    model.layers.0.mlp.gate  MixtralTopKRouter  E=4 D=32 K=2 gate=softmax tau=0.05
-    model.layers.1.mlp.gate  MixtralTopKRouter  E=4 D=32 K=2 gate=softmax tau=0.05
+    model.layers.0.mlp.gate  MixtralTopKRouter  E=4 D=32 K=2 gate=softmax tau=0.2
+    model.layers.1.mlp.gate  MixtralTopKRouter  E=4 D=32 K=2 gate=softmax tau=0.2
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> attachment = attach(model, optimizer)  # or KMeansRouterCallback().add_to(trainer)
     >>> tokens = torch.randint(64, (4, 16))
@@ -293,7 +293,7 @@ def _make(
             router.set_centroids(gate)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; or pass from_gate=False") from error
-    router.chosen_options = {"name": path, **options}
+    router.chosen_options |= {"name": path, **options}
     return router
 
 

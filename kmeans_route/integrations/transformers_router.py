@@ -149,13 +149,13 @@ class TransformersRouter(KMeansRouter):
 
     @property
     def options(self) -> RouteOptions:
-        """How it selects and weighs. A tau that is fitted after the swap goes into config.json too."""
+        """How it selects and weighs. config.json says tau whether it was chosen, fitted after the swap or the default of
+        this version: a model keeps the gates that it was trained with."""
         return self._options
 
     @options.setter
     def options(self, options: RouteOptions) -> None:
-        if "tau" in self.chosen_options or options.tau != getattr(self, "_options", options).tau:
-            self.chosen_options["tau"] = options.tau
+        self.chosen_options["tau"] = options.tau
         self._options = options
 
     @property
