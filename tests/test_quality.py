@@ -93,6 +93,15 @@ def test_jobs_are_the_study_and_bad_names_are_refused() -> None:
     assert tried.config == replace(changes.config, bias_rate=0.015)
 
 
+def test_the_default_of_the_study_is_that_of_the_router() -> None:
+    chosen = studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), [studies.DEFAULT])[0].config
+    default = KMeansRouter(64, 16, 2)
+    assert chosen.router_options == {}
+    assert (chosen.tau, chosen.decay) == (default.options.tau, default.commit_options.decay)
+    assert (chosen.balance, chosen.bias_rate) == (default.commit_options.balance, None)
+    assert TrainConfig().tau == default.options.tau
+
+
 def command(folder: Path, steps: int) -> list[str]:
     return [
         sys.executable, "-m", "benchmarks.quality.sweep", "--size", studies.TINY, "--seeds", "0", "--steps", str(steps),

@@ -149,8 +149,8 @@ class TransformersRouter(KMeansRouter):
 
     @property
     def options(self) -> RouteOptions:
-        """How it selects and weighs. config.json says tau whether it was chosen, fitted after the swap or the default of
-        this version: a model keeps the gates that it was trained with."""
+        """How it selects and weighs. config.json says tau, be it chosen, fitted later or this version's default:
+        a model keeps the gates that it was trained with."""
         return self._options
 
     @options.setter
