@@ -20,7 +20,7 @@ from kmeans_route.functional import directions_for
 from kmeans_route.testing import make_centroids
 from kmeans_route.types import Dispatch, Routing
 
-TAU = 0.05
+TAU = 0.2
 
 
 class Cell(NamedTuple):

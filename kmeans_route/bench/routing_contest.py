@@ -25,7 +25,7 @@ RIVALS = ("eager", "compiled reference", "learned", "learned compiled", "textboo
 QUICK_RIVALS = tuple(name for name in RIVALS if "compiled" not in name)
 """Those that need no compiler."""
 MODES = ("eval", "train")
-TAU = 0.05
+TAU = 0.2
 
 
 class Entry(NamedTuple):
