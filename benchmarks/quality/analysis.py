@@ -231,7 +231,8 @@ def changes(records: Sequence[Record]) -> list[str]:
         for (size, steps), contestants in groups(records, [change]).items():
             rows = [[name.removesuffix(f"; {change}"), *_around(runs)] for name, runs in contestants.items()]
             head = ["router", "MaxVio before", "highest after", "at the end", "dead, most after", "seeds"]
-            parts.append(f"### {size}, {steps} steps, {change} changes after half\n\n{markdown(head, rows)}")
+            title = f"### {size}, {steps} steps, after half of them {CHANGES[change]}"
+            parts.append(f"{title}\n\n{markdown(head, rows)}")
     return parts
 
 
@@ -333,7 +334,7 @@ def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
     for change in CHANGES:
         for (size, steps), contestants in groups(records, [change]).items():
             paths.append(folder / f"quality-{size}-{steps}-{change}.png")
-            draw_changes(f"{size}: {change} changes", change, contestants, paths[-1])
+            draw_changes(f"{size}: {CHANGES[change]}", change, contestants, paths[-1])
     return paths
 
 

@@ -83,7 +83,12 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
 TRIES = {name: MAIN[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
 CHANGED_BY = {name: base for base, tries in _TRIES.items() for name in tries}
 """Try -> the contestant of the main study that it changes."""
-CHANGES = ("prose", "lr", "batch")
+CHANGES = {
+    "prose": "the text turns from code to prose",
+    "lr": "the learning rate doubles",
+    "batch": "the batch grows from 4 to 64 sequences",
+}
+"""What happens after half of the steps."""
 CHANGED = (
     "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional", DEFAULT,
     "K-Means, quantile",
