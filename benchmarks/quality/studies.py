@@ -77,7 +77,10 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     DEFAULT: {
         "K-Means, proportional 0.015, tau 0.2": {"bias_rate": 0.015},
-        f"{DEFAULT}, bias step follows the rate": {"trial": "bias step follows the rate"},
+        **{
+            f"{DEFAULT}, {trial}": {"trial": trial}
+            for trial in ("bias step follows the rate", "first choices alone", "k-th choices halved", "centred")
+        },
     },
 }
 TRIES = {name: MAIN[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}

@@ -106,6 +106,29 @@ def _add_weighted(router: KMeansRouter, x: Tensor, routing: Routing, weights: Te
         router.pending.sums.index_add_(0, routing.indices[:, k], unit * extra[:, k, None])
 
 
+def by_rank(trainer: Trainer, *, share: float) -> AfterStep:
+    """An expert's mean weighs a token by share^(k-1) where the expert was the token's k-th choice; with 0 only first
+    choices count, and an expert that was nobody's stays. Rank-weighted means are those of neural gas (Martinetz and
+    Schulten 1991). For one forward a step."""
+    for _, router in _routers(trainer):
+        plain = router.forward
+
+        def forward(x: Tensor, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
+            routing, sent = plain(x, *args, **kwargs)
+            if router.counts_now() and bool(router.initialized):
+                unit = x.detach() * routing.inv_norm[:, None]
+                sums, total = torch.zeros_like(router.weight), torch.zeros_like(router.expert_bias)
+                for k, chosen in enumerate(routing.indices.T):
+                    sums.index_add_(0, chosen, unit, alpha=share**k)
+                    total.index_add_(0, chosen, routing.valid.float(), alpha=share**k)
+                mean = torch.where(total[:, None] > 0, sums / total[:, None].clamp_min(1e-30), router.weight)
+                router.pending.sums.copy_(mean * router.pending.counts[:, None])  # a commit divides by the counts
+            return routing, sent
+
+        router.forward = forward  # type: ignore[method-assign]
+    return None
+
+
 def centred(trainer: Trainer) -> AfterStep:
     """The running mean of all hidden states is taken off before scoring and averaging."""
     for layer, router in _routers(trainer):
@@ -168,6 +191,8 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "learned offset": learned_offset,
     "tokens weighted by gate": partial(weighted_tokens, by_gradient=False),
     "tokens weighted by gradient": partial(weighted_tokens, by_gradient=True),
+    "first choices alone": partial(by_rank, share=0.0),
+    "k-th choices halved": partial(by_rank, share=0.5),
     "centred": centred,
     "routed by the embedding": routed_by_embedding,
     "frozen after a third": frozen_after_a_third,
