@@ -123,6 +123,42 @@ def dead_experts(counts: Tensor) -> Tensor:
     return (counts == 0).sum(-1)
 
 
+def effective_experts(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """How many experts choose independently: 1 + (tr C)^2 / tr(C^2), C the (E, E) covariance over tokens of [e in sel_t].
+
+    The ratio is the participation ratio of C's spectrum: the number of its directions that carry variance. Loads do not
+    show what this does: where experts are always chosen together they are one expert of their summed width, however
+    even the load. E balanced experts of which each token takes K at random give E, for K = 1 too; two sets of E / 2
+    that are always chosen whole give 2; one set for all tokens gives 1.
+
+    Args:
+        indices: (..., T, K) int64 ids in [0, E), distinct in a row, as routers return them.
+        num_experts: E.
+        mask: (..., T) bool; tokens where it is false are left out.
+
+    Returns:
+        (...) fp32 in [1, E].
+
+    Raises:
+        ValueError: indices has fewer than two dimensions.
+
+    Example:
+        >>> import torch
+        >>> effective_experts(torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]]), num_experts=4).item()
+        2.0
+    """
+    if indices.dim() < 2:
+        raise ValueError(f"indices must be (..., T, K), got {tuple(indices.shape)}: pass a row of expert ids a token")
+    chosen = torch.zeros(*indices.shape[:-1], num_experts, device=indices.device).scatter(-1, indices, 1.0)
+    keep = torch.ones_like(chosen[..., :1]) if mask is None else mask[..., None].to(chosen.dtype)
+    total = keep.sum(-2, keepdim=True).clamp_min(1)
+    centred = (chosen - (chosen * keep).sum(-2, keepdim=True) / total) * keep
+    with torch.autocast(indices.device.type, enabled=False):
+        covariance = centred.mT @ centred / total
+    trace, squares = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), covariance.square().sum((-2, -1))
+    return (1 + trace**2 / torch.where(squares > 0, squares, 1.0)).clamp(1, num_experts)
+
+
 def pairwise_cosine(weight: Tensor) -> Tensor:
     """Cosine between every two centroids: d_i . d_j with d_e = c_e / ||c_e||.
 

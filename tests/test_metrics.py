@@ -94,6 +94,31 @@ def test_large_counts_keep_their_digits() -> None:
     assert metrics.max_vio(torch.full((3,), 2**24 + 1)).item() == pytest.approx(0, abs=2e-7)
 
 
+def test_effective_experts_by_hand() -> None:
+    pairs = torch.combinations(torch.arange(8), 2)  # every set of 2 of 8 once: nothing tells two experts apart
+    assert metrics.effective_experts(pairs, 8).item() == pytest.approx(8, abs=1e-4)
+    assert metrics.effective_experts(torch.arange(40)[:, None] % 5, 5).item() == pytest.approx(5, abs=1e-4)
+    halves = torch.arange(8).view(2, 4).repeat(6, 1)[:, torch.tensor([2, 0, 3, 1])]
+    assert metrics.effective_experts(halves, 8).item() == pytest.approx(2, abs=1e-5)
+    assert metrics.effective_experts(torch.tensor([[1, 4]]).expand(9, -1), 6).item() == 1
+    assert metrics.effective_experts(pairs[:0], 8).item() == 1
+    # Experts 0 and 1 share half of the tokens as one, 2 and 3 the others apart: variances 1/4, 1/4, 3/16, 3/16.
+    mixed = torch.tensor([[0, 1], [0, 1], [2, 4], [3, 4]])
+    covariance = torch.cov(torch.zeros(4, 5).scatter(1, mixed, 1.0).T, correction=0)
+    expected = 1 + covariance.trace() ** 2 / covariance.square().sum()
+    torch.testing.assert_close(metrics.effective_experts(mixed, 5), expected)
+
+
+def test_effective_experts_takes_layers_and_leaves_masked_tokens_out() -> None:
+    indices = torch.rand(3, 50, 8).argsort(-1)[..., :3]
+    mask = torch.arange(50) % 4 > 0
+    each = torch.stack([metrics.effective_experts(layer[mask], 8) for layer in indices])
+    torch.testing.assert_close(metrics.effective_experts(indices, 8, mask.expand(3, -1)), each)
+    assert metrics.effective_experts(indices, 8, torch.zeros(3, 50, dtype=torch.bool)).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="indices must be"):
+        metrics.effective_experts(torch.zeros(3, dtype=torch.int64), 8)
+
+
 def test_pairwise_cosine_by_hand() -> None:
     weight = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, -3.0], [0.0, 0.0]])
     half = math.sqrt(0.5)
@@ -194,5 +219,6 @@ def test_no_metric_asks_the_device() -> None:
         for metric in [metrics.load, *COUNT_METRICS]:
             metric(counts)
         metrics.mean_pairwise_cosine(weight)
+        metrics.effective_experts(torch.zeros(5, 2, dtype=torch.int64), 8)
         metrics.centroid_drift(weight, weight)
         metrics.coupling(torch.zeros(5, 2), torch.zeros(5, 2), torch.ones(5, 1, dtype=torch.bool))

@@ -159,7 +159,9 @@ def test_a_fixed_table_has_no_churn(tmp_path: Path, router: str) -> None:
     found = []
     for _ in range(3):
         trainer.train_step()
-        found.append(one.geometry(trainer, tmp_path)["churn"])
+        seen = one.geometry(trainer, tmp_path)
+        found.append(seen["churn"])
+        assert 1 < seen["effective_experts"] <= 4
     assert found[0] is None
     assert all((churn > 0) == (router == "kmeans") for churn in found[1:])
 
@@ -233,9 +235,10 @@ def record(contestant: str, seed: int, bits: float, max_vio: float, size: str = 
         "max_vio_training_text": max_vio / 2, "dead_experts": 0,
         "load_std": max_vio / 10,
     }  # fmt: skip
-    geometry = dict.fromkeys(("cosine", "coupling", "coupling_neurons", "matched", "unmatched", "churn"), 0.25)
+    names = ("cosine", "coupling", "coupling_neurons", "matched", "unmatched", "churn", "effective_experts")
+    geometry = dict.fromkeys(names, 0.25)
     if "hash" in contestant:
-        geometry = dict.fromkeys(geometry) | {"churn": 0.0}
+        geometry = dict.fromkeys(geometry) | {"churn": 0.0, "effective_experts": 12.0}
     return {
         "size": size, "contestant": contestant, "config": {"steps": 100, "seed": seed}, "measures": measures,
         "geometry": [{"step": 100, **geometry}], "validation": [[50, bits + 1], [100, bits]],
@@ -259,7 +262,7 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert "| K-Means, quantile | 1.911 ± 0.011; 0.10 / 0.05 (3 seeds) |" in said
     row = "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.050 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 |"
     assert row in said
-    assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 0.000 ± 0.000 | 3 |" in said
+    assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 0.000 ± 0.000 | 12.0 ± 0.0 | 3 |" in said
     assert "| sigmoid, quantile | not run |" in said
     assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 pairs), resolved" in said
     assert "MaxVio on training text: softmax, aux 0.01 0.150, K-Means, quantile 0.050: a factor of 3.00, goal 2" in said

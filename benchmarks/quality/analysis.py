@@ -54,6 +54,7 @@ GEOMETRY: tuple[Column, ...] = (
     ("alignment, own expert", 3, at_the_end("matched")),
     ("others", 3, at_the_end("unmatched")),
     ("churn", 3, at_the_end("churn")),
+    ("effective experts", 1, at_the_end("effective_experts")),
 )
 
 

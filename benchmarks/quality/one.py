@@ -37,8 +37,8 @@ def geometry(trainer: Trainer, folder: Path) -> dict[str, float | None]:
     cosine: mean cosine between two different router directions. matched, unmatched: mean |cosine| of a router direction
     with the input-side (gate) neurons of its own expert, and of the others. coupling, coupling_neurons: correlation
     over validation tokens of the selected score with the norm of what that expert returned, and with the norm of its
-    inner activations. churn: mean share of a token's experts that were not its own at the last such call. None where
-    there are no scores, and for the first churn.
+    inner activations. effective_experts: see `metrics`. churn: mean share of a token's experts that were not its own at
+    the last such call. None where there are no scores, and for the first churn.
     """
     inputs: list[Tensor] = []
     choices: list[Tensor] = []
@@ -59,7 +59,11 @@ def geometry(trainer: Trainer, folder: Path) -> dict[str, float | None]:
     trainer.model.train()
     scored = trainer.config.router != "hash"
     means = {key: _finite(statistics.fmean(row[key] for row in rows)) if scored else None for key in rows[0]}
-    return means | {"churn": churn(torch.stack(choices), trainer.step, trainer.config.eval_every, folder)}
+    chosen = torch.stack(choices)
+    return means | {
+        "effective_experts": _round(float(metrics.effective_experts(chosen, trainer.config.experts).mean())),
+        "churn": churn(chosen, trainer.step, trainer.config.eval_every, folder),
+    }
 
 
 def churn(choices: Tensor, step: int, every: int, folder: Path) -> float | None:
