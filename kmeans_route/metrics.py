@@ -126,10 +126,10 @@ def dead_experts(counts: Tensor) -> Tensor:
 def effective_experts(indices: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
     """How many experts are chosen independently: 1 + (tr C)^2 / tr(C^2), C the covariance over tokens of [e in sel_t].
 
-    C is (E, E); the ratio is the participation ratio of C's spectrum: the number of its directions that carry variance. Loads do not
-    show what this does: where experts are always chosen together they are one expert of their summed width, however
-    even the load. E balanced experts of which each token takes K at random give E, for K = 1 too; two sets of E / 2
-    that are always chosen whole give 2; one set for all tokens gives 1.
+    C is (E, E); the ratio is the participation ratio of its spectrum, the number of directions that carry variance.
+    Loads do not show what this does: where experts are always chosen together they are one expert of their summed
+    width, however even the load. E balanced experts of which each token takes K at random give E, for K = 1 too; two
+    sets of E / 2 that are always chosen whole give 2; one set for all tokens gives 1.
 
     Args:
         indices: (..., T, K) int64 ids in [0, E), distinct in a row, as routers return them.
