@@ -16,11 +16,10 @@ from kmeans_route import KMeansRouter, combine, directions, reference
 from kmeans_route.bench import truth
 from kmeans_route.bench.clock import Outcome, reason
 from kmeans_route.bench.truth import CHUNK, assert_near, chunks, cosines
+from kmeans_route.checks import DEFAULT_TAU as TAU
 from kmeans_route.functional import directions_for
 from kmeans_route.testing import make_centroids
 from kmeans_route.types import Dispatch, Routing
-
-TAU = 0.2
 
 
 class Cell(NamedTuple):

@@ -15,6 +15,8 @@ GATES = ("softmax", "sigmoid", "cosine", "uniform")
 GROUP_SCORES = ("top2", "max")
 BACKENDS = ("auto", "reference", "torch", "triton")
 ACCUMULATES = ("unit", "raw")
+DEFAULT_TAU = 0.2
+"""Temperature of the gates: the winner of docs/quality.md."""
 
 
 class RouteOptions(NamedTuple):
@@ -64,7 +66,7 @@ def check_route_options(
     top_k: int,
     *,
     gate: str = "softmax",
-    tau: float = 0.2,
+    tau: float = DEFAULT_TAU,
     normalize: bool = True,
     scaling: float = 1.0,
     n_group: int | None = None,

@@ -14,6 +14,7 @@ from kmeans_route import ops, reference
 from kmeans_route.checks import (
     ACCUMULATES,
     BACKENDS,
+    DEFAULT_TAU,
     RouteOptions,
     check_choice,
     check_device,
@@ -103,7 +104,7 @@ def route(
     indices: Tensor | None = None,
     directions: Tensor | None = None,
     gate: str = "softmax",
-    tau: float = 0.2,
+    tau: float = DEFAULT_TAU,
     normalize: bool = True,
     scaling: float = 1.0,
     n_group: int | None = None,

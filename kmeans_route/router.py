@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kmeans_route import metrics, ops, reference
 from kmeans_route.checks import (
     ACCUMULATES,
+    DEFAULT_TAU,
     check_choice,
     check_device,
     check_index_values,
@@ -105,7 +106,7 @@ class KMeansRouter(StatefulRouter):
         balance: str = "proportional",
         bias_rate: float | None = None,
         gate: str = "softmax",
-        tau: float = 0.2,
+        tau: float = DEFAULT_TAU,
         normalize: bool = True,
         scaling: float = 1.0,
         n_group: int | None = None,

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kmeans_route.checks import DEFAULT_TAU
+
 AUX_LOSS_COEF = 0.01
 
 
@@ -127,7 +129,7 @@ class TextbookKMeansRouter:
         decay: of the running average.
     """
 
-    def __init__(self, centroids: Tensor, top_k: int, *, tau: float = 0.2, decay: float = 0.999) -> None:
+    def __init__(self, centroids: Tensor, top_k: int, *, tau: float = DEFAULT_TAU, decay: float = 0.999) -> None:
         self.centroids, self.top_k, self.tau, self.decay = centroids, top_k, tau, decay
 
     def __call__(self, x: Tensor, *, update: bool = True) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from kmeans_route import KMeansRouter, Routing, centroid_sums, directions, route
 from kmeans_route.bench import baselines, truth
 from kmeans_route.bench.clock import Clock, reason
 from kmeans_route.bench.contest import Contest, Contestant, NotVerifiedError
+from kmeans_route.checks import DEFAULT_TAU as TAU
 from kmeans_route.testing import BenchShape, assert_same_selection, make_centroids, make_hidden_states
 
 OURS = "kmeans_route"
@@ -25,7 +26,6 @@ RIVALS = ("eager", "compiled reference", "learned", "learned compiled", "textboo
 QUICK_RIVALS = tuple(name for name in RIVALS if "compiled" not in name)
 """Those that need no compiler."""
 MODES = ("eval", "train")
-TAU = 0.2
 
 
 class Entry(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from kmeans_route.checks import DEFAULT_TAU
+
 BALANCES: dict[str, tuple[str, ...]] = {
     "kmeans": ("proportional", "sign", "quantile", "none"),
     "softmax": ("aux", "sign", "quantile", "none"),
@@ -61,7 +63,7 @@ class TrainConfig:
     lr: float = 3e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    tau: float = 0.2
+    tau: float = DEFAULT_TAU
     decay: float = 0.999
     router_options: dict[str, Any] = field(default_factory=dict)
     commit_every: int = 1
@@ -114,7 +116,7 @@ class TrainConfig:
             return "hash of the byte"
         if self.router != "kmeans":
             return f"{self.router}, {rule}"
-        more = "" if self.tau == 0.2 else f", tau {self.tau:g}"
+        more = "" if self.tau == DEFAULT_TAU else f", tau {self.tau:g}"
         return f"K-Means, {rule}{more}" + "".join(f", {name} {value}" for name, value in self.router_options.items())
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kmeans_route.attach import Attachment, attach
-from kmeans_route.checks import check_choice
+from kmeans_route.checks import DEFAULT_TAU, check_choice
 from kmeans_route.integrations import require
 from kmeans_route.router import BALANCES, KMeansRouter
 from kmeans_route.types import Routing
@@ -52,7 +52,7 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
 
         score_func: str = "softmax"
         route_norm: bool = True
-        tau: float = 0.2
+        tau: float = DEFAULT_TAU
         decay: float = 0.999
         average: str = "ema"
         accumulate: str = "unit"
