@@ -202,6 +202,19 @@ def test_a_trial_changes_what_is_learnt_and_survives_a_stop(trial: str) -> None:
     assert runs[0] != [plain.train_step()["loss_bits"] for _ in range(config.steps)]
 
 
+@pytest.mark.parametrize(("top_k", "share", "residual"), [(2, 1.0, False), (1, 0.0, True), (1, 0.5, False)])
+def test_ranks_weigh_as_they_say(top_k: int, share: float, residual: bool) -> None:
+    """Equal weights are the plain rule; so is everything with one choice, of which nothing is left over."""
+    config = TrainConfig(router="kmeans", **SMALL | {"top_k": top_k, "steps": 4})
+    plain, ranked = Trainer(config, CORPUS), Trainer(config, CORPUS)
+    trials.by_rank(ranked, share=share, residual=residual)
+    for trainer in (plain, ranked):
+        for _ in range(config.steps):
+            trainer.train_step()
+    weights = [trainer.model.moe_layers[0].router.weight for trainer in (plain, ranked)]
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-4)
+
+
 def test_prose_and_code_part_ways() -> None:
     source = '"""Top."""\nx = 1  # why\ndef f():\n    """Inner."""\nclass C:\n    """Third."""\n    y = 2\n'
     prose, code = texts.prose_and_code(source)

@@ -79,7 +79,13 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
         "K-Means, proportional 0.015, tau 0.2": {"bias_rate": 0.015},
         **{
             f"{DEFAULT}, {trial}": {"trial": trial}
-            for trial in ("bias step follows the rate", "first choices alone", "k-th choices halved", "centred")
+            for trial in (
+                "bias step follows the rate",
+                "first choices alone",
+                "k-th choices halved",
+                "residuals",
+                "centred",
+            )
         },
     },
 }

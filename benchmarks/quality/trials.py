@@ -106,21 +106,26 @@ def _add_weighted(router: KMeansRouter, x: Tensor, routing: Routing, weights: Te
         router.pending.sums.index_add_(0, routing.indices[:, k], unit * extra[:, k, None])
 
 
-def by_rank(trainer: Trainer, *, share: float) -> AfterStep:
+def by_rank(trainer: Trainer, *, share: float, residual: bool = False) -> AfterStep:
     """An expert's mean weighs a token by share^(k-1) where the expert was the token's k-th choice; with 0 only first
     choices count, and an expert that was nobody's stays. Rank-weighted means are those of neural gas (Martinetz and
-    Schulten 1991). For one forward a step."""
+    Schulten 1991). residual: a choice gets what those before it have left, x / ||x|| less its part along each of their
+    directions in turn (matching pursuit, Mallat and Zhang 1993), so that experts that are chosen together part ways.
+    For one forward a step."""
     for _, router in _routers(trainer):
         plain = router.forward
 
         def forward(x: Tensor, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
             routing, sent = plain(x, *args, **kwargs)
             if router.counts_now() and bool(router.initialized):
-                unit = x.detach() * routing.inv_norm[:, None]
+                rows = x.detach() * routing.inv_norm[:, None]
                 sums, total = torch.zeros_like(router.weight), torch.zeros_like(router.expert_bias)
+                unit = F.normalize(router.weight, dim=1)
                 for k, chosen in enumerate(routing.indices.T):
-                    sums.index_add_(0, chosen, unit, alpha=share**k)
+                    sums.index_add_(0, chosen, rows, alpha=share**k)
                     total.index_add_(0, chosen, routing.valid.float(), alpha=share**k)
+                    if residual:
+                        rows = rows - (rows * unit[chosen]).sum(1, keepdim=True) * unit[chosen]
                 mean = torch.where(total[:, None] > 0, sums / total[:, None].clamp_min(1e-30), router.weight)
                 router.pending.sums.copy_(mean * router.pending.counts[:, None])  # a commit divides by the counts
             return routing, sent
@@ -193,6 +198,7 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "tokens weighted by gradient": partial(weighted_tokens, by_gradient=True),
     "first choices alone": partial(by_rank, share=0.0),
     "k-th choices halved": partial(by_rank, share=0.5),
+    "residuals": partial(by_rank, share=1.0, residual=True),
     "centred": centred,
     "routed by the embedding": routed_by_embedding,
     "frozen after a third": frozen_after_a_third,
