@@ -84,6 +84,8 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
                 "first choices alone",
                 "k-th choices halved",
                 "residuals",
+                "fixed at first tokens",
+                "routed by the embedding",
                 "centred",
             )
         },

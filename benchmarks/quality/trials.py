@@ -190,6 +190,20 @@ def frozen_after_a_third(trainer: Trainer) -> AfterStep:
     return after_step
 
 
+def fixed_at_first_tokens(trainer: Trainer) -> AfterStep:
+    """Centroids stay the tokens that they started as, drawn from the first step; biases move. What averaging is worth."""
+    kept = [(router, torch.zeros_like(router.weight)) for _, router in _routers(trainer)]
+
+    def after_step() -> None:
+        for router, first in kept:
+            if first.any():
+                router.weight.copy_(first)
+            elif router.initialized:
+                first.copy_(router.weight)
+
+    return after_step
+
+
 TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "learnable tau a layer": partial(learnable_tau, per_expert=False),
     "learnable tau an expert": partial(learnable_tau, per_expert=True),
@@ -202,6 +216,7 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "centred": centred,
     "routed by the embedding": routed_by_embedding,
     "frozen after a third": frozen_after_a_third,
+    "fixed at first tokens": fixed_at_first_tokens,
     "decay follows the rate": partial(follows_the_learning_rate, what="decay"),
     "bias step follows the rate": partial(follows_the_learning_rate, what="bias_rate"),
 }
