@@ -191,7 +191,7 @@ def frozen_after_a_third(trainer: Trainer) -> AfterStep:
 
 
 def fixed_at_first_tokens(trainer: Trainer) -> AfterStep:
-    """Centroids stay the tokens that they started as, drawn from the first step; biases move. What averaging is worth."""
+    """Centroids stay the tokens that they started as, drawn from the first step; biases move. Averaging off."""
     kept = [(router, torch.zeros_like(router.weight)) for _, router in _routers(trainer)]
 
     def after_step() -> None:
