@@ -199,9 +199,10 @@ def against(contestants: Group, main: Group) -> str:
         base = CHANGED_BY[name]
         difference = compared(runs, main.get(base, []))
         violation = " / ".join(mean_text(values(runs, get), 3) for get in (max_vio, max_vio_trained))
-        rows.append([name, cell(values(runs, bits), 3), base, difference, violation])
+        experts = mean_text(values(runs, at_the_end("effective_experts")), 1)
+        rows.append([name, cell(values(runs, bits), 3), base, difference, violation, experts])
     head = ["try", "bits per byte", "what it changes", "difference from that", "MaxVio, held-out / training text"]
-    return markdown(head, rows)
+    return markdown([*head, "effective experts"], rows)
 
 
 def stability(contestants: Group) -> str:

@@ -77,6 +77,7 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     DEFAULT: {
         "K-Means, proportional 0.015, tau 0.2": {"bias_rate": 0.015},
+        f"{DEFAULT}, cumulative mean": _options(average="cumulative"),
         **{
             f"{DEFAULT}, {trial}": {"trial": trial}
             for trial in (
