@@ -147,7 +147,7 @@ def test_table_shows_mean_and_spread_over_seeds() -> None:
     assert cells["validation bits per byte"] == ["2.500 ± 0.707", "2.500"]
     assert cells["dead experts, validation (of 8)"][0] == "0.0 ± 0.0"
     runs[0]["measures"]["coupling"] = float("nan")
-    assert results.table_rows(runs)[1][6] == ["router-expert coupling (correlation)", "n/a", "0.00"]
+    assert results.table_rows(runs)[1][7] == ["router-expert coupling (correlation)", "n/a", "0.00"]
 
 
 # Train

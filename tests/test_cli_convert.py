@@ -99,7 +99,7 @@ def test_convert_starts_warm(router: str, start: str, runs: Path, tmp_path: Path
         assert (turned < 1e-5) == (start == "rows")
     # What the command says is what the two checkpoints do.
     for key, trainer in (("bits_per_byte_before", old), ("bits_per_byte_after", new)):
-        evaluation = trainer.evaluate(coupling=False)
+        evaluation = trainer.evaluate(sample=False)
         assert document[key] == pytest.approx(evaluation.bits_per_byte, rel=1e-6)
     loads = metrics.max_vio(evaluation.tokens_per_expert).tolist()
     assert [document["routers"][name]["max_vio_after"] for name in NAMES] == pytest.approx(loads)
@@ -139,7 +139,7 @@ def test_export_of_a_trained_run(router: str, runs: Path, tmp_path: Path) -> Non
     assert_rest_is_the_same(runs / "kmeans", out)
     old, new = trainer_of(runs / "kmeans"), trainer_of(out)
     for key, trainer in (("bits_per_byte_before", old), ("bits_per_byte_after", new)):
-        assert document[key] == pytest.approx(trainer.evaluate(coupling=False).bits_per_byte, rel=1e-6)
+        assert document[key] == pytest.approx(trainer.evaluate(sample=False).bits_per_byte, rel=1e-6)
     if router == "softmax":
         assert not any(new.model.get_submodule(name).expert_bias.any() for name in NAMES)
     assert document["mean"]["overlap"] > 0.8
@@ -188,7 +188,7 @@ def test_inspect_a_run(runs: Path, tmp_path: Path) -> None:
     assert code == 0
     assert list(document["routers"]) == NAMES
     trainer = trainer_of(runs / "kmeans")
-    counts = trainer.evaluate(coupling=False).tokens_per_expert
+    counts = trainer.evaluate(sample=False).tokens_per_expert
     for facts, count, layer in zip(document["routers"].values(), counts, trainer.model.moe_layers, strict=True):
         router = layer.router
         assert (facts["kind"], facts["experts"], facts["hidden"], facts["steps"]) == ("kmeans", 4, 16, 7)
@@ -214,7 +214,7 @@ def test_lag_is_the_angle_to_the_tokens_of_now(runs: Path) -> None:
     layer = trainer.model.moe_layers[0]
     x: list[torch.Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: x.append(args[0]))
-    trainer.evaluate(coupling=False)
+    trainer.evaluate(sample=False)
     rows = torch.nn.functional.normalize(torch.cat([one.reshape(-1, 16) for one in x]), dim=1)
     ids = layer.router.route(rows).indices
     means = torch.stack([rows[(ids == e).any(1)].sum(0) for e in range(4)])

@@ -23,7 +23,7 @@ from kmeans_route.cli import checkpoint as checkpoints
 from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.data import BatchSampler, Corpus, load_corpus, validation_windows
 from kmeans_route.cli.results import summarize
-from kmeans_route.cli.training import COUPLING_BYTES, Trainer, run_steps, stop_on_signal
+from kmeans_route.cli.training import SAMPLE_BYTES, Trainer, run_steps, stop_on_signal
 from kmeans_route.experts import grouped_linear
 from kmeans_route.types import Routing
 
@@ -51,7 +51,7 @@ def geometry(trainer: Trainer, folder: Path) -> dict[str, float | None]:
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
     hooks += [layer.router.register_forward_hook(on_routing) for layer in layers]
     trainer.model.eval()
-    windows = trainer.windows[: max(1, COUPLING_BYTES // trainer.config.seq_len), :-1]
+    windows = trainer.windows[: max(1, SAMPLE_BYTES // trainer.config.seq_len), :-1]
     trainer.model(windows.to(trainer.device).long())
     for hook in hooks:
         hook.remove()
@@ -169,7 +169,7 @@ def training_text_max_vio(trainer: Trainer) -> float:
     """MaxVio, counts pooled over windows spread over the text that was trained on: without the noise of a batch and the
     difference between training and held-out files, both of which are larger than what a good router leaves."""
     trainer.windows = validation_windows(trainer.corpus.train, trainer.config.seq_len, TRAINING_BYTES)
-    return float(metrics.max_vio(trainer.evaluate(coupling=False).tokens_per_expert).mean())
+    return float(metrics.max_vio(trainer.evaluate(sample=False).tokens_per_expert).mean())
 
 
 def changed_run(config: TrainConfig, change: str) -> dict[str, Any] | int:
@@ -192,7 +192,7 @@ def changed_run(config: TrainConfig, change: str) -> dict[str, Any] | int:
     bits = {}
     for name, corpus in (("code", code), ("prose", prose)):
         trainer.windows = validation_windows(corpus.validation, config.seq_len, config.eval_bytes)
-        bits[f"bits_{name}"] = _round(trainer.evaluate(coupling=False).bits_per_byte)
+        bits[f"bits_{name}"] = _round(trainer.evaluate(sample=False).bits_per_byte)
     spans = [slice(i, i + CHANGE_WINDOW) for i in range(0, config.steps, CHANGE_WINDOW)]
     pooled = [torch.stack(counts[span]).sum(0) for span in spans]
     history = trainer.history

@@ -2,7 +2,7 @@
 
 A run is a plain dict of JSON values, so that a report can be drawn again from the file:
 label, config, corpus, num_parameters, measures {key: number}, layers {load (L, E), max_vio (L,), coupling (L,),
-direction_cosine (L, E, E)}, history (one record a step, see `Trainer.train_step`).
+effective_experts (L,), direction_cosine (L, E, E)}, history (one record a step, see `Trainer.train_step`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ MEASURES = (
     Measure("max_vio_validation", "MaxVio, validation, counts pooled", 3),
     Measure("load_std", "load standard deviation, validation", 4),
     Measure("dead_experts", "dead experts, validation", 0),
+    Measure("effective_experts", "effective experts, mean over layers", 1),
     Measure("coupling", "router-expert coupling (correlation)", 2),
     Measure("time_ms", "time per step, median (ms)", 1),
 )
@@ -47,7 +48,7 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
 
     Args:
         trainer: after its last step.
-        evaluation: of its model, coupling included.
+        evaluation: of its model, with the sample.
     """
     counts_LE = evaluation.tokens_per_expert
     max_vio_L = metrics.max_vio(counts_LE)
@@ -65,6 +66,7 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
             "max_vio_validation": float(max_vio_L.mean()),
             "load_std": float(metrics.load_std(counts_LE).mean()),
             "dead_experts": int(metrics.dead_experts(counts_LE).sum()),
+            "effective_experts": float(evaluation.effective_experts.mean()),
             "coupling": float(evaluation.coupling.mean()),
             "time_ms": statistics.median(record["time_ms"] for record in trainer.history),
         },
@@ -72,6 +74,7 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
             "load": metrics.load(counts_LE).tolist(),
             "max_vio": max_vio_L.tolist(),
             "coupling": evaluation.coupling.tolist(),
+            "effective_experts": evaluation.effective_experts.tolist(),
             "direction_cosine": [metrics.pairwise_cosine(weight).tolist() for weight in directions],
         },
         "history": trainer.history,

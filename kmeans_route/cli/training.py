@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kmeans_route import attach, metrics
+from kmeans_route import MoE, Routing, attach, metrics
 from kmeans_route.cli.checkpoint import Checkpoint, CheckpointError
 from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.data import BatchSampler, Corpus, validation_windows
 from kmeans_route.cli.model import DecoderLM, next_byte_loss
 
 NATS_PER_BIT = math.log(2.0)
-COUPLING_BYTES = 8192
-"""Validation bytes over which the router-expert coupling is measured."""
+SAMPLE_BYTES = 8192
+"""Validation bytes over which coupling and effective experts are measured."""
 
 
 class NotFiniteError(Exception):
@@ -36,13 +36,15 @@ class Evaluation(NamedTuple):
 
     bits_per_byte: mean cross-entropy / ln 2. perplexity: exp of the mean cross-entropy, per byte.
     tokens_per_expert: (L, E) int64, pooled over the whole pass. coupling: (L,) fp64, correlation of a selected score
-    with the norm of what that expert returned; NaN where one of them does not vary, or when not asked for.
+    with the norm of what that expert returned; NaN where one of them does not vary. effective_experts: (L,) fp64, see
+    `metrics.effective_experts`. The last two are NaN when not asked for.
     """
 
     bits_per_byte: float
     perplexity: float
     tokens_per_expert: Tensor
     coupling: Tensor
+    effective_experts: Tensor
 
 
 def set_threads(count: int) -> None:
@@ -117,7 +119,7 @@ class Trainer:
         }
         every = self.config.eval_every
         if every and self.step % every == 0 and self.step < self.config.steps:
-            record["validation_bits"] = self.evaluate(coupling=False).bits_per_byte
+            record["validation_bits"] = self.evaluate(sample=False).bits_per_byte
         self.history.append(record)
         return record
 
@@ -135,11 +137,11 @@ class Trainer:
         return loss_sum, tokens_per_expert
 
     @torch.no_grad()
-    def evaluate(self, *, coupling: bool = True) -> Evaluation:
+    def evaluate(self, *, sample: bool = True) -> Evaluation:
         """A validation pass. It leaves the routers as they were.
 
         Args:
-            coupling: measure the router-expert coupling too, on the first `COUPLING_BYTES` bytes.
+            sample: measure coupling and effective experts too, on the first `SAMPLE_BYTES` bytes.
         """
         self.model.eval()
         layers = self.model.moe_layers
@@ -151,27 +153,35 @@ class Trainer:
             nats, num_bytes = nats + loss.item() * count, num_bytes + count
             tokens_per_expert += torch.stack([layer.tokens_per_expert for layer in layers])
         mean_nats = nats / num_bytes
-        scored = coupling and self.config.router != "hash"  # a table has no scores
-        measured = self._coupling() if scored else torch.full((len(layers),), math.nan, dtype=torch.float64)
+        unknown = torch.full((len(layers),), math.nan, dtype=torch.float64)
+        coupling, effective_experts = self._sample() if sample else (unknown, unknown)
         self.model.train()
-        return Evaluation(mean_nats / NATS_PER_BIT, math.exp(mean_nats), tokens_per_expert.cpu(), measured)
+        return Evaluation(
+            mean_nats / NATS_PER_BIT, math.exp(mean_nats), tokens_per_expert.cpu(), coupling, effective_experts
+        )
 
-    def _coupling(self) -> Tensor:
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Coupling (NaN for a table, which has no scores) and effective experts, (L,) fp64 both."""
         layers = self.model.moe_layers
         inputs: list[Tensor] = []
+        choices: list[Tensor] = []
+
+        def on_routing(_: Any, __: Any, routed: Any) -> None:
+            routing = routed if isinstance(routed, Routing) else routed[0]
+            choices.append(routing.indices)
+
         hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
+        hooks += [layer.router.register_forward_hook(on_routing) for layer in layers]
         try:
-            count = max(1, COUPLING_BYTES // self.config.seq_len)
+            count = max(1, SAMPLE_BYTES // self.config.seq_len)
             self.model(self.windows[:count, :-1].to(self.device).long())
         finally:
             for hook in hooks:
                 hook.remove()
-        measured = []
-        for layer, x in zip(layers, inputs, strict=True):
-            details = layer.details(x)
-            norms_TK = details.y_sorted.norm(dim=-1)[details.dispatch.positions]
-            measured.append(metrics.coupling(details.routing.selected_scores, norms_TK).double().cpu())
-        return torch.stack(measured)
+        scored = self.config.router != "hash"
+        coupling = [_coupling(layer, x) if scored else math.nan for layer, x in zip(layers, inputs, strict=True)]
+        effective_experts = metrics.effective_experts(torch.stack(choices), self.config.experts)
+        return torch.tensor(coupling, dtype=torch.float64), effective_experts.double().cpu()
 
     def directions(self) -> list[Tensor]:
         """Each layer's expert directions or router weights, (E, D) fp32 on the CPU."""
@@ -233,6 +243,12 @@ def _usable_device(name: str) -> torch.device:
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _coupling(layer: MoE, x: Tensor) -> float:
+    details = layer.details(x)
+    norms_TK = details.y_sorted.norm(dim=-1)[details.dispatch.positions]
+    return float(metrics.coupling(details.routing.selected_scores, norms_TK))
 
 
 def _parameter_groups(model: DecoderLM, config: TrainConfig) -> list[dict[str, Any]]:
