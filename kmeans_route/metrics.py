@@ -134,7 +134,7 @@ def effective_experts(indices: Tensor, num_experts: int, mask: Tensor | None = N
     Args:
         indices: (..., T, K) int64 ids in [0, E), distinct in a row, as routers return them.
         num_experts: E.
-        mask: (..., T) bool; tokens where it is false are left out.
+        mask: (..., T) bool, such as `Routing.valid`; tokens where it is false are left out.
 
     Returns:
         (...) fp32 in [1, E].

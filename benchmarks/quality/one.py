@@ -23,9 +23,8 @@ from kmeans_route.cli import checkpoint as checkpoints
 from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.data import BatchSampler, Corpus, load_corpus, validation_windows
 from kmeans_route.cli.results import summarize
-from kmeans_route.cli.training import SAMPLE_BYTES, Trainer, run_steps, stop_on_signal
+from kmeans_route.cli.training import Trainer, run_steps, stop_on_signal
 from kmeans_route.experts import grouped_linear
-from kmeans_route.types import Routing
 
 SAVE_EVERY, WINDOW, CHANGE_WINDOW, TRAINING_BYTES = 100, 50, 10, 262144
 
@@ -40,29 +39,16 @@ def geometry(trainer: Trainer, folder: Path) -> dict[str, float | None]:
     inner activations. effective_experts: see `metrics`. churn: mean share of a token's experts that were not its own at
     the last such call. None where there are no scores, and for the first churn.
     """
-    inputs: list[Tensor] = []
-    choices: list[Tensor] = []
-
-    def on_routing(_: Any, __: Any, routed: Any) -> None:
-        routing = routed if isinstance(routed, Routing) else routed[0]
-        choices.append(routing.indices.cpu())
-
-    layers = trainer.model.moe_layers
-    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
-    hooks += [layer.router.register_forward_hook(on_routing) for layer in layers]
     trainer.model.eval()
-    windows = trainer.windows[: max(1, SAMPLE_BYTES // trainer.config.seq_len), :-1]
-    trainer.model(windows.to(trainer.device).long())
-    for hook in hooks:
-        hook.remove()
+    inputs, chosen = trainer.observe()
+    layers = trainer.model.moe_layers
     rows = [_layer_geometry(layer, x) for layer, x in zip(layers, inputs, strict=True)]
     trainer.model.train()
     scored = trainer.config.router != "hash"
     means = {key: _finite(statistics.fmean(row[key] for row in rows)) if scored else None for key in rows[0]}
-    chosen = torch.stack(choices)
     return means | {
         "effective_experts": _round(float(metrics.effective_experts(chosen, trainer.config.experts).mean())),
-        "churn": churn(chosen, trainer.step, trainer.config.eval_every, folder),
+        "churn": churn(chosen.cpu(), trainer.step, trainer.config.eval_every, folder),
     }
 
 

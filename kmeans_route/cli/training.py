@@ -162,7 +162,20 @@ class Trainer:
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Coupling (NaN for a table, which has no scores) and effective experts, (L,) fp64 both."""
-        layers = self.model.moe_layers
+        inputs, chosen = self.observe()
+        scored = self.config.router != "hash"
+        layers = zip(self.model.moe_layers, inputs, strict=True)
+        coupling = [_coupling(layer, x) if scored else math.nan for layer, x in layers]
+        effective_experts = metrics.effective_experts(chosen, self.config.experts)
+        return torch.tensor(coupling, dtype=torch.float64), effective_experts.double().cpu()
+
+    @torch.no_grad()
+    def observe(self) -> tuple[list[Tensor], Tensor]:
+        """What the MoE layers see and choose on the first `SAMPLE_BYTES` validation bytes, in the model's present mode.
+
+        Returns:
+            (each layer's hidden states, chosen ids (L, T, K)).
+        """
         inputs: list[Tensor] = []
         choices: list[Tensor] = []
 
@@ -170,6 +183,7 @@ class Trainer:
             routing = routed if isinstance(routed, Routing) else routed[0]
             choices.append(routing.indices)
 
+        layers = self.model.moe_layers
         hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
         hooks += [layer.router.register_forward_hook(on_routing) for layer in layers]
         try:
@@ -178,10 +192,7 @@ class Trainer:
         finally:
             for hook in hooks:
                 hook.remove()
-        scored = self.config.router != "hash"
-        coupling = [_coupling(layer, x) if scored else math.nan for layer, x in zip(layers, inputs, strict=True)]
-        effective_experts = metrics.effective_experts(torch.stack(choices), self.config.experts)
-        return torch.tensor(coupling, dtype=torch.float64), effective_experts.double().cpu()
+        return inputs, torch.stack(choices)
 
     def directions(self) -> list[Tensor]:
         """Each layer's expert directions or router weights, (E, D) fp32 on the CPU."""
