@@ -85,6 +85,7 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
                 "first choices alone",
                 "k-th choices halved",
                 "residuals",
+                "no ramp",
                 "fixed at first tokens",
                 "routed by the embedding",
                 "centred",

@@ -204,6 +204,20 @@ def fixed_at_first_tokens(trainer: Trainer) -> AfterStep:
     return after_step
 
 
+def no_ramp(trainer: Trainer) -> AfterStep:
+    """The average keeps `decay` from the first commit on instead of a plain mean at first: centroids leave the tokens
+    that they started as slowly."""
+    routers = [router for _, router in _routers(trainer)]
+
+    def after_step() -> None:
+        for router in routers:
+            if router.initialized:
+                decay = router.commit_options.decay
+                router.steps.clamp_(min=round(decay / (1 - decay)))
+
+    return after_step
+
+
 TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "learnable tau a layer": partial(learnable_tau, per_expert=False),
     "learnable tau an expert": partial(learnable_tau, per_expert=True),
@@ -216,6 +230,7 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "centred": centred,
     "routed by the embedding": routed_by_embedding,
     "frozen after a third": frozen_after_a_third,
+    "no ramp": no_ramp,
     "fixed at first tokens": fixed_at_first_tokens,
     "decay follows the rate": partial(follows_the_learning_rate, what="decay"),
     "bias step follows the rate": partial(follows_the_learning_rate, what="bias_rate"),
