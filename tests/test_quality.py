@@ -321,6 +321,21 @@ def test_order_agrees_with_itself_and_not_with_its_reverse() -> None:
     assert analysis.kendall([1, 2, 3], [6, 5, 4]) == -1
 
 
+def test_curves_compare_equal_seeds_alone() -> None:
+    def run(contestant: str, seed: int, bits: float) -> sweep.Record:
+        return record(contestant, seed, bits, 0.1) | {"validation": [[1, bits + 1.0], [2, bits]]}
+
+    default = [run(studies.DEFAULT, seed, 2.0 + seed) for seed in range(3)]
+    base, curves = analysis.curves_above(
+        {"hash of the byte": [run("hash of the byte", 0, 1.5)], studies.DEFAULT: default}
+    )
+    assert base == studies.DEFAULT
+    assert curves["hash of the byte"] == [(1, -0.5), (2, -0.5)]  # against seed 0; the mean over seeds is 3.0
+    assert curves[base] == [(1, 0.0), (2, 0.0)]
+    _, curves = analysis.curves_above({base: default, "K-Means, sign": [run("K-Means, sign", 7, 2.0)]})
+    assert "K-Means, sign" not in curves
+
+
 def test_a_torn_result_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text('{"name": 1}\n{"name"')
