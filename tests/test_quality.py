@@ -316,6 +316,19 @@ def test_one_seed_and_strange_seeds_decide_nothing() -> None:
     assert analysis.compared([one], [other | {"config": {"steps": 100, "seed": 1}}]) == "no seed in common"
 
 
+def test_each_size_by_itself_says_what_is_resolved() -> None:
+    def runs(contestant: str, *bits: float) -> list[sweep.Record]:
+        return [record(contestant, seed, value, 0.1) for seed, value in enumerate(bits)]
+
+    default = runs(studies.DEFAULT, 1.0, 2.0, 3.0)
+    worse, noisy = runs("K-Means, sign", 1.5, 2.51, 3.5), runs("softmax, aux 0.1", 1.5, 1.5, 3.5)
+    text = analysis.size_by_size([*default, *worse, *noisy, *runs("hash of the byte", 0.75)])
+    assert "| K-Means, sign | **+0.503 ± 0.014** |" in text  # 4.30 * 0.00577 / sqrt(3)
+    assert "| softmax, aux 0.1 | +0.167 ± 1.433 |" in text  # 4.30 * 0.57735 / sqrt(3)
+    assert "| hash of the byte | -0.250 (1 seed) |" in text
+    assert "| random, fixed | not run |" in text
+
+
 def test_order_agrees_with_itself_and_not_with_its_reverse() -> None:
     assert analysis.kendall([1, 2, 3], [4, 5, 6]) == 1
     assert analysis.kendall([1, 2, 3], [6, 5, 4]) == -1

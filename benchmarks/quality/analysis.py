@@ -12,7 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
@@ -107,10 +107,12 @@ def table(contestants: Group, columns: Sequence[Column]) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """The README's table: a row a contestant, for each size bits per byte; MaxVio on held-out / training text."""
+    """The README's table: a row a contestant, for each size bits per byte; MaxVio on held-out / training text. Sizes of
+    which nothing has a second seed are left to their own tables, where there are others."""
     found = groups(records, ["main"])
     longest = {size: max(steps for other, steps in found if other == size) for size, _ in found}
     sizes = [(size, steps) for size, steps in found if steps == longest[size]]
+    sizes = [where for where in sizes if max(map(len, found[where].values())) > 1] or sizes
     rows = []
     for name in STUDIES["main"]:
         runs = [found[size].get(name, []) for size in sizes]
@@ -155,16 +157,36 @@ def verdict(contestants: Group) -> list[str]:
     return lines
 
 
+class Difference(NamedTuple):
+    """In bits per byte: mean over `pairs` runs, half width of its 95% interval, which one pair does not have."""
+
+    mean: float
+    half: float
+    pairs: int
+
+    @property
+    def resolved(self) -> bool:
+        return abs(self.mean) > self.half
+
+
+def difference(one: Sequence[Record], other: Sequence[Record]) -> Difference | None:
+    """one - other over the sizes and seeds that both have; None where there are none."""
+    found = [float(bits(a) or math.nan) - float(bits(b) or math.nan) for a, b in paired(one, other)]
+    if len(found) < 2:
+        return Difference(found[0], math.inf, 1) if found else None
+    error = statistics.stdev(found) / math.sqrt(len(found))
+    return Difference(statistics.fmean(found), STUDENT_T[min(len(found) - 1, max(STUDENT_T))] * error, len(found))
+
+
 def compared(one: Sequence[Record], other: Sequence[Record]) -> str:
-    """Difference in bits per byte, one - other, over the sizes and seeds that both have."""
-    pairs = [(float(bits(a) or math.nan), float(bits(b) or math.nan)) for a, b in paired(one, other)]
-    differences = [a - b for a, b in pairs]
-    if len(differences) < 2:
-        return f"{differences[0]:+.3f}, one seed decides nothing" if differences else "no seed in common"
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    half = STUDENT_T[min(len(differences) - 1, max(STUDENT_T))] * error
-    word = "resolved" if abs(mean) > half else "not resolved"
-    return f"{mean:+.3f} ± {half:.3f} (95%, {len(differences)} pairs), {word}"
+    """Their difference in words."""
+    found = difference(one, other)
+    if found is None:
+        return "no seed in common"
+    if found.pairs == 1:
+        return f"{found.mean:+.3f}, one seed decides nothing"
+    word = "resolved" if found.resolved else "not resolved"
+    return f"{found.mean:+.3f} ± {found.half:.3f} (95%, {found.pairs} pairs), {word}"
 
 
 def paired(one: Sequence[Record], other: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -185,6 +207,26 @@ def pooled(records: Sequence[Record], base: str = DEFAULT) -> str:
             [name, compared(runs[name], runs[base]), *(_ratio(pairs, get) for get in (max_vio, max_vio_trained))]
         )
     return markdown(["router", f"bits per byte above {base}", "MaxVio, held-out text, ratio", "training text"], rows)
+
+
+def size_by_size(records: Sequence[Record], base: str = DEFAULT) -> str:
+    """The same for each size by itself; bold where it is resolved."""
+    found = {where: contestants for where, contestants in groups(records, ["main"]).items() if base in contestants}
+    rows = []
+    for name in STUDIES["main"]:
+        if name != base:
+            cells = [difference(contestants.get(name, []), contestants[base]) for contestants in found.values()]
+            rows.append([name, *map(_short, cells)])
+    return markdown(["router", *(f"{size}, {steps} steps" for size, steps in found)], rows)
+
+
+def _short(found: Difference | None) -> str:
+    if found is None:
+        return "not run"
+    if found.pairs == 1:
+        return f"{found.mean:+.3f} (1 seed)"
+    text = f"{found.mean:+.3f} ± {found.half:.3f}"
+    return f"**{text}**" if found.resolved else text
 
 
 def _ratio(pairs: Sequence[tuple[Record, Record]], get: Callable[[Record], float | None]) -> str:
@@ -264,6 +306,10 @@ def report(records: Sequence[Record]) -> str:
     parts = ["## Bits per byte, MaxVio", summary(records)]
     parts.append(f"Each against the default, {DEFAULT}, all sizes and seeds together (MaxVio: geometric mean):")
     parts.append(pooled(records))
+    parts.append(
+        "Each size by itself, bits per byte above the default (95%, over the seeds that both have, bold: resolved):"
+    )
+    parts.append(size_by_size(records))
     main = groups(records, ["main"])
     for (size, steps), contestants in main.items():
         lines = [f"### {size}, {steps} steps", table(contestants, TABLE)]
