@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, STUDIES
+from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, SIZES, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
@@ -59,13 +59,13 @@ GEOMETRY: tuple[Column, ...] = (
 
 
 def groups(records: Sequence[Record], studies: Sequence[str]) -> dict[tuple[str, int], Group]:
-    """(size, steps) -> contestant -> its runs by seed, contestants in the order of the studies."""
-    order = [name for study in studies for name in STUDIES[study]]
+    """(size, steps) -> contestant -> its runs by seed, sizes and contestants in the order of the studies."""
+    order, sizes = [name for study in studies for name in STUDIES[study]], list(SIZES)
     found: dict[tuple[str, int], Group] = {}
     chosen = [record for record in records if record["contestant"] in order]
     for record in sorted(
         chosen,
-        key=lambda r: (r["size"], r["config"]["steps"], order.index(r["contestant"]), r["config"]["seed"]),
+        key=lambda r: (sizes.index(r["size"]), r["config"]["steps"], order.index(r["contestant"]), r["config"]["seed"]),
     ):
         of_size = found.setdefault((record["size"], record["config"]["steps"]), {})
         of_size.setdefault(record["contestant"], []).append(record)
