@@ -275,7 +275,7 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
         *(record("K-Means, sign", seed, 1.95 + 0.01 * seed, 0.2) for seed in range(3)),
         *(record(studies.DEFAULT, seed, 2.0 + 0.01 * seed, 0.4) for seed in range(3)),
         *(record("hash of the byte", seed, 1.0, 0.9) for seed in range(3)),
-        *(record("K-Means, tau 0.1", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
+        *(record("K-Means, tau 0.2", seed, 1.9 + 0.01 * seed, 0.1) for seed in range(3)),
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
@@ -290,7 +290,7 @@ def test_tables_and_verdicts_are_those_of_the_runs(tmp_path: Path, capsys: pytes
     assert "K-Means, quantile against softmax, aux 0.01: -0.099 ± 0.002 (95%, 3 pairs), resolved" in said
     assert "MaxVio on training text: softmax, aux 0.01 0.150, K-Means, quantile 0.050: a factor of 3.00, goal 2" in said
     assert (
-        "| K-Means, tau 0.1 | 1.910 ± 0.010 | K-Means, quantile | -0.001 ± 0.002 (95%, 3 pairs), not resolved "
+        "| K-Means, tau 0.2 | 1.910 ± 0.010 | K-Means, quantile | -0.001 ± 0.002 (95%, 3 pairs), not resolved "
         "| 0.100 / 0.050 |" in said
     )
     assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.50 | 0.50 |" in said
