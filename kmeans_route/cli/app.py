@@ -157,7 +157,7 @@ def demo_command(
     output = Output(json_mode=json_mode, plain=plain)
 
     def work() -> int:
-        config = TrainConfig(steps=steps, threads=threads, eval_every=max(1, steps // 4), eval_bytes=32768)
+        config = TrainConfig(steps=steps, threads=threads, eval_every=-(-steps // 4), eval_bytes=32768)
         return demo(config, load_corpus(text or []), _seeds(seeds), out, output)
 
     _leave(output, work)
