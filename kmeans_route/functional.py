@@ -115,8 +115,8 @@ def route(
 ) -> Routing:
     """Choose the top_k experts whose centroids have the largest cosine with each hidden state.
 
-    The method is arXiv 2605.12476. The gradient reaches x through `weights`, `selected_scores` and `scores`; none
-    reaches the centroids or the bias.
+    The method is arXiv 2605.12476. The gradient reaches x through `weights`, `selected_scores` and `scores`, and
+    `directions` where they are given and require one; none reaches the centroids or the bias.
 
     Args:
         x: hidden states (..., D), floating point; T is the product of the leading dimensions.

@@ -164,6 +164,52 @@ def _(x: Tensor, *_args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("kmeans_route::directions_bwd", mutates_args=())
+def _directions_bwd(
+    x: Tensor,
+    directions: Tensor,
+    indices: Tensor,
+    selected: Tensor,
+    inv_norm: Tensor,
+    valid: Tensor,
+    scores: Tensor,
+    candidates: Tensor,
+    d_weights: Tensor | None,
+    d_selected: Tensor | None,
+    d_scores: Tensor | None,
+    top_k: int,
+    gate: str,
+    tau: float,
+    normalize: bool,
+    scaling: float,
+) -> Tensor:
+    """The gradient of the directions (E, D), for those that are learned in part. The same on every backend."""
+    options = RouteOptions(top_k, gate, tau, normalize, scaling, 1, 1, "top2")
+    with _no_autocast(x):
+        ds = body.score_grads(indices, selected, scores, candidates, d_weights, d_selected, d_scores, options)
+        return body.directions_bwd(x, indices, inv_norm, valid, *ds, directions.shape[0])
+
+
+@_directions_bwd.register_fake
+def _(x: Tensor, directions: Tensor, *_args: Any) -> Tensor:
+    return directions.new_empty(directions.shape)
+
+
+def _route_grads(
+    ctx: Any, saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], *through_dispatch: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and the gradient of the directions, each where it is wanted and anything came for it."""
+    wants_x, wants_directions = ctx.needs_input_grad[:2]
+    d_routing = (grads[1], grads[2], grads[3] if ctx.want_scores else None)
+    routed = any(grad is not None for grad in d_routing)
+    dx = d_directions = None
+    if wants_x and (routed or through_dispatch[0] is not None):
+        dx = _route_bwd(*saved, *d_routing, *through_dispatch, *ctx.options)
+    if wants_directions and routed:
+        d_directions = _directions_bwd(*saved, *d_routing, *ctx.options[:-1])
+    return dx, d_directions
+
+
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, directions, _bias, _mask, _indices, *options = inputs
     indices, _weights, selected, scores, candidates, _counts, inv_norm, valid = output[:8]
@@ -174,12 +220,7 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _route_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_weights, d_selected = grads[1], grads[2]
-    d_scores = grads[3] if ctx.want_scores else None
-    if d_weights is None and d_selected is None and d_scores is None:
-        return (None,) * 17
-    dx = _route_bwd(*ctx.saved_tensors, d_weights, d_selected, d_scores, None, None, *ctx.options)
-    return dx, *(None,) * 16
+    return *_route_grads(ctx, ctx.saved_tensors, grads, None, None), *(None,) * 15
 
 
 _route.register_autograd(_route_backward, setup_context=_route_setup)
@@ -358,13 +399,8 @@ def _route_dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 
 def _route_dispatch_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_weights, d_selected, d_x_sorted = grads[1], grads[2], grads[11]
-    d_scores = grads[3] if ctx.want_scores else None
     *saved, positions = ctx.saved_tensors
-    if d_weights is None and d_selected is None and d_scores is None and d_x_sorted is None:
-        return (None,) * 18
-    dx = _route_bwd(*saved, d_weights, d_selected, d_scores, d_x_sorted, positions, *ctx.options)
-    return dx, *(None,) * 17
+    return *_route_grads(ctx, saved, grads, grads[11], positions), *(None,) * 16
 
 
 _route_dispatch.register_autograd(_route_dispatch_backward, setup_context=_route_dispatch_setup)

@@ -45,6 +45,15 @@ def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(usable, c / torch.where(usable, norm, 1.0), 0.0).to(dtype)
 
 
+def shifted_directions(unit: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit rows of unit + offset, (E, D) both, rounded to `dtype`, with a gradient; 0 where there is no direction."""
+    with torch.autocast(unit.device.type, enabled=False):
+        rows = unit + offset.to(unit.dtype)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
+        return torch.where(usable, rows / torch.where(usable, norm, 1.0), 0.0).to(dtype)
+
+
 def validity_reference(x: Tensor, mask: Tensor | None) -> Tensor:
     """A token counts when its mask is true and 1e-30 <= sum of x_t^2 < inf in fp32; NaN fails both. (T,) bool."""
     squared_norm = x.detach().to(compute_dtype(x.dtype)).square().sum(1)

@@ -41,8 +41,9 @@ def _is_capturing(device: torch.device) -> bool:
 class KMeansRouter(StatefulRouter):
     """Route each hidden state to the top_k experts whose running-average centroids have the largest cosine with it.
 
-    No parameters: a training forward gathers statistics, and `commit` (once per optimizer step, see
-    `kmeans_route.attach`) moves the centroids and the balance bias. All state is fp32, however the model is cast.
+    No parameters (but see learned_offset): a training forward gathers statistics, and `commit` (once per optimizer
+    step, see `kmeans_route.attach`) moves the centroids and the balance bias. All state is fp32, however the model is
+    cast.
 
     Args:
         hidden_size: D, at least 1.
@@ -58,6 +59,9 @@ class KMeansRouter(StatefulRouter):
         init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
             "normal" (Gaussian directions, moved by the first averages).
         detach_gates: stop the gradient from the gates to x.
+        learned_offset: add a parameter `offset` (E, D), zero at first and trained through the gates, to the unit
+            centroids: tokens are scored with unit rows of the sum, averages are gathered as ever. Weight decay pulls
+            a direction back to its centroid. In the optimizer like any other parameter, in the model's dtype.
         return_scores: fill `scores` in the output.
         seed, name: seed of the router's private generator; give each layer its own name.
         backend: "auto", "torch", "triton" or "reference".
@@ -86,6 +90,7 @@ class KMeansRouter(StatefulRouter):
     """
 
     weight: Tensor
+    offset: nn.Parameter | None
     score_std: Tensor
     dropped_total: Tensor
     steps: Tensor
@@ -114,6 +119,7 @@ class KMeansRouter(StatefulRouter):
         group_score: str = "top2",
         init: str = "tokens",
         detach_gates: bool = False,
+        learned_offset: bool = False,
         return_scores: bool = False,
         seed: int = 0,
         name: str = "",
@@ -152,6 +158,11 @@ class KMeansRouter(StatefulRouter):
                 f"balance='quantile' must have more candidates than top_k={top_k}, got {candidates}: raise topk_group "
                 "or choose another balance"
             )
+        if learned_offset and (detach_gates or gate == "uniform"):
+            raise ValueError(
+                "learned_offset must have gates that it can learn from, got it with "
+                f"{'detach_gates=True' if detach_gates else 'gate=' + repr(gate)}: leave one of the two out"
+            )
         self.backend = backend
         self._reservoir_seed = seed_for(seed, "reservoir")
         choose_backend(backend, torch.device("cuda"))  # the name, and whether Triton is there; the device comes with x
@@ -164,6 +175,9 @@ class KMeansRouter(StatefulRouter):
         self.register_buffer("initialized", torch.empty((), dtype=torch.bool, device=device))
         seen = torch.empty(num_experts, dtype=torch.int64, device=device) if average == "cumulative" else None
         self.register_buffer("tokens_seen", seen)
+        shape = (num_experts, hidden_size)
+        offset = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)) if learned_offset else None
+        self.register_parameter("offset", offset)
         self.reset_parameters()
 
     @classmethod
@@ -194,7 +208,7 @@ class KMeansRouter(StatefulRouter):
         return router
 
     def reset_parameters(self) -> None:
-        """Gaussian unit rows from the private generator, no bias, nothing pending. Call it after `to_empty`."""
+        """Gaussian unit rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
         self._initialized = False
         self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
         self._seen: tuple[int, int] | None = None
@@ -209,8 +223,9 @@ class KMeansRouter(StatefulRouter):
             self.weight.copy_(rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
             for buffer in (self.expert_bias, self.score_std, self.steps, self.dropped_total, self.initialized):
                 buffer.zero_()
-            if self.tokens_seen is not None:
-                self.tokens_seen.zero_()
+            for absent_or_not in (self.tokens_seen, self.offset):
+                if absent_or_not is not None:
+                    absent_or_not.zero_()
 
     def _new_pending(self) -> None:
         self.pending = Pending(
@@ -226,6 +241,7 @@ class KMeansRouter(StatefulRouter):
         """The options that matter, as the constructor names them."""
         o, c = self.options, self.commit_options
         groups = f", n_group={o.n_group}, topk_group={o.topk_group}" if o.grouped else ""
+        groups += "" if self.offset is None else ", learned_offset=True"
         name = f", name={self.name!r}" if self.name else ""
         return (
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, gate={o.gate!r}, "
@@ -369,8 +385,18 @@ class KMeansRouter(StatefulRouter):
         self._gather(x, routing, stats, None, "torch")
         return routing if self.return_scores else routing._replace(scores=None)
 
+    def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(E, D): what hidden states of `dtype` are scored with, unit rows of the centroids with the learned offset."""
+        return self._directions(dtype, choose_backend("auto", self.weight.device, dtype)).detach()
+
     def _directions(self, dtype: torch.dtype, backend: str) -> Tensor:
-        """Directions in the dtype of the hidden states; kept until the centroids change."""
+        if self.offset is None:
+            return self._unit_rows(dtype, backend)
+        compute = reference.compute_dtype(dtype)
+        return reference.shifted_directions(self._unit_rows(compute, backend), self.offset, dtype)
+
+    def _unit_rows(self, dtype: torch.dtype, backend: str) -> Tensor:
+        """Unit rows of the centroids; kept until these change."""
         if torch.compiler.is_compiling():
             return directions(self.weight, dtype)
         if _is_capturing(self.weight.device):  # a replay must follow the centroids, and knows no Python

@@ -212,7 +212,22 @@ def route_bwd(
     d_scores: Tensor | None,
     options: RouteOptions,
 ) -> Tensor:
-    """dx_t = inv_norm_t (sum over e of ds_te d_e - x_t inv_norm_t sum over e of ds_te s_te), 0 if not valid.
+    """dx_t = inv_norm_t (sum over e of ds_te d_e - x_t inv_norm_t sum over e of ds_te s_te), 0 if not valid."""
+    ds_TK, ds_TE = score_grads(indices, selected, scores, candidates, d_weights, d_selected, d_scores, options)
+    return _dx(x, directions, indices, selected, inv_norm, valid, scores, ds_TK, ds_TE)
+
+
+def score_grads(
+    indices: Tensor,
+    selected: Tensor,
+    scores: Tensor,
+    candidates: Tensor,
+    d_weights: Tensor | None,
+    d_selected: Tensor | None,
+    d_scores: Tensor | None,
+    options: RouteOptions,
+) -> tuple[Tensor | None, Tensor | None]:
+    """ds of the selected experts (T, K) and of all experts (T, E), their sum being ds; None where nothing came.
 
     `scores` and `candidates` (T, E) are read only when ds covers all experts, and may be empty otherwise.
     """
@@ -229,7 +244,27 @@ def route_bwd(
         else:
             ds = gates_bwd(dg, selected, options)
         ds_TK = ds if ds_TK is None else ds_TK + ds
-    return _dx(x, directions, indices, selected, inv_norm, valid, scores, ds_TK, ds_TE)
+    return ds_TK, ds_TE
+
+
+def directions_bwd(
+    x: Tensor,
+    indices: Tensor,
+    inv_norm: Tensor,
+    valid: Tensor,
+    ds_TK: Tensor | None,
+    ds_TE: Tensor | None,
+    experts: int,
+) -> Tensor:
+    """dd_e = sum over valid t of ds_te x_t inv_norm_t, (E, D) in x's dtype: one product, as of a learned router."""
+    ds = torch.zeros_like(inv_norm)[:, None].repeat(1, experts) if ds_TE is None else ds_TE
+    if ds_TK is not None:
+        chosen = torch.zeros_like(ds).scatter_(1, indices, ds_TK)  # a row's ids are distinct
+        ds = chosen if ds_TE is None else ds + chosen
+    ds = ds * inv_norm[:, None]
+    if not _all_true(valid):  # a factor 0 would leave the NaN of a bad row standing
+        ds, x = ds.masked_fill(~valid[:, None], 0.0), x.masked_fill(~valid[:, None], 0.0)
+    return (ds.T @ x.to(ds.dtype)).to(x.dtype)
 
 
 def _dx(

@@ -207,7 +207,14 @@ def _fit(
     def add(name: str, seen: Seen) -> None:
         router = new[name]
         x, indices = seen.x.to(router.weight.device), seen.indices.to(router.weight.device)
-        routing = functional.route(x, router.weight, indices=indices, return_scores=True, **router.options._asdict())
+        routing = functional.route(
+            x,
+            router.weight,
+            indices=indices,
+            directions=router.directions(x.dtype),
+            return_scores=True,
+            **router.options._asdict(),
+        )
         assert routing.scores is not None
         scores[name].append(routing.scores.float().cpu())
         if fit_tau:

@@ -51,7 +51,7 @@ def to_linear(router: KMeansRouter, scale: float | None = None) -> nn.Linear:
     if scale is None:
         scale = 1 / (router.options.tau * math.sqrt(router.hidden_size))
     check_range("scale", scale, 0.0, math.inf, low_open=True)
-    return _linear(functional.directions(router.weight, torch.float32) * scale)
+    return _linear(router.directions() * scale)
 
 
 def _linear(rows: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -201,7 +201,12 @@ class _Text:
     def add(self, seen: Seen) -> None:
         router, x = self.router, seen.x.to(self.router.weight.device)
         routing = functional.route(
-            x, router.weight, indices=seen.indices.to(x.device), return_scores=True, **router.options._asdict()
+            x,
+            router.weight,
+            indices=seen.indices.to(x.device),
+            directions=router.directions(x.dtype),
+            return_scores=True,
+            **router.options._asdict(),
         )
         assert routing.scores is not None
         gates = seen.weights.float() / router.options.scaling
@@ -252,7 +257,7 @@ def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> Vanill
 
 def _forms(router: KMeansRouter, text: Sample, few: Sample, kind: str, bias: str) -> list[tuple[_Form, ...]]:
     """The forms to be tried, each with its scores on all of the text and on few of its tokens."""
-    directions = functional.directions(router.weight, torch.float32)
+    directions = router.directions()
     b_E = router.expert_bias
     biased = bool((b_E != 0).any())
     # v makes the sum over e of v_e s_te as near to 1 as it gets: along the row v_e d_e all hidden states look alike.

@@ -204,6 +204,12 @@ def fixed_at_first_tokens(trainer: Trainer) -> AfterStep:
     return after_step
 
 
+def offset_from_first_tokens(trainer: Trainer) -> AfterStep:
+    """A learned offset on centroids that stay the tokens that they started as: what the offset does by itself."""
+    learned_offset(trainer)
+    return fixed_at_first_tokens(trainer)
+
+
 def no_ramp(trainer: Trainer) -> AfterStep:
     """The average keeps `decay` from the first commit on instead of a plain mean at first: centroids leave the tokens
     that they started as slowly."""
@@ -232,6 +238,7 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "frozen after a third": frozen_after_a_third,
     "no ramp": no_ramp,
     "fixed at first tokens": fixed_at_first_tokens,
+    "fixed at first tokens, learned offset": offset_from_first_tokens,
     "decay follows the rate": partial(follows_the_learning_rate, what="decay"),
     "bias step follows the rate": partial(follows_the_learning_rate, what="bias_rate"),
 }

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmeans_route import MoE, Routing, attach, metrics
 from kmeans_route.cli.checkpoint import Checkpoint, CheckpointError
@@ -263,12 +263,13 @@ def _coupling(layer: MoE, x: Tensor) -> float:
 
 
 def _parameter_groups(model: DecoderLM, config: TrainConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms, which are vectors, do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    """Matrices decay; norms, which are vectors, and what is learned beside a centroid do not."""
+    decays: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        decays[parameter.ndim > 1 and not name.endswith("router.offset")].append(parameter)
     return [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decays[True], "weight_decay": config.weight_decay},
+        {"params": decays[False], "weight_decay": 0.0},
     ]
 
 
