@@ -197,6 +197,11 @@ def test_a_configuration_that_a_kmeans_router_replaces_is_refused(name: str, val
         KMeansTopKRouter(cfg)
 
 
+def test_a_learned_offset_is_refused() -> None:
+    with pytest.raises(ValueError, match="learned_offset must be False in Megatron"):
+        KMeansTopKRouter(config(), learned_offset=True)
+
+
 def test_layers_start_from_directions_of_their_own_and_bf16_leaves_the_state() -> None:
     one, two = routers_of(Chunk(config()).bfloat16())
     assert one.weight.dtype == torch.float32

@@ -1,6 +1,7 @@
 """A learned offset beside the centroids: the gradient of the directions on every backend, and what keeps it."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,3 +229,27 @@ def test_a_linear_gate_made_of_it_chooses_alike() -> None:
         router.offset.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(5)))  # type: ignore[union-attr]
     x = torch.randn(20, D)
     assert torch.equal(kmeans_route.to_linear(router)(x).topk(K).indices, router(x).indices)
+
+
+def test_a_swapped_model_keeps_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from kmeans_route.integrations.transformers import apply_kmeans_routing, load_kmeans_pretrained
+    from tests.transformers_models import tiny_model
+
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model, learned_offset=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    attachment = kmeans_route.attach(model, optimizer)
+    ids = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(6))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    attachment.remove()
+    model.eval().save_pretrained(tmp_path)
+    loaded = load_kmeans_pretrained(type(model), tmp_path).eval()
+    offsets = [parameter for name, parameter in loaded.named_parameters() if name.endswith("gate.offset")]
+    assert len(offsets) == 2
+    assert all(float(offset.detach().abs().max()) > 1e-3 for offset in offsets)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)

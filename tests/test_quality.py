@@ -212,6 +212,23 @@ def test_a_trial_changes_what_is_learnt_and_survives_a_stop(trial: str) -> None:
     assert runs[0] != what_is_learnt(plain)
 
 
+def test_the_option_learned_offset_does_what_was_tried() -> None:
+    made = []
+    for options, trial in (({"learned_offset": True}, None), ({}, trials.TRIALS["learned offset"])):
+        trainer = Trainer(TrainConfig(router="kmeans", tau=0.2, router_options=options, **SMALL), CORPUS)
+        if trial is not None:
+            trial(trainer)
+        for _ in range(trainer.config.steps):
+            trainer.train_step()
+        made.append(trainer)
+    option, tried = ([(r["loss_bits"], r["max_vio"]) for r in trainer.history] for trainer in made)
+    torch.testing.assert_close(torch.tensor([loss for loss, _ in option]), torch.tensor([loss for loss, _ in tried]))
+    assert [load for _, load in option] == [load for _, load in tried]
+    for layer, twin in zip(made[0].model.moe_layers, made[1].model.moe_layers, strict=True):
+        torch.testing.assert_close(layer.router.offset, twin.trial_offset, rtol=1e-3, atol=1e-4)
+        assert twin.trial_offset.abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("top_k", "share", "residual"), [(2, 1.0, False), (1, 0.0, True), (1, 0.5, False)])
 def test_ranks_weigh_as_they_say(top_k: int, share: float, residual: bool) -> None:
     """Equal weights are the plain rule; so is everything with one choice, of which nothing is left over."""

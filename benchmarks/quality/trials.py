@@ -52,7 +52,8 @@ def learnable_tau(trainer: Trainer, *, per_expert: bool) -> AfterStep:
 
 
 def learned_offset(trainer: Trainer) -> AfterStep:
-    """Each direction gets a trained offset, of the directions' own scale, in selection and gates."""
+    """Each direction gets a trained offset, of the directions' own scale, in selection and gates: the router's option
+    learned_offset, which came of it."""
     parameters = []
     for layer, router in _routers(trainer):
         offset = nn.Parameter(torch.zeros_like(router.weight))

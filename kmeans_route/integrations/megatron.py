@@ -54,6 +54,11 @@ class KMeansTopKRouter(KMeansRouter):
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, **options: Any) -> None:
         _check_config(config)
+        if options.get("learned_offset"):
+            raise ValueError(
+                "learned_offset must be False in Megatron, got True: nothing here reduces its gradient over the "
+                "tensor-parallel ranks"
+            )
         super().__init__(
             config.hidden_size,
             config.num_moe_experts,
