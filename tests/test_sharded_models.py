@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp-recompute": {"mesh": (4,), "recompute": True, "micro": 2},
     "fsdp-learned": {"mesh": (4,), "router": "sigmoid"},
     "fsdp-mixed": {"mesh": (4,), "policy": HALF},
+    "fsdp-offset": {"mesh": (4,), "offset": True},
+    "fsdp-offset-mixed": {"mesh": (4,), "offset": True, "recompute": True, "policy": HALF},
     "fsdp-overlap": {"mesh": (4,), "micro": 2, "attach": {"overlap_after": 2}},
     "hsdp": {"mesh": (2, 2)},
     "sequence": {"mesh": (4,), "cut": "sequence"},
@@ -33,11 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
 class Block(nn.Module):
     """A mixture beside its input, which it may recompute."""
 
-    def __init__(self, recompute: bool, router: str) -> None:
+    def __init__(self, recompute: bool, router: str, offset: bool) -> None:
         super().__init__()
         # First centroids that are no tokens: a hidden state's last bits depend on how many rows a product has, and the
         # choice of tokens on all bits. test_distributed.py shows it for equal bits.
-        options: dict[str, Any] = {"init": "normal"} if router == "kmeans" else {}
+        options: dict[str, Any] = {"init": "normal", "learned_offset": offset} if router == "kmeans" else {}
         self.recompute, self.moe = recompute, MoE(D, 8, E, K, router, **options)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -47,7 +49,8 @@ class Block(nn.Module):
 
 def make(case: dict[str, Any]) -> nn.Module:
     torch.manual_seed(3)
-    blocks = [Block(case.get("recompute", False), case.get("router", "kmeans")) for _ in range(2)]
+    options = case.get("recompute", False), case.get("router", "kmeans"), case.get("offset", False)
+    blocks = [Block(*options) for _ in range(2)]
     return nn.Sequential(nn.Linear(D, D), *blocks, nn.Linear(D, 1))
 
 
