@@ -80,31 +80,40 @@ def learned_offset(trainer: Trainer) -> AfterStep:
     return None
 
 
-def weighted_tokens(trainer: Trainer, *, by_gradient: bool) -> AfterStep:
-    """A token counts in an expert's mean by its gate there, or by the size of the loss's gradient on that gate."""
+def weighted_tokens(trainer: Trainer, *, by: str) -> AfterStep:
+    """A token counts in an expert's mean by its gate there, by the size of the loss's gradient on that gate, or by
+    benefit: by how much the loss would fall if its score there rose, 0 where it would not."""
     for _, router in _routers(trainer):
         plain = router.forward
 
         def forward(x: Tensor, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
             routing, sent = plain(x, *args, **kwargs)
             if router.training and torch.is_grad_enabled():
-                gather = partial(_add_weighted, router, x.detach(), routing)
-                if by_gradient:
+                # Without routing itself: its weights would keep the hook that keeps them.
+                gates, unit = routing.weights.detach(), x.detach() * routing.inv_norm[:, None]
+                gather = partial(_add_weighted, router, unit, routing.indices)
+                if by == "gate":
+                    gather(gates)
+                elif by == "gradient":
                     routing.weights.register_hook(lambda grad: gather(grad.abs()))
                 else:
-                    gather(routing.weights.detach())
+                    routing.weights.register_hook(lambda grad: gather(_benefit(gates, grad)))
             return routing, sent
 
         router.forward = forward  # type: ignore[method-assign]
     return None
 
 
-def _add_weighted(router: KMeansRouter, x: Tensor, routing: Routing, weights: Tensor) -> None:
+def _benefit(gates: Tensor, grad: Tensor) -> Tensor:
+    """The positive part of -dL/ds of softmax gates, times tau. (T, K)"""
+    return (gates * ((gates * grad).sum(1, keepdim=True) - grad)).clamp_min(0.0)
+
+
+def _add_weighted(router: KMeansRouter, unit: Tensor, indices: Tensor, weights: Tensor) -> None:
     """Turn the pending sum of equal tokens into a weighted one; the mean weight is 1."""
     extra = weights / weights.mean().clamp_min(1e-30) - 1.0
-    unit = x * routing.inv_norm.detach()[:, None]
     for k in range(extra.shape[1]):
-        router.pending.sums.index_add_(0, routing.indices[:, k], unit * extra[:, k, None])
+        router.pending.sums.index_add_(0, indices[:, k], unit * extra[:, k, None])
 
 
 def by_rank(trainer: Trainer, *, share: float, residual: bool = False) -> AfterStep:
@@ -229,8 +238,7 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "learnable tau a layer": partial(learnable_tau, per_expert=False),
     "learnable tau an expert": partial(learnable_tau, per_expert=True),
     "learned offset": learned_offset,
-    "tokens weighted by gate": partial(weighted_tokens, by_gradient=False),
-    "tokens weighted by gradient": partial(weighted_tokens, by_gradient=True),
+    **{f"tokens weighted by {what}": partial(weighted_tokens, by=what) for what in ("gate", "gradient", "benefit")},
     "first choices alone": partial(by_rank, share=0.0),
     "k-th choices halved": partial(by_rank, share=0.5),
     "residuals": partial(by_rank, share=1.0, residual=True),
