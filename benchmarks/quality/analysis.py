@@ -331,7 +331,7 @@ def draw(title: str, contestants: Group, path: Path) -> None:
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 2)
-    styles, markers = ["-", "--", ":", "-."], "osD^"
+    styles, markers = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))], "osD^P"
     kinds = {"softmax": "C1", "sigmoid": "C0", "K-Means": "C3", "random": "0.6", "hash": "0.3"}
     seen = dict.fromkeys(kinds, 0)
     base, curves = curves_above(contestants)
@@ -341,7 +341,7 @@ def draw(title: str, contestants: Group, path: Path) -> None:
         seen[kind] += 1
         style: dict[str, Any] = {"color": kinds[kind], "label": f"{name} ({len(runs)})"}
         if name in curves:
-            panels[0].plot(*zip(*curves[name], strict=True), styles[number], **style)
+            panels[0].plot(*zip(*curves[name], strict=True), linestyle=styles[number], **style)
         panels[1].scatter(values(runs, max_vio), values(runs, bits), marker=markers[number], **style)
     panels[0].set(
         xlabel="optimizer step",
