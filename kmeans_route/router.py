@@ -223,9 +223,9 @@ class KMeansRouter(StatefulRouter):
             self.weight.copy_(rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
             for buffer in (self.expert_bias, self.score_std, self.steps, self.dropped_total, self.initialized):
                 buffer.zero_()
-            for absent_or_not in (self.tokens_seen, self.offset):
-                if absent_or_not is not None:
-                    absent_or_not.zero_()
+            for optional in (self.tokens_seen, self.offset):
+                if optional is not None:
+                    optional.zero_()
 
     def _new_pending(self) -> None:
         self.pending = Pending(
