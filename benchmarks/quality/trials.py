@@ -4,6 +4,7 @@ Each takes the trainer of a run before its first step; what it returns, if anyth
 after a checkpoint was loaded.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -176,6 +177,21 @@ def follows_the_learning_rate(trainer: Trainer, *, what: str) -> AfterStep:
     return after_step
 
 
+def bias_step_follows_the_average(trainer: Trainer) -> AfterStep:
+    """The step of the balance bias goes with the root of the average's own, from large to 0.015 when that has come to
+    1 - decay: scores that still drift want large steps, scores that have come to rest small ones."""
+    routers = [router for _, router in _routers(trainer)]
+
+    def after_step() -> None:
+        for router in routers:
+            options = router.commit_options
+            ramp = max(1.0, 1.0 / ((trainer.step + 1) * (1.0 - options.decay)))
+            router.commit_options = options._replace(bias_rate=0.015 * math.sqrt(ramp))
+
+    after_step()
+    return after_step
+
+
 def routed_by_embedding(trainer: Trainer) -> AfterStep:
     """Every layer scores and averages the token's embedding in place of its hidden state: the byte alone decides."""
     seen: list[Tensor] = []
@@ -250,4 +266,5 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "fixed at first tokens, learned offset": offset_from_first_tokens,
     "decay follows the rate": partial(follows_the_learning_rate, what="decay"),
     "bias step follows the rate": partial(follows_the_learning_rate, what="bias_rate"),
+    "bias step follows the average": bias_step_follows_the_average,
 }
