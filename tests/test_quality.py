@@ -346,6 +346,19 @@ def test_each_size_by_itself_says_what_is_resolved() -> None:
     assert "| random, fixed | not run |" in text
 
 
+def test_a_long_run_has_a_table_of_its_own_and_leaves_the_others_alone() -> None:
+    usual = [record(name, seed, 2.0, 0.1) for name in (studies.DEFAULT, "K-Means, sign") for seed in range(2)]
+    longer = [
+        each | {"config": {"steps": 400, "seed": 0}}
+        for each in (record(studies.DEFAULT, 0, 1.5, 0.1), record("K-Means, sign", 0, 1.0, 0.1))
+    ]
+    assert analysis.usual_length([*longer, *usual]) == usual
+    for tables in (analysis.summary, analysis.pooled):
+        assert tables([*longer, *usual]) == tables(usual)
+    assert "| K-Means, sign | +0.000 ± 0.000 | -0.500 (1 seed) |" in analysis.size_by_size([*longer, *usual])
+    assert "### D64-E16-K2, 400 steps" in analysis.report([*longer, *usual])
+
+
 def test_order_agrees_with_itself_and_not_with_its_reverse() -> None:
     assert analysis.kendall([1, 2, 3], [4, 5, 6]) == 1
     assert analysis.kendall([1, 2, 3], [6, 5, 4]) == -1

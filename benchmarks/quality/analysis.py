@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,15 @@ def groups(records: Sequence[Record], studies: Sequence[str]) -> dict[tuple[str,
     return found
 
 
+def usual_length(records: Sequence[Record]) -> list[Record]:
+    """Without the runs that are longer or shorter than most of the main study's at their size."""
+    lengths: dict[str, Counter[int]] = {}
+    for (size, steps), contestants in groups(records, ["main"]).items():
+        lengths.setdefault(size, Counter())[steps] += sum(map(len, contestants.values()))
+    usual = {size: count.most_common(1)[0][0] for size, count in lengths.items()}
+    return [record for record in records if record["config"]["steps"] == usual.get(record["size"])]
+
+
 def values(runs: Sequence[Record], get: Callable[[Record], float | None]) -> list[float]:
     """One a run; NaN where there is none."""
     return [math.nan if (value := get(run)) is None else float(value) for run in runs]
@@ -109,10 +119,8 @@ def table(contestants: Group, columns: Sequence[Column]) -> str:
 def summary(records: Sequence[Record]) -> str:
     """The README's table: a row a contestant, for each size bits per byte; MaxVio on held-out / training text. Sizes of
     which nothing has a second seed are left to their own tables, where there are others."""
-    found = groups(records, ["main"])
-    longest = {size: max(steps for other, steps in found if other == size) for size, _ in found}
-    sizes = [(size, steps) for size, steps in found if steps == longest[size]]
-    sizes = [where for where in sizes if max(map(len, found[where].values())) > 1] or sizes
+    found = groups(usual_length(records), ["main"])
+    sizes = [where for where in found if max(map(len, found[where].values())) > 1] or list(found)
     rows = []
     for name in STUDIES["main"]:
         runs = [found[size].get(name, []) for size in sizes]
@@ -196,7 +204,8 @@ def paired(one: Sequence[Record], other: Sequence[Record]) -> list[tuple[Record,
 
 
 def pooled(records: Sequence[Record], base: str = DEFAULT) -> str:
-    """Every contestant of the main study against `base`, all sizes and seeds together."""
+    """Every contestant of the main study against `base`, all sizes and seeds together, runs of the usual length."""
+    records = usual_length(records)
     runs = {name: [record for record in records if record["contestant"] == name] for name in STUDIES["main"]}
     rows = []
     for name in STUDIES["main"]:
