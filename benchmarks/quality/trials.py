@@ -177,16 +177,16 @@ def follows_the_learning_rate(trainer: Trainer, *, what: str) -> AfterStep:
     return after_step
 
 
-def bias_step_follows_the_average(trainer: Trainer) -> AfterStep:
-    """The step of the balance bias goes with the root of the average's own, from large to 0.015 when that has come to
-    1 - decay: scores that still drift want large steps, scores that have come to rest small ones."""
+def bias_step_follows_the_average(trainer: Trainer, *, at_most: float = math.inf) -> AfterStep:
+    """The step of the balance bias is 0.015 where the average's own has come to 1 - decay, and larger before, with the
+    root of that: scores that still drift want large steps, scores that have come to rest small ones."""
     routers = [router for _, router in _routers(trainer)]
 
     def after_step() -> None:
         for router in routers:
             options = router.commit_options
             ramp = max(1.0, 1.0 / ((trainer.step + 1) * (1.0 - options.decay)))
-            router.commit_options = options._replace(bias_rate=0.015 * math.sqrt(ramp))
+            router.commit_options = options._replace(bias_rate=0.015 * math.sqrt(min(ramp, at_most)))
 
     after_step()
     return after_step
@@ -267,4 +267,5 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "decay follows the rate": partial(follows_the_learning_rate, what="decay"),
     "bias step follows the rate": partial(follows_the_learning_rate, what="bias_rate"),
     "bias step follows the average": bias_step_follows_the_average,
+    "bias step follows the average, bounded": partial(bias_step_follows_the_average, at_most=10.0),
 }
