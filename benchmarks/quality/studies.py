@@ -52,6 +52,7 @@ MAIN: dict[str, dict[str, Any]] = {
 """With a learned offset it was run as a trial, before that became an option of the router."""
 DEFAULT = "K-Means, proportional, tau 0.2"
 """The contestant that the router's defaults make."""
+OFFSET = f"{DEFAULT}, learned offset"
 
 
 def _options(**options: Any) -> dict[str, Any]:
