@@ -150,7 +150,7 @@ def best(contestants: Group, kinds: str | tuple[str, ...], get: Callable[[Record
 
 
 def goals(records: Sequence[Record]) -> str:
-    """The study's two goals, a row a size: how far the default, and it with a learned offset, lie above the best learned
+    """The two goals, a row a size: how far the default, and it with a learned offset, lie above the best learned
     router, and the MaxVio of the most even one over the default's. Of learned routers those with the most seeds."""
     rows = []
     for (size, steps), contestants in groups(records, ["main"]).items():
