@@ -115,7 +115,7 @@ class LearnedRouter(StatefulRouter):
     def forward(self, x: Tensor, mask: Tensor | None = None, *, details: bool = False) -> RouterOutput | Routing:
         """Route x (..., D); in training also set `aux_loss` and gather the loads."""
         x_TD, probabilities, routing = self._route(x, mask)
-        if self.balance == "aux" and not torch.compiler.is_exporting():
+        if self.balance == "aux" and not ops.exporting():
             self._check_aux_loss_trains()
             self.aux_loss = self._switch_loss(probabilities, routing)
         if self.counts_now():

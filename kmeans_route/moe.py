@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from kmeans_route import ops
 from kmeans_route.checks import check_choice, check_positive_int, flatten_hidden_states, flatten_mask
 from kmeans_route.experts import Experts, SharedExpert
 from kmeans_route.functional import combine, dispatch
@@ -112,7 +113,7 @@ class MoE(nn.Module):
     def _record_loads(self, loads: Tensor) -> None:
         """In place, so that a captured graph writes where one reads, and because torch.compile takes a checkpointed
         layer into its graph only where the forward reassigns no attribute."""
-        if torch.compiler.is_exporting():  # a program holds no more than what it computes with
+        if ops.exporting():  # a program holds no more than what it computes with
             return
         held = self.tokens_per_expert
         # Loading with assign=True may bring the state to another device without a word.

@@ -28,6 +28,15 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work, seen from inside torch.compile too.
+
+    `torch.compiler.is_exporting` is true within every torch.compile in torch 2.11. The flag that later versions read
+    there is private to PyTorch; this is its only use, and a test holds it for each version claimed.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 

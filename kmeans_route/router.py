@@ -97,6 +97,7 @@ class KMeansRouter(StatefulRouter):
     dropped_total: Tensor
     steps: Tensor
     initialized: Tensor
+    unsaved: Tensor
     tokens_seen: Tensor | None
     FP32_STATE = ("weight", "expert_bias", "score_std")
     PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn")
@@ -175,6 +176,7 @@ class KMeansRouter(StatefulRouter):
         self.register_buffer("steps", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("dropped_total", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("initialized", torch.empty((), dtype=torch.bool, device=device))
+        self.register_buffer("unsaved", torch.empty((), dtype=torch.bool, device=device), persistent=False)
         seen = torch.empty(num_experts, dtype=torch.int64, device=device) if average == "cumulative" else None
         self.register_buffer("tokens_seen", seen)
         shape = (num_experts, hidden_size)
@@ -223,11 +225,12 @@ class KMeansRouter(StatefulRouter):
                 self.num_experts, self.hidden_size, generator=self._private_generator(), dtype=torch.float32
             )
             self.weight.copy_(rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-            for buffer in (self.expert_bias, self.score_std, self.steps, self.dropped_total, self.initialized):
-                buffer.zero_()
-            for optional in (self.tokens_seen, self.offset):
-                if optional is not None:
-                    optional.zero_()
+            for tensor in (
+                self.expert_bias, self.score_std, self.steps, self.dropped_total, self.initialized, self.unsaved,
+                self.tokens_seen, self.offset,
+            ):  # fmt: skip
+                if tensor is not None:
+                    tensor.zero_()
 
     def _new_pending(self) -> None:
         self.pending = Pending(
@@ -481,7 +484,7 @@ class KMeansRouter(StatefulRouter):
         a trace in the version counter. Only then, and before the first data, is a value read back to the host.
         """
         flag = self.initialized
-        now = trace(flag)
+        now = self._trace()
         if flag.is_meta or (now == self._seen and (self._initialized or not committing)):
             return
         for name in self.FP32_STATE:
@@ -499,9 +502,19 @@ class KMeansRouter(StatefulRouter):
             self._after_load()
         self._seen = now
 
+    def _trace(self) -> tuple[int, int]:
+        """What changes when `initialized` is replaced, or written by itself; writes of kernels leave no trace.
+
+        The broadcast with which DDP begins a forward writes to all buffers alike, and counts as a write in torch 2.11
+        and not in 2.13. It is no load, and has written to the one that no checkpoint holds, too.
+        """
+        flag, unsaved = self.initialized, self.unsaved
+        untold = flag.is_inference() or unsaved.is_inference()
+        return (flag.data_ptr(), 0 if untold else flag._version - unsaved._version)
+
     def _mark_initialized(self) -> None:
         self.initialized.fill_(True)
-        self._initialized, self._seen = True, trace(self.initialized)
+        self._initialized, self._seen = True, self._trace()
         self.pending.drop_reservoir()
 
     def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
@@ -587,7 +600,7 @@ class KMeansRouter(StatefulRouter):
     def _after_load(self) -> None:
         super()._after_load()
         self._initialized = not self.initialized.is_meta and bool(self.initialized)
-        self._cached, self._seen = None, trace(self.initialized)
+        self._cached, self._seen = None, self._trace()
         if bool(self.pending.hashes.numel()) != (not self._initialized and self.init != "normal"):
             self._new_pending()
         else:
@@ -595,8 +608,3 @@ class KMeansRouter(StatefulRouter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cached": None, "_seen": None}
-
-
-def trace(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is replaced or written; writes of kernels and through `.data` leave none."""
-    return (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

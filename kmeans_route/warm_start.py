@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kmeans_route.router as kmeans
 from kmeans_route import functional, metrics, reference
 from kmeans_route.agreement import Comparison, Forward, Router, Seen, Tick, compare, reread, ticking, watch
 from kmeans_route.checks import RouteOptions, check_choice
@@ -153,7 +152,7 @@ class _Saved:
             for name, value in self.buffers.items():
                 self.router.get_buffer(name).copy_(value)
         self.router._cached = None
-        self.router._seen = kmeans.trace(self.router.initialized)
+        self.router._seen = self.router._trace()
 
 
 def _set_means(

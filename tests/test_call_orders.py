@@ -42,7 +42,8 @@ def make(kind: str) -> Router:
 
 
 def held_by(router: Router) -> State:
-    return {name: tensor.detach().clone() for name, tensor in [*router.named_buffers(), *router.named_parameters()]}
+    tensors = [*router.named_buffers(), *router.named_parameters()]
+    return {name: tensor.detach().clone() for name, tensor in tensors if name != "unsaved"}
 
 
 def pending_of(router: Router) -> State:

@@ -192,7 +192,8 @@ def test_an_ordinary_step_reads_nothing_back() -> None:
 
 
 def under_ddp(rank: int, loaded: State) -> list[bool]:
-    """Only rank 0 has loaded a state, which DDP broadcasts; then whether each step left the flag's trace alone."""
+    """Only rank 0 has loaded a state, which DDP broadcasts; then whether each step left the flag's trace alone, and
+    counted every token of all ranks."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, D), MoE(D, 8, E, K))
     router = model[1].router
@@ -205,13 +206,16 @@ def under_ddp(rank: int, loaded: State) -> list[bool]:
     found = []
     for step in range(3):
         before = router._seen
-        root(hidden_states(2 * step + rank)).sum().backward()
+        for part in range(2):  # each with a broadcast before it, which must not drop what the other has gathered
+            root(hidden_states(2 * step + rank + 10 * part)).sum().backward()
         optimizer.step()
         found.append(router._seen == before)
+        found.append(int(router.tokens_per_expert.sum()) == 2 * 2 * 120 * K)
     return [*found, int(router.steps) == int(loaded["steps"]) + 3]
 
 
 def test_ddp_hands_a_loaded_state_on_and_its_broadcasts_are_no_loads(tmp_path: Path) -> None:
-    """One re-read after DDP was made, none for the broadcast of the buffers before each forward."""
-    for found in run_on_ranks(under_ddp, 2, tmp_path, state_of(trained())):
-        assert found == [False, True, True, True]
+    """Read at the first forward of the rank that has loaded nothing, and never for the broadcast before each one."""
+    loaded, other = run_on_ranks(under_ddp, 2, tmp_path, state_of(trained()))
+    assert loaded == [True] * 7
+    assert other == [False] + [True] * 6

@@ -260,7 +260,7 @@ def test_an_exported_program_gives_the_same_bits(name: str, strict: bool, masked
     num_tokens = Dim("num_tokens", min=1, max=4096)
     shapes = {"x": {0: num_tokens}, "mask": {0: num_tokens} if masked else None}
     program = torch.export.export(module, inputs(10, masked), dynamic_shapes=shapes, strict=strict)
-    assert not program.constants, "nothing but the state is part of the program"
+    assert not program.constants.keys() - {"inner.unsaved", "inner.router.unsaved"}, "nothing but the state is in it"
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -355,6 +355,24 @@ class Asking(torch.autograd.Function):
         return dy, None
 
 
+class Telling(torch.nn.Module):
+    """Adds 1 where it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if ops.exporting() else x
+
+
+def test_exporting_is_true_in_an_export_and_not_in_a_compilation() -> None:
+    """It rests on a flag that is private to PyTorch, so this must hold for each version claimed."""
+    x, module = torch.zeros(1), Telling()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert [int(call(x)) for call in (module, compiled)] == [0, 0]
+    for strict in (False, True):
+        assert int(torch.export.export(module, (x,), strict=strict).module()(x)) == 1
+    assert [int(call(x)) for call in (module, compiled)] == [0, 0]
+
+
 def test_in_backward_is_true_in_a_backward_pass_and_nowhere_else(device: str) -> None:
     """It rests on a call that is private to PyTorch, so this must hold for each version claimed."""
     assert not ops.in_backward()

@@ -234,7 +234,7 @@ def test_loading_decides_whether_the_next_commit_initialises(assign: bool) -> No
 
 def test_state_dict_holds_the_persistent_state_and_no_pending() -> None:
     router = KMeansRouter(D, E, K)
-    assert set(router.state_dict()) == NAMES == {name for name, _ in router.named_buffers()}
+    assert set(router.state_dict()) == NAMES == {name for name, _ in router.named_buffers()} - {"unsaved"}
     assert set(KMeansRouter(D, E, K, average="cumulative").state_dict()) == NAMES | {"tokens_seen"}
     shapes = {name: (tuple(b.shape), b.dtype) for name, b in router.named_buffers()}
     assert shapes == {
@@ -244,6 +244,7 @@ def test_state_dict_holds_the_persistent_state_and_no_pending() -> None:
         "steps": ((), torch.int64),
         "dropped_total": ((), torch.int64),
         "initialized": ((), torch.bool),
+        "unsaved": ((), torch.bool),
     }
 
 
