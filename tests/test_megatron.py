@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("megatron.core")
 pytest.importorskip("kmeans_route.integrations.megatron", exc_type=ImportError)
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -197,11 +198,6 @@ def test_a_configuration_that_a_kmeans_router_replaces_is_refused(name: str, val
         KMeansTopKRouter(cfg)
 
 
-def test_a_learned_offset_is_refused() -> None:
-    with pytest.raises(ValueError, match="learned_offset must be False in Megatron"):
-        KMeansTopKRouter(config(), learned_offset=True)
-
-
 def test_layers_start_from_directions_of_their_own_and_bf16_leaves_the_state() -> None:
     one, two = routers_of(Chunk(config()).bfloat16())
     assert one.weight.dtype == torch.float32
@@ -248,6 +244,68 @@ def test_data_parallel_ranks_commit_the_tokens_of_both(tmp_path: Path) -> None:
     for name, value in routers_of(model)[0].state_dict().items():
         assert_same_bits(states[0][name], states[1][name], name)
         torch.testing.assert_close(states[0][name], value, msg=name)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "tensor parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "expert parallel": {"expert_model_parallel_size": 2},
+}
+
+
+def draw_experts(model: Chunk) -> None:
+    """Weights that an expert has wherever it lives: Megatron draws those of the first experts on every rank."""
+    for number, layer in enumerate(model.layers):
+        for expert, mlp in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
+            g = torch.Generator().manual_seed(100 * number + expert)
+            for linear, split in ((mlp.linear_fc1, 0), (mlp.linear_fc2, 1)):
+                shape = list(linear.weight.shape)
+                num_parts = 32 // shape[split]
+                shape[split] = 32
+                part = dist.get_rank() if num_parts > 1 else 0
+                linear.weight.data.copy_(torch.randn(shape, generator=g).chunk(num_parts, split)[part] / 4)
+
+
+def steps_in_a_layout(rank: int, layout: str) -> dict[str, Tensor]:
+    """Three steps with Megatron's own gradient buffers and finalisation: state and summed gradient of the routers."""
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
+    sizes = {name: value for name, value in LAYOUTS[layout].items() if name.endswith("_size")}
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes)
+    cfg = config(**LAYOUTS[layout])
+    # Which tokens become the first centroids hangs on their last bits, which a split sum changes.
+    model = Chunk(cfg, learned_offset=True, init="normal")
+    draw_experts(model)
+    wrapped = DistributedDataParallel(cfg, DistributedDataParallelConfig(), model)
+    finalize = FinalizeModelGrads(finalize_model_grads, [wrapped])
+    world = dist.get_world_size()
+    # Data-parallel ranks average their gradients, those that share a sequence sum them.
+    weight = 1 if "sequence_parallel" in LAYOUTS[layout] else world
+    out = {}
+    for step in range(3):
+        wrapped.zero_grad_buffer()
+        x = hidden(step)
+        (wrapped(x.chunk(world)[rank].requires_grad_()).square().sum() * weight / 1000).backward()
+        finalize([wrapped])
+        with torch.no_grad():
+            for number, router in enumerate(routers_of(model)):
+                out[f"{step}.{number}.gradient"] = router.offset.main_grad.clone()
+                router.offset -= router.offset.main_grad
+    for number, router in enumerate(routers_of(model)):
+        out |= {f"{number}.{name}": value.clone() for name, value in router.state_dict().items()}
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    return out
+
+
+@pytest.mark.slow  # each process imports Megatron
+@pytest.mark.parametrize("layout", ["tensor parallel", "expert parallel"])
+def test_tensor_and_expert_parallel_ranks_train_as_one(layout: str, tmp_path: Path) -> None:
+    states, want = run_on_ranks(steps_in_a_layout, 2, tmp_path / "ranks", layout), steps_in_a_layout(0, "one rank")
+    assert want["2.0.gradient"].abs().max() > 1e-3
+    for name, value in want.items():
+        assert_same_bits(states[0][name], states[1][name], name)
+        torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_example_of_the_docstring_runs() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,34 @@ def test_the_debug_model_trains_with_the_flag(num_layers: int, num_steps: int) -
     assert not [name for name, _ in model.named_parameters() if "router" in name]
 
 
+def test_a_learned_offset_trains_from_a_meta_device_build() -> None:
+    with torch.device("meta"):
+        spec = kmeans_routing(debug_spec(2), learned_offset=True)
+        model = spec.model.build()
+    model.to_empty(device="cpu")
+    model.init_weights(buffer_device=torch.device("cpu"))
+    model.verify_module_protocol()
+    (one,) = routers_of(model)
+    assert one.offset is not None
+    assert not one.offset.any()
+    losses = train(model, spec, 4)
+    assert losses[-1] < losses[0] - 1
+    assert one.offset.any(1).all()
+    assert int(one.steps) == 3
+
+
+def test_buffers_go_to_their_own_device_and_the_offset_stays() -> None:
+    one = router(learned_offset=True)
+    before = one.state_dict()
+    one._init_self_buffers(buffer_device=torch.device("meta"))
+    assert one.weight.is_meta
+    assert one.pending.sums.is_meta
+    assert not one.offset.is_meta
+    one._init_self_buffers(buffer_device=torch.device("cpu"))
+    for name, value in before.items():
+        assert_same_bits(one.state_dict()[name], value, name)
+
+
 def test_two_micro_batches_commit_as_one_batch() -> None:
     whole, halves = make(), make()
     train(*whole, 1)
@@ -185,9 +214,12 @@ def test_every_buffer_and_input_has_a_layout(ep: bool) -> None:
     spec = kmeans_routing(debug_spec(2))
     moe = spec.model.layers[1].moe
     set_moe_sharding_config(moe, enable_ep=ep, enable_sp=True, expert_param_layout={})
+    moe.router.learned_offset = True
     one = moe.router.build()
     layouts = one._sharding_config
-    assert set(layouts.state_shardings) == set(one._buffers)
+    assert set(layouts.state_shardings) == {*one._buffers, "offset"}
+    with pytest.raises(ValueError, match="learned_offset must be False under tensor parallelism, got True with tp=2"):
+        one._distribute_states(SimpleNamespace(tp=2))
     assert set(layouts.in_dst_shardings) == {"x_BLD", "expert_bias_E"}
     assert layouts.in_dst_shardings["x_BLD"] == moe.router.gate.sharding_config.in_dst_shardings["input"]
     assert len(layouts.out_src_shardings) == 3

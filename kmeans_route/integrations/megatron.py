@@ -54,11 +54,6 @@ class KMeansTopKRouter(KMeansRouter):
 
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, **options: Any) -> None:
         _check_config(config)
-        if options.get("learned_offset"):
-            raise ValueError(
-                "learned_offset must be False in Megatron, got True: nothing here reduces its gradient over the "
-                "tensor-parallel ranks"
-            )
         super().__init__(
             config.hidden_size,
             config.num_moe_experts,
@@ -68,6 +63,8 @@ class KMeansTopKRouter(KMeansRouter):
         self.config = config
         self.layer_number: int | None = None
         self._base_name = self.name
+        if self.offset is not None:  # as Megatron's own router marks its rows: gradients are summed over the sequence
+            self.offset.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def set_layer_number(self, layer_number: int) -> None:
         """The layer's number gives each router Gaussian directions of its own, until it has its first data."""

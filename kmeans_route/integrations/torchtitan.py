@@ -59,6 +59,7 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
         balance: str = "none"
         bias_rate: float | None = None
         init: str = "tokens"
+        learned_offset: bool = False
         detach_gates: bool = False
         seed: int = 0
         name: str = ""
@@ -82,7 +83,9 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
             **{field: getattr(config, field) for field in OWN_FIELDS},
         )
         if config.gate.sharding_config is not None:
-            self._sharding_config = _sharding(config.gate.sharding_config, list(self._buffers))
+            self._sharding_config = _sharding(
+                config.gate.sharding_config, [*self._buffers, *(name for name, _ in self.named_parameters())]
+            )
 
     def forward(  # type: ignore[override]
         self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
@@ -99,10 +102,16 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         if buffer_device is not None and torch.device(buffer_device) != self.weight.device:
-            self.to_empty(device=buffer_device)
+            for name, buffer in self._buffers.items():
+                self._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=buffer_device)
         self.reset_parameters()
 
     def _distribute_states(self, parallel_dims: Any) -> None:
+        if self.offset is not None and parallel_dims.tp > 1:
+            raise ValueError(
+                f"learned_offset must be False under tensor parallelism, got True with tp={parallel_dims.tp}: nothing "
+                "here sums its gradient over the ranks that share a sequence"
+            )
         # Replicas as DTensors would reach operators that take plain tensors; the exchange keeps plain ones equal.
         if parallel_dims.spmd_backend == "spmd_types":  # annotates plain tensors
             super()._distribute_states(parallel_dims)
@@ -114,12 +123,12 @@ OWN_FIELDS = sorted(
 )
 
 
-def _sharding(gate: Any, buffers: list[str]) -> Any:
+def _sharding(gate: Any, states: list[str]) -> Any:
     """The layouts of the gate that the router stands for, with a local region between: it takes no DTensors."""
     replicated = dense_param_placement(tp=spmd.R)
     out = gate.out_dst_shardings
     return ShardingConfig(
-        state_shardings=dict.fromkeys(buffers, replicated),
+        state_shardings=dict.fromkeys(states, replicated),
         in_src_shardings={"x_BLD": gate.in_src_shardings["input"], "expert_bias_E": replicated},
         in_dst_shardings={"x_BLD": gate.in_dst_shardings["input"], "expert_bias_E": replicated},
         out_src_shardings=(out, out, out),
