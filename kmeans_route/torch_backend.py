@@ -126,9 +126,15 @@ def candidate_mask(ranking: Tensor, indices: Tensor, options: RouteOptions) -> T
     return candidates_reference(ranking, options).scatter(1, indices, True)
 
 
+def _bincount_serves(ids: Tensor) -> bool:
+    """Not on a GPU, which it would synchronise, nor in a compiled graph, where its size hangs on the data: there a
+    scatter counts."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def count_experts(indices: Tensor, valid: Tensor, num_experts: int, *, all_valid: bool) -> Tensor:
-    """(E,) int64: valid tokens that chose each expert. bincount would synchronise a GPU, so there it is a scatter."""
-    if indices.device.type == "cpu":
+    """(E,) int64: valid tokens that chose each expert."""
+    if _bincount_serves(indices):
         counts = torch.bincount(indices.flatten(), minlength=num_experts)
         if not all_valid:  # rows that are not valid hold ids 0..K-1
             counts[: indices.shape[1]] -= (~valid).sum()
@@ -166,7 +172,7 @@ def margin_hist(ranking: Tensor, among: Tensor, valid: Tensor, top_k: int) -> Te
     bins += torch.arange(num_experts, device=ranking.device) * NUM_MARGIN_BINS
     flat = torch.where(valid[:, None], bins, num_experts * NUM_MARGIN_BINS).flatten()
     size = num_experts * NUM_MARGIN_BINS
-    if ranking.device.type == "cpu":
+    if _bincount_serves(flat):
         hist = torch.bincount(flat, minlength=size + 1)
     else:
         hist = torch.zeros(size + 1, dtype=torch.int64, device=ranking.device)

@@ -396,11 +396,11 @@ def test_a_layer_built_in_inference_mode_runs_outside_of_it() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", KINDS)
-def test_compiled_training_is_eager_training(kind: str, plain_empty: None) -> None:
+@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in KINDS), ("sigmoid", {"balance": "quantile"})])
+def test_compiled_training_is_eager_training(kind: str, options: dict[str, Any], plain_empty: None) -> None:
     torch._dynamo.reset()
     torch.manual_seed(5)
-    eager = MoE(D, I, E, K, router=kind, num_shared_experts=1)
+    eager = MoE(D, I, E, K, router=kind, num_shared_experts=1, **options)
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for step in range(3):  # before, at and after the first data
