@@ -263,7 +263,7 @@ def test_direction_of_the_study_at_a_small_size() -> None:
         found[router, balance] = summarize(trainer, trainer.evaluate())["measures"]
     violation = {name: measures["max_vio_validation"] for name, measures in found.items()}
     bits = {name: measures["bits_per_byte"] for name, measures in found.items()}
-    assert 2 * violation["kmeans", "proportional"] < violation["softmax", "aux"]
+    assert 1.5 * violation["kmeans", "proportional"] < violation["softmax", "aux"]
     assert 1.5 * violation["softmax", "aux"] < violation["kmeans", "none"]
     assert max(bits.values()) < 3.6, "a byte alone has 4.7 bits here"
     assert max(bits.values()) - min(bits.values()) < 0.2
