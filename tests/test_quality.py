@@ -300,8 +300,9 @@ def test_tables_and_goals_are_those_of_the_runs(tmp_path: Path, capsys: pytest.C
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
     assert analysis.main(["--results", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "| router | D64-E16-K2, 100 steps |" in said
-    assert "| K-Means, quantile | 1.911 ± 0.011; 0.10 / 0.05 (3 seeds) |" in said
+    assert "| router (3 seeds) | D64-E16-K2, 100 steps |" in said
+    assert "| K-Means, quantile | 1.911 ± 0.011; 0.10 / 0.05 |" in said
+    assert "| sigmoid, quantile | 1.000; 0.01 / 0.01 (1 seed) |" in said
     row = "| K-Means, quantile | 1.911 ± 0.011 | 0.100 ± 0.000 | 0.050 ± 0.000 | 0.200 ± 0.000 | 0.0100 ± 0.0000 |"
     assert row in said
     assert "| hash of the byte | n/a | n/a | n/a | n/a | n/a | 0.000 ± 0.000 | 12.0 ± 0.0 | 3 |" in said
@@ -315,7 +316,8 @@ def test_tables_and_goals_are_those_of_the_runs(tmp_path: Path, capsys: pytest.C
         "| 0.100 / 0.050 |" in said
     )
     assert "| K-Means, sign | -0.050 ± 0.000 (95%, 3 pairs), resolved | 0.40 | 0.40 |" in said
-    assert (tmp_path / "quality-D64-E16-K2-100.png").stat().st_size > 10000
+    for name in ("quality", "quality-D64-E16-K2-100"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10000
     assert analysis.main(["--results", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)["D64-E16-K2, 100 steps"]
     assert document["K-Means, sign"]["MaxVio, held-out text"] == [0.2] * 3

@@ -118,23 +118,33 @@ def table(contestants: Group, columns: Sequence[Column]) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """The README's table: a row a contestant, for each size bits per byte; MaxVio on held-out / training text. Sizes of
-    which nothing has a second seed are left to their own tables, where there are others."""
+    """The README's table: a row a contestant, for each size bits per byte; MaxVio on held-out / training text; how many
+    seeds, where not as many as most have."""
+    found = with_seeds(records)
+    usual = Counter(len(runs) for contestants in found.values() for runs in contestants.values()).most_common(1)[0][0]
+    rows = [
+        [name, *(_brief(contestants.get(name, []), usual) for contestants in found.values())]
+        for name in STUDIES["main"]
+    ]  # fmt: skip
+    return markdown([f"router ({_seeds(usual)})", *(f"{size}, {steps} steps" for size, steps in found)], rows)
+
+
+def with_seeds(records: Sequence[Record]) -> dict[tuple[str, int], Group]:
+    """The main study at its usual length, without the sizes of which nothing has a second seed, unless all are so."""
     found = groups(usual_length(records), ["main"])
-    sizes = [where for where in found if max(map(len, found[where].values())) > 1] or list(found)
-    rows = []
-    for name in STUDIES["main"]:
-        runs = [found[size].get(name, []) for size in sizes]
-        rows.append([name, *(_brief(each) for each in runs)])
-    return markdown(["router", *(f"{size}, {steps} steps" for size, steps in sizes)], rows)
+    return {where: runs for where, runs in found.items() if max(map(len, runs.values())) > 1} or found
 
 
-def _brief(runs: Sequence[Record]) -> str:
+def _brief(runs: Sequence[Record], usual: int) -> str:
     if not runs:
         return "not run"
-    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
     held_out, trained = (mean_text(values(runs, get), 2) for get in (max_vio, max_vio_trained))
-    return f"{cell(values(runs, bits), 3)}; {held_out} / {trained} ({seeds})"
+    text = f"{cell(values(runs, bits), 3)}; {held_out} / {trained}"
+    return text if len(runs) == usual else f"{text} ({_seeds(len(runs))})"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seeds" if count > 1 else "1 seed"
 
 
 def best(contestants: Group, kinds: str | tuple[str, ...], get: Callable[[Record], float | None]) -> str | None:
@@ -347,35 +357,72 @@ def front_page(records: Sequence[Record]) -> str:
     return f"{summary(records)}\n\n{GOALS}\n\n{goals(usual_length(records))}"
 
 
+LINES, MARKERS = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), "osD^P"
+COLOURS = {"softmax": "C1", "sigmoid": "C0", "K-Means": "C3", "random": "0.6", "hash": "0.3"}
+
+
+def look(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(line, marker) of a contestant of the main study, the same in every picture."""
+    kind = next(kind for kind in COLOURS if name.startswith(kind))
+    number = [other for other in STUDIES["main"] if other.startswith(kind)].index(name)
+    return (
+        {"color": COLOURS[kind], "linestyle": LINES[number]},
+        {"color": COLOURS[kind], "marker": MARKERS[number], "linestyle": "none"},
+    )
+
+
+def draw_all(records: Sequence[Record], path: Path) -> None:
+    """Bits per byte against MaxVio on held-out text, means over the seeds with their spread, a panel a size."""
+    from matplotlib.figure import Figure
+
+    found = with_seeds(records)
+    figure = Figure(figsize=(4.2 * max(2, len(found)), 5.5), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, ((size, steps), contestants) in zip(panels, found.items(), strict=True):
+        for name, runs in contestants.items():
+            across, up = values(runs, max_vio), values(runs, bits)
+            spread = [statistics.stdev(each) if len(runs) > 1 else 0.0 for each in (across, up)]
+            axes.errorbar(
+                statistics.fmean(across), statistics.fmean(up), xerr=spread[0], yerr=spread[1], label=name,
+                elinewidth=0.7, markersize=8, markeredgecolor="black" if name == DEFAULT else "none", **look(name)[1],
+            )  # fmt: skip
+        axes.set(xlabel="MaxVio, held-out text (0: even)", title=f"{size}, {steps} steps")
+        _log_axis(axes)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("validation bits per byte")
+    shown = max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
+    figure.legend(*shown.get_legend_handles_labels(), loc="outside lower center", ncols=5, title="lower left is better")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def _log_axis(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def draw(title: str, contestants: Group, path: Path) -> None:
     """Validation curves against the default's, seed by seed, and bits per byte against MaxVio, one point a seed."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 2)
-    styles, markers = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))], "osD^P"
-    kinds = {"softmax": "C1", "sigmoid": "C0", "K-Means": "C3", "random": "0.6", "hash": "0.3"}
-    seen = dict.fromkeys(kinds, 0)
     base, curves = curves_above(contestants)
     for name, runs in contestants.items():
-        kind = next(kind for kind in kinds if name.startswith(kind))
-        number = seen[kind]
-        seen[kind] += 1
-        style: dict[str, Any] = {"color": kinds[kind], "label": f"{name} ({len(runs)})"}
+        line, marker = look(name)
         if name in curves:
-            panels[0].plot(*zip(*curves[name], strict=True), linestyle=styles[number], **style)
-        panels[1].scatter(values(runs, max_vio), values(runs, bits), marker=markers[number], **style)
+            panels[0].plot(*zip(*curves[name], strict=True), **line)
+        panels[1].plot(values(runs, max_vio), values(runs, bits), label=f"{name} ({len(runs)})", **marker)
     panels[0].set(
         xlabel="optimizer step",
         ylabel=f"validation bits per byte above\n{base}",
         title=f"{title}, equal seeds",
     )
     panels[1].set(xlabel="validation MaxVio (0: even)", ylabel="validation bits per byte", title="last step, each seed")
-    panels[1].set_xscale("log")
-    panels[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    panels[1].xaxis.set_major_formatter(ScalarFormatter())
-    panels[1].xaxis.set_minor_formatter(NullFormatter())
+    _log_axis(panels[1])
     for axes in panels:
         axes.grid(alpha=0.3)
     labels = panels[1].get_legend_handles_labels()
@@ -406,7 +453,8 @@ def draw_changes(title: str, change: str, contestants: Group, path: Path) -> Non
 def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
     """Draw them all."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths = [folder / "quality.png"]
+    draw_all(records, paths[0])
     for (size, steps), contestants in groups(records, ["main"]).items():
         paths.append(folder / f"quality-{size}-{steps}.png")
         draw(f"{size}, {steps} steps", contestants, paths[-1])
