@@ -167,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     finished, failed = sweep(todo, args, output)
     remaining = left(everything, read_results(args.results))
     output.note(f"{finished} runs finished, {len(remaining)} left, results in {args.results.name}")
+    if remaining and not failed:
+        output.note("the same command goes on from here (exit code 3: not all is done)")
     output.document({"finished": finished, "failed": failed, "left": [job.name for job in remaining]})
     return 1 if failed else 3 if remaining else 0
 
