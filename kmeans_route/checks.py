@@ -15,6 +15,8 @@ GATES = ("softmax", "sigmoid", "cosine", "uniform")
 GROUP_SCORES = ("top2", "max")
 BACKENDS = ("auto", "reference", "torch", "triton")
 ACCUMULATES = ("unit", "raw")
+TRITON_MAX_EXPERTS = 1024
+"""More do not fit: at 1040 a tile of scores takes 264 KB of shared memory and spills."""
 DEFAULT_TAU = 0.2
 """Temperature of the gates: the winner of docs/quality.md."""
 
@@ -158,14 +160,13 @@ def check_indices(indices: Tensor | None, x: Tensor, top_k: int) -> Tensor | Non
 def check_index_values(indices: Tensor, num_experts: int) -> None:
     """Raise ValueError unless ids (T, K) are in range and distinct in each row.
 
-    On CPU at once; elsewhere as a device assertion, because reading the answer back would stall the device.
+    Only on a CPU: elsewhere the answer would stall the device, and such a row is routed as if it had not been given.
     """
+    if indices.device.type != "cpu":
+        return
     in_range = ((indices >= 0) & (indices < num_experts)).all()
     ordered = indices.sort(dim=1).values
     distinct = (ordered[:, 1:] != ordered[:, :-1]).all()
-    if indices.device.type != "cpu":
-        torch._assert_async(in_range & distinct)
-        return
     if not in_range:
         low, high = int(indices.min()), int(indices.max())
         raise ValueError(

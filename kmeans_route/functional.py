@@ -1,7 +1,8 @@
 """Pure routing functions: they check, choose a backend and call it.
 
 Backends: "torch" runs anywhere and is tuned for CPU; "triton" runs the fused kernels on a GPU; "reference" is the
-definition, slow and plain. "auto" takes "triton" on a GPU where Triton is installed, else "torch".
+definition, slow and plain. "auto" takes "triton" on a GPU where Triton is installed, for at most 1024 experts in fp32,
+fp16 or bf16, else "torch".
 """
 
 import os
@@ -15,6 +16,7 @@ from kmeans_route.checks import (
     ACCUMULATES,
     BACKENDS,
     DEFAULT_TAU,
+    TRITON_MAX_EXPERTS,
     RouteOptions,
     check_choice,
     check_device,
@@ -31,22 +33,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, num_experts: int = 1) -> str:
     """The backend that runs: "reference", "torch" or "triton".
 
     Raises:
-        ValueError: an unknown name. RuntimeError: "triton" where it cannot run: it is not installed, or the tensor is
-        not on a GPU (and TRITON_INTERPRET is not set). TypeError: "triton" for a dtype that it does not take.
+        ValueError: an unknown name, or "triton" for more experts than it takes. RuntimeError: "triton" where it cannot
+        run: it is not installed, or the tensor is not on a GPU (and TRITON_INTERPRET is not set). TypeError: "triton"
+        for a dtype that it does not take.
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
-        return "triton" if TRITON_INSTALLED and device.type == "cuda" and dtype in TRITON_DTYPES else "torch"
+        able = device.type == "cuda" and dtype in TRITON_DTYPES and num_experts <= TRITON_MAX_EXPERTS
+        return "triton" if TRITON_INSTALLED and able else "torch"
     if backend == "triton":
-        _check_triton(device, dtype)
+        _check_triton(device, dtype, num_experts)
     return backend
 
 
-def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
+def _check_triton(device: torch.device, dtype: torch.dtype, num_experts: int) -> None:
     if not TRITON_INSTALLED:
         raise RuntimeError(
             "backend must be one whose library is installed, got 'triton' without Triton: "
@@ -61,6 +65,11 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
         raise TypeError(
             f"backend='triton' must get float32, float16 or bfloat16, got {dtype}: cast the tensor, or use "
             "backend='auto'"
+        )
+    if num_experts > TRITON_MAX_EXPERTS:
+        raise ValueError(
+            f"num_experts must be at most {TRITON_MAX_EXPERTS} for backend='triton', got {num_experts}: use "
+            "backend='auto', which takes the torch backend for more"
         )
 
 
@@ -122,10 +131,12 @@ def route(
         x: hidden states (..., D), floating point; T is the product of the leading dimensions.
         weight: centroids (E, D), any scale; only their directions matter.
         top_k: experts a token, in [1, E].
-        expert_bias: (E,) added to the scores for selection only, never for the gates; None for 0.
+        expert_bias: (E,) added to the scores for selection only, never for the gates; None for 0. Values beyond
+            +-1024 count as that, NaN as -1024.
         mask: bool, shape x.shape[:-1]; false leaves a token out (weights 0, no gradient, not counted).
-        indices: (T, K) int64 ids to replay instead of choosing, in [0, E), distinct in each row.
-        directions: (E, D) in x's dtype, what `directions(weight, x.dtype)` returns, to save that step.
+        indices: (T, K) int64 ids to replay instead of choosing, in [0, E), distinct in each row. On a GPU, where
+            looking at them would stall the device, a row that is not so is routed as if none had been given.
+        directions: (E, D) in x's dtype, finite, what `directions(weight, x.dtype)` returns, to save that step.
         gate: "softmax", "sigmoid", "cosine" or "uniform" over the selected scores.
         tau: temperature of the softmax and sigmoid gates, > 0, in units of cosine.
         normalize: True: gates sum to `scaling` over the selected experts. False: softmax over all candidates, the
@@ -174,7 +185,7 @@ def route(
                 f"expert_bias must have shape {(num_experts,)}, got {tuple(expert_bias.shape)}: one value an expert"
             )
         check_device("expert_bias", expert_bias, x.device, "x")
-    chosen = choose_backend(backend, x.device, x.dtype)
+    chosen = choose_backend(backend, x.device, x.dtype, num_experts)
     if directions is None:
         directions = directions_for(chosen, weight, x.dtype)
     elif directions.shape != weight.shape or directions.dtype != x.dtype:
@@ -246,7 +257,7 @@ def dispatch(x: Tensor, routing: Routing, *, copies: bool = True, backend: str =
         ValueError: x has another number of tokens than the routing. RuntimeError: another device.
     """
     x_TD = _check_routing(x, routing)
-    chosen = choose_backend(backend, x.device, x.dtype)
+    chosen = choose_backend(backend, x.device, x.dtype, routing.tokens_per_expert.shape[0])
     if chosen == "reference":
         sent = reference.dispatch_reference(x_TD, routing)
         return sent if copies else sent._replace(x_sorted=sent.x_sorted[:0])
@@ -305,10 +316,10 @@ def centroid_sums(
     """
     check_choice("accumulate", accumulate, ACCUMULATES)
     x_TD = _check_routing(x, routing)
-    chosen = choose_backend(backend, x.device, x.dtype)
+    num_experts = routing.tokens_per_expert.shape[0]
+    chosen = choose_backend(backend, x.device, x.dtype, num_experts)
     if chosen == "reference":
         return reference.centroid_sums_reference(x_TD, routing, accumulate)
-    num_experts = routing.tokens_per_expert.shape[0]
     sums = ops.centroid_sums(
         x_TD.detach(), routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate, chosen
     )

@@ -73,11 +73,12 @@ def _route_body(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = RouteOptions(top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score)
+    if indices is not None:
+        check_index_values(indices, directions.shape[0])
     with _no_autocast(x):
         if backend == "triton":
             from kmeans_route.kernels.route import route_fwd
 
-            _check_replay(indices, directions)
             return route_fwd(
                 x, directions, expert_bias, mask, indices, options,
                 want_scores=want_scores, want_std=want_std, want_hist=want_hist,
@@ -94,12 +95,6 @@ _route = torch.library.custom_op("kmeans_route::route", _route_body, mutates_arg
 def _recorded(x: Tensor) -> bool:
     """Whether autograd, a compiler or a tensor of another kind has to see the operator; it costs 0.15 ms on a CPU."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-
-
-def _check_replay(indices: Tensor | None, directions: Tensor) -> None:
-    """Look at replayed ids where that costs no synchronisation."""
-    if indices is not None and indices.device.type == "cpu":
-        check_index_values(indices, directions.shape[0])
 
 
 @_route.register_fake
@@ -349,12 +344,13 @@ def _route_dispatch(
     """
     options = RouteOptions(top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score)
     num_experts = directions.shape[0]
+    if indices is not None:
+        check_index_values(indices, directions.shape[0])
     with _no_autocast(x):
         if backend == "triton":
             from kmeans_route.kernels.dispatch import Ranks, dispatch_fwd
             from kmeans_route.kernels.route import route_fwd
 
-            _check_replay(indices, directions)
             r = route_fwd(
                 x, directions, expert_bias, mask, indices, options,
                 want_scores=want_scores, want_std=want_std, want_hist=want_hist, want_rank=True,

@@ -23,6 +23,7 @@ MIN_CENTROID_NORM = 1e-12
 MIN_COSINE_GATE = 1e-3
 NUM_MARGIN_BINS = 1024
 MARGIN_RANGE = 2.0  # margins are binned over [-2, 2]
+MAX_BIAS = 1024.0  # the state's own biases lie within 2; beyond this s + b would lose s
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,6 +34,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def stable_topk(values: Tensor, k: int) -> Tensor:
     """Ids (..., k) of the k largest along the last dimension, by decreasing value, ties to the lower id."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def finite_bias(bias: Tensor) -> Tensor:
+    """The bias as it enters selection: within MAX_BIAS of 0, NaN at the low end, so that s + b always has an order."""
+    return bias.nan_to_num(nan=-MAX_BIAS).clamp(-MAX_BIAS, MAX_BIAS)
+
+
+def replay_or_choose(given: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
+    """Given ids (T, K), but a row that has one outside of [0, E), or one twice, is the chosen one."""
+    ordered = given.sort(dim=1).values
+    usable = (ordered[:, 0] >= 0) & (ordered[:, -1] < num_experts) & (ordered[:, 1:] != ordered[:, :-1]).all(1)
+    return torch.where(usable[:, None], given, chosen)
 
 
 def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,10 +124,10 @@ def route_reference(
         inv_norm = torch.where(valid, squared_norm.rsqrt(), 0.0)
         s_TE = (rows @ directions.to(dtype).T) * inv_norm[:, None]
 
-        ranking = s_TE.detach() if expert_bias is None else s_TE.detach() + expert_bias.to(dtype)
+        ranking = s_TE.detach() if expert_bias is None else s_TE.detach() + finite_bias(expert_bias).to(dtype)
         candidates = candidates_reference(ranking, options)
-        if indices is None:
-            indices = stable_topk(ranking.masked_fill(~candidates, -torch.inf), options.top_k)
+        chosen = stable_topk(ranking.masked_fill(~candidates, -torch.inf), options.top_k)
+        indices = chosen if indices is None else replay_or_choose(indices, chosen, num_experts)
         first_ids = torch.arange(options.top_k, device=x.device)
         indices = torch.where(valid[:, None], indices, first_ids)
         candidates = candidates.scatter(1, indices, True)  # replayed ids count as candidates
@@ -140,7 +153,7 @@ def margins_reference(
     alpha_t is the (K+1)-th largest s + b among the token's candidates (quantile balancing: Kimi K3 report 2.3.3).
     """
     ranking = scores.detach()[valid]
-    ranking = ranking if expert_bias is None else ranking + expert_bias.to(ranking.dtype)
+    ranking = ranking if expert_bias is None else ranking + finite_bias(expert_bias).to(ranking.dtype)
     candidates = candidates_reference(ranking, options)
     among = ranking.masked_fill(~candidates, -torch.inf)
     alpha = among.sort(dim=1, descending=True).values[:, options.top_k : options.top_k + 1]

@@ -168,7 +168,8 @@ class KMeansRouter(StatefulRouter):
             )
         self.backend = backend
         self._reservoir_seed = seed_for(seed, "reservoir")
-        choose_backend(backend, torch.device("cuda"))  # the name, and whether Triton is there; the device comes with x
+        # The name, whether Triton is there, the number of experts; the device comes with x.
+        choose_backend(backend, torch.device("cuda"), num_experts=num_experts)
 
         self.register_buffer("weight", torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device))
         self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32, device=device))
@@ -302,6 +303,9 @@ class KMeansRouter(StatefulRouter):
         check_device("expert_bias", given, self.weight.device, "the router's state")
         return given
 
+    def _backend_for(self, x: Tensor) -> str:
+        return choose_backend(self.backend, x.device, x.dtype, self.num_experts)
+
     def _route(
         self,
         x: Tensor,
@@ -315,7 +319,7 @@ class KMeansRouter(StatefulRouter):
         check_device("x", x, self.weight.device, "the router's state")
         mask = flatten_mask(mask, x)
         indices = check_indices(indices, x, self.top_k)
-        backend = choose_backend(self.backend, x.device, x.dtype)
+        backend = self._backend_for(x)
         d, bias = self._directions(x.dtype, backend), self._bias(expert_bias)
         rows = x_TD.detach() if self.detach_gates else x_TD
         if not gather:
@@ -335,7 +339,7 @@ class KMeansRouter(StatefulRouter):
     def _route_dispatch(
         self, x: Tensor, mask: Tensor | None, indices: Tensor | None, expert_bias: Tensor | None
     ) -> tuple[Routing, Dispatch]:
-        backend, gather = choose_backend(self.backend, x.device, x.dtype), self.counts_now()
+        backend, gather = self._backend_for(x), self.counts_now()
         if backend != "triton":
             routing = self._route(x, mask, indices, expert_bias, gather=gather)
             return routing, dispatch(x, routing, backend=backend)
@@ -392,7 +396,7 @@ class KMeansRouter(StatefulRouter):
 
     def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(E, D): what hidden states of `dtype` are scored with, unit rows of the centroids with the learned offset."""
-        return self._directions(dtype, choose_backend("auto", self.weight.device, dtype)).detach()
+        return self._directions(dtype, choose_backend("auto", self.weight.device, dtype, self.num_experts)).detach()
 
     def _directions(self, dtype: torch.dtype, backend: str) -> Tensor:
         if self.offset is None:
@@ -442,7 +446,7 @@ class KMeansRouter(StatefulRouter):
         self._mark_initialized()
 
     def _commit_step(self, skip: Tensor | None, p: Pending) -> None:
-        if choose_backend(self.backend, self.weight.device) == "triton":
+        if choose_backend(self.backend, self.weight.device, num_experts=self.num_experts) == "triton":
             self._commit_triton(skip, p)
             return
         go = p.num_tokens > 0 if skip is None else (p.num_tokens > 0) & ~skip

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kmeans_route.checks import RouteOptions, check_index_values
+from kmeans_route.checks import RouteOptions
 from kmeans_route.reference import (
     MARGIN_RANGE,
     MAX_SQUARED_NORM,
@@ -23,7 +23,9 @@ from kmeans_route.reference import (
     NUM_MARGIN_BINS,
     candidates_reference,
     compute_dtype,
+    finite_bias,
     gates_reference,
+    replay_or_choose,
 )
 from kmeans_route.torch_topk import exact_topk
 
@@ -85,15 +87,12 @@ def route_fwd(
     """
     num_experts, top_k = directions.shape[0], options.top_k
     scores, inv_norm, valid, all_valid = cosine_scores(x, directions, mask)
-    ranking = scores if expert_bias is None else scores + expert_bias.to(scores.dtype)
+    ranking = scores if expert_bias is None else scores + finite_bias(expert_bias).to(scores.dtype)
     among = ranking
     if options.grouped:
         among = ranking.masked_fill(~candidates_reference(ranking, options), -torch.inf)
-    if indices is None:
-        indices = exact_topk(among, top_k)
-    else:
-        check_index_values(indices, num_experts)
-        indices = indices.clone()
+    chosen = exact_topk(among, top_k)
+    indices = chosen if indices is None else replay_or_choose(indices, chosen, num_experts)
     if not all_valid:
         indices = torch.where(valid[:, None], indices, torch.arange(top_k, device=x.device))
 

@@ -4,9 +4,9 @@
     dx_t = inv_norm_t (sum over k of ds_tk d_e(k) - x_t inv_norm_t sum over k of ds_tk s_tk)
          + sum over k of d x_sorted[p_tk]
 
-Rows of tokens that are not valid are skipped, never multiplied: a grouped GEMM leaves them uninitialised. Every sum
-runs over k in order, in fp32. Bytes: forward (1 + K) T D B, backward (1 + 2 K) T D B, the fused backward of route and
-dispatch (2 + K) T D B, with the K direction rows of each token from L2.
+Rows of tokens that are not valid are skipped, never multiplied: a grouped GEMM leaves them uninitialised. So are rows
+and experts that are out of range. Every sum runs over k in order, in fp32. Bytes: forward (1 + K) T D B, backward
+(1 + 2 K) T D B, the fused backward of route and dispatch (2 + K) T D B, with each token's K direction rows from L2.
 
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import MIN_COSINE_GATE, log_sigmoid, softmax_rows
-from kmeans_route.kernels.configs import row_config
+from kmeans_route.kernels.configs import ceil_div, power_of_2, row_config
 from kmeans_route.kernels.route import rows_of
 
 
@@ -35,11 +35,13 @@ def _combine_fwd_kernel(
     in_batch = tokens < T
     valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
     inside = in_batch[:, None] & (column < D)[None, :]
+    num_rows = T.to(tl.int64) * K
     total = tl.zeros([BT, BD], dtype=tl.float32)
     for k in range(K):
         row = tl.load(positions_ptr + tokens * K + k, mask=in_batch, other=0)
+        there = valid & (row >= 0) & (row < num_rows)
         source = y_sorted_ptr + row[:, None] * y_sorted_stride + column[None, :]
-        y = tl.load(source, mask=inside & valid[:, None], other=0.0).to(tl.float32)
+        y = tl.load(source, mask=inside & there[:, None], other=0.0).to(tl.float32)
         if weights_ptr is not None:
             y *= tl.load(weights_ptr + tokens * K + k, mask=in_batch, other=0.0)[:, None]
         total += y
@@ -60,13 +62,15 @@ def _combine_bwd_kernel(
     columns = tl.arange(0, BD)
     in_batch = tokens < T
     valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
+    num_rows = T.to(tl.int64) * K
     for k in range(K):
         row = tl.load(positions_ptr + tokens * K + k, mask=in_batch, other=0)
+        there = in_batch & (row >= 0) & (row < num_rows)
         weight = tl.load(weights_ptr + tokens * K + k, mask=in_batch & valid, other=0.0)
         products = tl.zeros([BT, BD], dtype=tl.float32)
         for start in range(0, D, BD):
             column = start + columns
-            inside = in_batch[:, None] & (column < D)[None, :]
+            inside = there[:, None] & (column < D)[None, :]
             read = inside & valid[:, None]
             dy = tl.load(dy_ptr + tokens[:, None] * dy_stride_t + column[None, :], mask=read, other=0.0).to(tl.float32)
             y = tl.load(y_sorted_ptr + row[:, None] * y_sorted_stride + column[None, :], mask=read, other=0.0)
@@ -102,7 +106,7 @@ def _d_scores(d_weights, selected, inside, tau, scaling, GATE: tl.constexpr, NOR
     return tl.where(inside, ds, 0.0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "E"])
 def _route_bwd_kernel(
     x_ptr, x_stride_t,
     d_ptr,
@@ -110,7 +114,7 @@ def _route_bwd_kernel(
     d_weights_ptr, d_selected_ptr,
     dx_sorted_ptr, dx_sorted_stride, positions_ptr,
     dx_ptr,
-    T, D, tau, scaling,
+    T, D, E, tau, scaling,
     K: tl.constexpr, KP: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -142,12 +146,15 @@ def _route_bwd_kernel(
         dx -= x.to(tl.float32) * (along * inv_norm * inv_norm)[:, None]
         for k in range(K):
             expert = tl.load(ids_ptr + tokens * K + k, mask=in_batch, other=0)
-            d = tl.load(d_ptr + expert[:, None] * D + column[None, :], mask=read, other=0.0)
+            there = read & ((expert >= 0) & (expert < E))[:, None]
+            d = tl.load(d_ptr + expert[:, None] * D + column[None, :], mask=there, other=0.0)
             dx += tl.sum(tl.where((slots == k)[None, :], ds, 0.0), axis=1)[:, None] * d.to(tl.float32)
     if dx_sorted_ptr is not None:
+        num_rows = T.to(tl.int64) * K
         for k in range(K):
             row = tl.load(positions_ptr + tokens * K + k, mask=in_batch, other=0)
-            dx_row = tl.load(dx_sorted_ptr + row[:, None] * dx_sorted_stride + column[None, :], mask=read, other=0.0)
+            there = read & ((row >= 0) & (row < num_rows))[:, None]
+            dx_row = tl.load(dx_sorted_ptr + row[:, None] * dx_sorted_stride + column[None, :], mask=there, other=0.0)
             dx += dx_row.to(tl.float32)
     dx = tl.where(valid[:, None], dx, 0.0)
     tl.store(dx_ptr + tokens[:, None] * D + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=write)
@@ -159,7 +166,7 @@ def gather_sum(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: T
     c, y = row_config(rows.dtype), rows.new_empty(num_tokens, hidden_size)
     if y.numel():
         rows = rows_of(rows)
-        _combine_fwd_kernel[(triton.cdiv(num_tokens, c.BT), triton.cdiv(hidden_size, c.BD))](
+        _combine_fwd_kernel[(ceil_div(num_tokens, c.BT), ceil_div(hidden_size, c.BD))](
             rows, rows.stride(0), None if weights is None else weights.contiguous(), positions, valid, y,
             num_tokens, hidden_size, K=top_k, BT=c.BT, BD=c.BD, **c.launch,
         )  # fmt: skip
@@ -176,7 +183,7 @@ def combine_bwd(
     d_weights = torch.zeros_like(weights) if not hidden_size else torch.empty_like(weights.contiguous())
     if num_tokens:
         dy, y_sorted = rows_of(dy), rows_of(y_sorted)
-        _combine_bwd_kernel[(triton.cdiv(num_tokens, c.BT),)](
+        _combine_bwd_kernel[(ceil_div(num_tokens, c.BT),)](
             dy, dy.stride(0), y_sorted, y_sorted.stride(0), weights.contiguous(), positions, valid, d_rows, d_weights,
             num_tokens, hidden_size, K=top_k, BT=c.BT, BD=c.BD, **c.launch,
         )  # fmt: skip
@@ -209,12 +216,12 @@ def route_bwd(
         return dx
     x = rows_of(x)
     copies = None if d_x_sorted is None else rows_of(d_x_sorted)
-    _route_bwd_kernel[(triton.cdiv(num_tokens, c.BT), triton.cdiv(hidden_size, c.BD))](
+    _route_bwd_kernel[(ceil_div(num_tokens, c.BT), ceil_div(hidden_size, c.BD))](
         x, x.stride(0), directions.contiguous(), indices, selected, inv_norm, valid,
         None if d_weights is None else d_weights.float().contiguous(),
         None if d_selected is None else d_selected.float().contiguous(),
         copies, 0 if copies is None else copies.stride(0), positions, dx,
-        num_tokens, hidden_size, tau, scaling,
-        K=top_k, KP=triton.next_power_of_2(top_k), GATE=gate, NORMALIZE=normalize, BT=c.BT, BD=c.BD, **c.launch,
+        num_tokens, hidden_size, directions.shape[0], tau, scaling,
+        K=top_k, KP=power_of_2(top_k), GATE=gate, NORMALIZE=normalize, BT=c.BT, BD=c.BD, **c.launch,
     )  # fmt: skip
     return dx

@@ -120,8 +120,8 @@ def _commit_kernel(
     if RULE == "quantile":
         own = tl.load(hist_ptr + expert.to(tl.int64) * 1024 + bins)
         below = tl.cumsum(own.to(tl.int64), axis=0)
-        total = tl.sum(own.to(tl.int64), axis=0).to(tl.float64)
-        rank = tl.maximum(total - 1.0, 0.0) * K / E
+        num_margins = tl.sum(own.to(tl.int64), axis=0).to(tl.float64)
+        rank = tl.maximum(num_margins - 1.0, 0.0) * K / E
         low = _order_statistic(below, own, tl.floor(rank), bins)
         high = _order_statistic(below, own, tl.ceil(rank), bins)
         tl.store(quantile_ptr + expert, (low + (high - low) * (rank - tl.floor(rank))).to(tl.float32))

@@ -12,6 +12,7 @@ NOT_A_CANDIDATE: tl.constexpr = tl.constexpr(-1.0e30)
 MIN_SQUARED_NORM: tl.constexpr = tl.constexpr(1.0e-30)
 MAX_SQUARED_NORM: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 MIN_COSINE_GATE: tl.constexpr = tl.constexpr(1.0e-3)
+MAX_BIAS: tl.constexpr = tl.constexpr(1024.0)
 
 
 @triton.jit
@@ -19,6 +20,12 @@ def take_best(ranking, experts, BE: tl.constexpr):
     """The largest value of each row and the lowest id that holds it: (BT,), (BT,) from (BT, BE)."""
     best = tl.max(ranking, axis=1)
     return best, tl.min(tl.where(ranking == best[:, None], experts[None, :], BE), axis=1)
+
+
+@triton.jit
+def finite_bias(bias):
+    """Within MAX_BIAS of 0, NaN at the low end, so that s + b always has an order: `reference.finite_bias`."""
+    return tl.where(bias == bias, tl.minimum(tl.maximum(bias, -MAX_BIAS), MAX_BIAS), -MAX_BIAS)
 
 
 @triton.jit
@@ -51,14 +58,14 @@ def at_slot(values, slots, k):
 def count_and_rank(
     ids, valid, dropped, in_batch, tokens, block,
     rank_ptr, block_counts_ptr, totals_ptr,
-    E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr, DISTINCT: tl.constexpr,
 ):  # fmt: skip
-    """Count the tokens of a block at each expert, from ids (BT, KP), and rank each copy among those.
+    """Count the tokens of a block at each expert, from ids (BT, KP) in [0, E), and rank each copy among those.
 
     Adds to the running totals (E+2,): tokens at each expert, K times the tokens that are not valid, and the dropped
     tokens. They are integers, so the order of the adds does not matter. Where asked for, row `block` of block_counts
     (NB, E+2) gets the same, and rank (T, K) how many earlier tokens of the block chose that expert. Tokens that are not
-    valid queue as if at an expert E, K rows each.
+    valid queue as if at an expert E, K rows each. DISTINCT: no row has an id twice; else its copies rank in order of k.
 
     Experts are taken 64 at a time: a whole (BT, BE) tile here, beside that of the scores, would spill.
     """
@@ -90,6 +97,10 @@ def count_and_rank(
     if rank_ptr is not None:
         tl.store(row + E, num_outside)
         tl.store(row + E + 1, num_dropped)
+        if not DISTINCT:
+            for k in range(K):
+                again = (ids == at_slot(ids, slots, k)[:, None]) & (slots > k)[None, :]
+                ranks += again.to(tl.int32)
         queue = (tl.cumsum(outside, axis=0) - outside)[:, None] + slots[None, :]
         place = tl.where(valid[:, None], ranks, queue)
         tl.store(rank_ptr + tokens[:, None] * K + slots[None, :], place, mask=in_batch[:, None] & (slots < K)[None, :])

@@ -1,7 +1,7 @@
 """Launch configurations: one default a kernel, size and architecture, chosen from the offline figures.
 
-`python -m benchmarks.offline` compiles every row and prints registers, spills and shared memory; none of them spills on
-the four architectures named here. Others take the row of the one they are most like. The interpreter takes the same
+`python -m benchmarks.gate` compiles whatever these rows can reach: nothing spills, or races, on the architectures named
+here. Others take the row of the one they are most like. The interpreter takes the same
 table. A config decides the order of no sum over K or E, but D is summed in tiles of BD and splits of it, so the last
 bits of a score may differ between architectures.
 """
@@ -45,9 +45,19 @@ def _architecture(index: int | None) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
+def ceil_div(number: int, size: int) -> int:
+    """Pieces of `size` that cover `number`. Triton's own costs 10 us a call on the host."""
+    return -(-number // size)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def padded_experts(num_experts: int) -> int:
     """BE: experts padded to a power of two of at least 16, the least that tl.dot takes."""
-    return max(16, 1 << (num_experts - 1).bit_length())
+    return max(16, power_of_2(num_experts))
 
 
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
@@ -55,31 +65,62 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
 
 
-def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: str) -> Config:
+def one_hot_precision(dtype: torch.dtype, arch: str) -> str:
+    """Of products whose factors TF32 holds exactly: one product, where NVIDIA has it."""
+    return "tf32" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
+
+
+def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
     """Of `_route_fwd_kernel` and, where few tokens leave a machine idle, `_route_split_kernel`.
 
     Each block reads all directions from L2, so blocks are as large as their scores fit in registers where there are
-    tokens for it. For decoding they are small, so that many programs share the D of few tokens.
+    tokens for it. For decoding they are small, so that many programs share the D of few tokens. aligned: rows can be
+    read 16 bytes at a time; others pass through registers element by element, and get narrow tiles.
     """
     be, columns = padded_experts(num_experts), 64 if dtype.itemsize == 2 else 32
     stages = 2 if arch == "gfx942" else 3
     if arch == "gfx942" and be > 256:  # 64 KiB of shared memory
         columns //= 2
+    if not aligned or (dtype == torch.float32 and be > 256):
+        columns = 16
+    if be > 512:
+        return Config(16, columns, 16 if dtype == torch.float32 else 8, 2)
     if num_tokens <= 256:
-        warps = 4 if be <= (128 if arch == "sm_80" else 256) else 8
+        warps = 4 if be <= 128 else 8
         if arch == "gfx942" and be == 16:  # 64 lanes a warp: more would read x in smaller pieces
             warps = 2
-        return Config(16, columns, warps, stages if be <= 512 else 2)
+        return Config(16, columns, warps, stages)
+    # Beyond 128 experts a block's scores leave through memory (`selects_at_once`), so only the products bound it.
     largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be <= 64 else 64 if be <= 128 else 32}.get(arch, 128)
     if dtype == torch.float32:  # three products take three times the operands
         largest = min(largest, max(16, 8192 // be))
-    if be <= 256:
-        tokens = min(largest, 128 if num_tokens >= 16384 else 64)
-        few_warps = tokens * be <= 4096 or (tokens == 32 and dtype.itemsize == 2)
-        return Config(tokens, columns, 4 if few_warps else 8, stages)
-    if be <= 512:
-        return Config(min(largest, 32), columns, 8, stages)
-    return Config(16, columns, 8, 2)
+        if arch == "sm_100":  # three products chained through tensor memory came out wrong on sm_103 (triton#10821)
+            largest = min(largest, 32)
+    if not aligned:
+        largest = min(largest, 16 if be > 128 else 32)
+    if be > 256:
+        return Config(min(largest, 64 if arch == "sm_90" else 32), columns, 8, stages)
+    tokens = min(largest, 128 if num_tokens >= 16384 else 64)
+    few_warps = (be <= 128 and tokens * be <= 4096) or (tokens == 32 and dtype.itemsize == 2)
+    return Config(tokens, columns, 4 if few_warps else 8, stages)
+
+
+def selected_rows(num_experts: int, *, long: bool) -> int:
+    """RT: rows of scores that `_route_split_kernel` selects from at a time. long: a selection that keeps more tiles
+    than one, for replay, groups, histogram or a softmax over all."""
+    return max(4, (2048 if long else 8192) // padded_experts(num_experts))
+
+
+def selects_at_once(config: Config, num_experts: int, *, long: bool) -> bool:
+    """Whether a block's scores can be selected from as the products left them, without spilling."""
+    be = padded_experts(num_experts)
+    return be <= 128 and (not long or config.BT * be <= 1024 * config.num_warps)
+
+
+def route_launch(config: Config, num_experts: int, arch: str) -> dict[str, int]:
+    """`config.launch`, and leave to use all registers: else ptxas spills a few bytes to fit two programs of 128."""
+    many = padded_experts(num_experts) > 128 and arch.startswith("sm") and config.num_warps <= 8
+    return config.launch | ({"maxnreg": 255} if many else {})
 
 
 def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str) -> Config:
@@ -96,7 +137,7 @@ def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str) -> Config:
 
 def dispatch_experts(num_experts: int, arch: str) -> int:
     """EB: experts a program of `_dispatch_fwd_kernel`; several programs share the reads of x where there are more."""
-    return min(padded_experts(num_experts), 256 if arch in ("sm_90", "sm_100") else 128)
+    return min(padded_experts(num_experts), 128)
 
 
 def row_config(dtype: torch.dtype) -> Config:

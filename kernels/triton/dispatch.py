@@ -9,7 +9,9 @@ tensor cores; that product is its share of the centroid sums. Partial sums, one 
 the splits by `_accumulate_kernel`: no float atomics anywhere, the same bits every time.
 
 The one-hot factor is exact in 16 bits. The unit vectors are not, so each goes in as a high and a low part, which keeps
-the sums at 16 bits of mantissa (22 in fp16) for two products instead of one. Bytes: (1 + K) T D B, or T D B without
+the sums at 16 bits of mantissa (22 in fp16, and in fp32, whose parts are TF32) for two products instead of one. Each
+part has an accumulator of its own: two products chained through one in a loop were seen to come out wrong on sm_103
+(triton#10821). Bytes: (1 + K) T D B, or T D B without
 copies, and partials 2 S E D 4.
 
 Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of the tokens.
@@ -26,10 +28,12 @@ from kmeans_route.kernels.common import count_and_rank, publish_totals
 from kmeans_route.kernels.configs import (
     Config,
     architecture,
+    ceil_div,
     dispatch_config,
     dispatch_experts,
-    dot_precision,
+    one_hot_precision,
     padded_experts,
+    power_of_2,
 )
 from kmeans_route.kernels.route import rows_of
 from kmeans_route.kernels.tune import tuned
@@ -55,10 +59,11 @@ def _rank_kernel(
     in_batch = tokens < T
     valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
     slot = tokens[:, None] * K + slots[None, :]
-    ids = tl.load(ids_ptr + slot, mask=in_batch[:, None] & (slots < K)[None, :], other=0).to(tl.int32)
+    ids = tl.load(ids_ptr + slot, mask=in_batch[:, None] & (slots < K)[None, :], other=0)
+    ids = tl.minimum(tl.maximum(ids, 0), E - 1).to(tl.int32)
     count_and_rank(
         ids, valid, in_batch & (valid == 0), in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
-        E, K, BT, BE, KP,
+        E, K, BT, BE, KP, False,
     )  # fmt: skip
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
@@ -81,6 +86,16 @@ def _prefix_kernel(
         through = tl.cumsum(own, axis=0)
         tl.store(first_row_ptr + row[:, None] * (E + 1) + columns[None, :], first[None, :] + through - own, mask=inside)
         first += tl.sum(own, axis=0)
+
+
+@triton.jit
+def _high_part(rows, dtype: tl.constexpr):
+    """fp32 rows rounded to 16 bits; for fp32 cut to TF32, whose 10 bits of mantissa a product keeps exactly."""
+    if dtype == tl.float32:
+        high = (rows.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    else:
+        high = rows.to(dtype)
+    return high
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_split"])
@@ -108,6 +123,7 @@ def _dispatch_fwd_kernel(
     experts = part * EB + tl.arange(0, EB)
     in_row = column < D
     sums = tl.zeros([EB, BD], dtype=tl.float32)
+    low_sums = tl.zeros([EB, BD], dtype=tl.float32)
     for step in range(tiles_per_split):
         tokens = (split * tiles_per_split + step) * BT + tl.arange(0, BT)
         in_batch = tokens < T
@@ -116,7 +132,8 @@ def _dispatch_fwd_kernel(
         x = tl.load(x_ptr + tokens[:, None] * x_stride_t + column[None, :], mask=inside & valid[:, None], other=0.0)
         taken = tl.zeros([EB, BT], dtype=tl.int32)
         for k in range(K):
-            expert = tl.load(ids_ptr + tokens * K + k, mask=in_batch, other=0).to(tl.int32)
+            expert = tl.load(ids_ptr + tokens * K + k, mask=in_batch, other=0)
+            expert = tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int32)
             key = tl.where(valid, expert, E)
             if first_row_ptr is not None:
                 row = tl.load(first_row_ptr + (tokens // RT) * (E + 1) + key, mask=in_batch, other=0)
@@ -129,17 +146,21 @@ def _dispatch_fwd_kernel(
             taken += (experts[:, None] == key[None, :]).to(tl.int32)
         if partials_ptr is not None:
             member = taken.to(x.dtype)
-            if inv_norm_ptr is not None:
-                inv_norm = tl.load(inv_norm_ptr + tokens, mask=in_batch, other=0.0)
-                unit = x.to(tl.float32) * (inv_norm * 256.0)[:, None]  # else the low parts would be subnormal in fp16
-                high = unit.to(x.dtype)
+            if TWO_PARTS:
+                rows = x.to(tl.float32)
+                if inv_norm_ptr is not None:  # times 256, else the low parts would be subnormal in fp16
+                    rows *= (tl.load(inv_norm_ptr + tokens, mask=in_batch, other=0.0) * 256.0)[:, None]
+                high = _high_part(rows, x.dtype)
+                low = (rows - high.to(tl.float32)).to(x.dtype)
                 sums = tl.dot(member, high, sums, input_precision=PRECISION)
-                if TWO_PARTS:
-                    low = (unit - high.to(tl.float32)).to(x.dtype)
-                    sums = tl.dot(member, low, sums, input_precision=PRECISION)
+                low_sums = tl.dot(member, low, low_sums, input_precision=PRECISION)
+                low_sums = tl.where(step >= 0, low_sums, 0.0)
             else:
                 sums = tl.dot(member, x, sums, input_precision=PRECISION)
+            sums = tl.where(step >= 0, sums, 0.0)  # each step waits for its products: see `_dots_and_squares`
     if partials_ptr is not None:
+        if TWO_PARTS:
+            sums += low_sums
         if inv_norm_ptr is not None:
             sums *= 1.0 / 256.0
         where = (split * E + experts)[:, None] * D + column[None, :]
@@ -208,7 +229,7 @@ def rank_of_ids(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
     """One launch of `_rank_kernel`: what route_fwd would have left for these ids (T, K)."""
     (num_tokens, top_k), be = indices.shape, padded_experts(num_experts)
     block = RANK_BLOCK
-    num_blocks = triton.cdiv(num_tokens, block)
+    num_blocks = ceil_div(num_tokens, block)
     rank = indices.new_empty(num_tokens, top_k, dtype=torch.int32)
     block_counts = indices.new_empty(num_blocks, num_experts + 2, dtype=torch.int32)
     offsets = indices.new_zeros(num_experts + 1, dtype=torch.int32)
@@ -217,7 +238,7 @@ def rank_of_ids(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
         totals, ticket = counters(indices.device, num_experts + 2, 1)
         _rank_kernel[(num_blocks,)](
             indices.contiguous(), valid, rank, block_counts, totals, ticket, counts, offsets, dropped, num_tokens,
-            E=num_experts, K=top_k, BT=block, BE=be, KP=triton.next_power_of_2(top_k), num_warps=8,
+            E=num_experts, K=top_k, BT=block, BE=be, KP=power_of_2(top_k), num_warps=8,
         )  # fmt: skip
     return Ranks(rank, block_counts, offsets, block)
 
@@ -227,11 +248,11 @@ def token_splits(num_tokens: int, hidden_size: int, num_experts: int, config: Co
 
     It does not look at the device, so that the order of the sums, and the bits, do not depend on it.
     """
-    tiles = triton.cdiv(num_tokens, config.BT)
-    wanted = triton.cdiv(264, triton.cdiv(hidden_size, config.BD))
+    tiles = ceil_div(num_tokens, config.BT)
+    wanted = ceil_div(264, ceil_div(hidden_size, config.BD))
     splits = max(1, min(tiles, wanted, MAX_PARTIAL_BYTES // (num_experts * hidden_size * 4)))
-    per_split = max(1, triton.cdiv(tiles, splits))
-    return max(1, triton.cdiv(tiles, per_split)), per_split
+    per_split = max(1, ceil_div(tiles, splits))
+    return max(1, ceil_div(tiles, per_split)), per_split
 
 
 def dispatch_fwd(
@@ -265,7 +286,7 @@ def dispatch_fwd(
     num_rows = num_tokens * top_k if ranks is not None else 0
     splits, per_split = token_splits(num_tokens, hidden_size, num_experts, c)
     if not want_sums:  # nothing to add up: one tile a program
-        splits, per_split = triton.cdiv(num_tokens, c.BT), 1
+        splits, per_split = ceil_div(num_tokens, c.BT), 1
     out = DispatchResult(
         x.new_empty(num_rows if copies else 0, hidden_size),
         indices.new_empty(num_tokens if ranks is not None else 0, top_k),
@@ -278,20 +299,20 @@ def dispatch_fwd(
     if ranks is not None:
         num_blocks = ranks.block_counts.shape[0]
         first_row = indices.new_empty(num_blocks, num_experts + 1, dtype=torch.int32)
-        _prefix_kernel[(triton.cdiv(num_experts + 1, PREFIX_COLUMNS),)](
+        _prefix_kernel[(ceil_div(num_experts + 1, PREFIX_COLUMNS),)](
             ranks.block_counts, ranks.offsets, first_row, num_blocks,
             E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
         )  # fmt: skip
     x = rows_of(x)
     eb = dispatch_experts(num_experts, arch) if want_sums else be
-    _dispatch_fwd_kernel[(be // eb * triton.cdiv(hidden_size, c.BD) * splits,)](
+    _dispatch_fwd_kernel[(be // eb * ceil_div(hidden_size, c.BD) * splits,)](
         x, x.stride(0), indices, valid, inv_norm,
         None if ranks is None else ranks.rank, first_row,
         out.x_sorted if copies and ranks is not None else None, out.positions, out.token_of_row,
         out.partials if want_sums else None,
         num_tokens, hidden_size, per_split,
-        E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=dot_precision(x.dtype, arch),
-        TWO_PARTS=x.dtype != torch.float32, BT=c.BT, BD=c.BD, BE=be, EB=eb, **c.launch,
+        E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=one_hot_precision(x.dtype, arch),
+        TWO_PARTS=inv_norm is not None or x.dtype == torch.float32, BT=c.BT, BD=c.BD, BE=be, EB=eb, **c.launch,
     )  # fmt: skip
     return out
 
@@ -314,7 +335,7 @@ def accumulate(
     num_experts = counts.shape[0]
     size = sums.numel() if partials.numel() else 0
     hist_size = margin_hist.numel()
-    _accumulate_kernel[(max(1, triton.cdiv(max(size, hist_size), SUM_BLOCK)),)](
+    _accumulate_kernel[(max(1, ceil_div(max(size, hist_size), SUM_BLOCK)),)](
         partials if size else None, sums,
         batch_counts, counts, batch_std, std_sum, num_tokens, dropped, num_dropped,
         batch_hist if hist_size else None, margin_hist,

@@ -7,10 +7,13 @@ run on the tensor cores and the squared norm is summed beside them from the same
 memory. Bytes from HBM: T D B of x; from L2: E D B ceil(T / BT) of directions; written: T (16 K + 5).
 
 Few tokens do not fill a machine that way: below about 100 blocks, `_route_split_kernel` splits D over programs too. The
-last program of a block to arrive adds the partial products in the order of the splits and selects. One launch either
-way, also for a single token.
+last program of a block to arrive adds the partial products in the order of the splits and selects, a few rows at a
+time. With one split the same kernel serves where a whole block's scores, and what selection keeps beside them, would
+spill: above 128 experts, and for the longer selections. Then T BE 4 bytes are written and read again, mostly in L2. One
+launch either way, also for a single token.
 
-Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of BT tokens, S splits of D.
+Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of BT tokens, S splits of D, RT tokens that are selected
+for, and ranked, together.
 """
 
 from typing import NamedTuple
@@ -21,13 +24,51 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import publish_totals
-from kmeans_route.kernels.configs import Config, architecture, dot_precision, padded_experts, route_config
+from kmeans_route.kernels.configs import (
+    Config,
+    architecture,
+    ceil_div,
+    dot_precision,
+    padded_experts,
+    power_of_2,
+    route_config,
+    route_launch,
+    selected_rows,
+    selects_at_once,
+)
 from kmeans_route.kernels.select import select_and_store
 from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
 PROGRAMS = 128  # wanted at least: about the multiprocessors of one GPU
 NUM_MARGIN_BINS = 1024
+
+
+@triton.jit
+def _dots_and_squares(
+    x_rows, d_rows, in_batch, first, size, end,
+    E: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """x . d (BT, BE) and the squared norms of x (BT,) over `size` columns from `first`, those below `end`, in fp32.
+
+    One stream over D. Squares are kept by column and summed at the end: a sum across threads in every step would cost
+    more than the registers, and breaks the compiler's pass for tensor memory on sm_100 (Triton 3.7.1).
+    """
+    experts = tl.arange(0, BE)
+    columns = tl.arange(0, BD)
+    dots = tl.zeros([BT, BE], dtype=tl.float32)
+    squares = tl.zeros([BT, BD], dtype=tl.float32)
+    for start in range(0, size, BD):
+        column = first + start + columns
+        x = tl.load(x_rows + column[None, :], mask=in_batch[:, None] & (column < end)[None, :], other=0.0)
+        d = tl.load(d_rows + column[None, :], mask=(experts < E)[:, None] & (column < end)[None, :], other=0.0)
+        x_fp32 = x.to(tl.float32)
+        squares += x_fp32 * x_fp32
+        dots = tl.dot(x, tl.trans(d), dots, input_precision=PRECISION)
+        # Always true, and not dead: reading the product makes each step wait for its own. Without that the compiler
+        # leaves it in flight, and, x having a second use, refills the tile that it still reads (triton#6691).
+        dots = tl.where(start >= 0, dots, 0.0)
+    return dots, tl.sum(squares, axis=1)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,26 +90,11 @@ def _route_fwd_kernel(
     """Grid (ceil(T / BT),)."""
     block = tl.program_id(0).to(tl.int64)
     tokens = block * BT + tl.arange(0, BT)
-    experts = tl.arange(0, BE)
-    columns = tl.arange(0, BD)
-    in_batch = tokens < T
-
-    # One stream over D. Squares are kept by column and summed at the end: a sum across threads in every step would
-    # cost more than the registers, and breaks the compiler's pass for tensor memory on sm_100 (Triton 3.7.1).
-    dots = tl.zeros([BT, BE], dtype=tl.float32)
-    squares = tl.zeros([BT, BD], dtype=tl.float32)
     x_rows = x_ptr + tokens[:, None] * x_stride_t
-    d_rows = d_ptr + experts[:, None] * D
-    for start in range(0, D, BD):
-        column = start + columns
-        x = tl.load(x_rows + column[None, :], mask=in_batch[:, None] & (column < D)[None, :], other=0.0)
-        d = tl.load(d_rows + column[None, :], mask=(experts < E)[:, None] & (column < D)[None, :], other=0.0)
-        x_fp32 = x.to(tl.float32)
-        squares += x_fp32 * x_fp32
-        dots = tl.dot(x, tl.trans(d), dots, input_precision=PRECISION)
-
+    d_rows = d_ptr + tl.arange(0, BE)[:, None] * D
+    dots, squares = _dots_and_squares(x_rows, d_rows, tokens < T, 0, D, D, E, PRECISION, BT, BD, BE)
     select_and_store(
-        dots, tl.sum(squares, axis=1), block, T,
+        dots, squares, block, T,
         bias_ptr, mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
         inv_norm_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, std_ptr, hist_ptr,
         tau, scaling, E, K, GATE, NORMALIZE, NG, KG, NGP, TOP2, BT, BE, KP,
@@ -76,7 +102,7 @@ def _route_fwd_kernel(
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "num_splits"])
 def _route_split_kernel(
     x_ptr, x_stride_t,
     d_ptr,
@@ -88,53 +114,56 @@ def _route_split_kernel(
     rank_ptr, block_counts_ptr, totals_ptr, ticket_ptr,
     counts_ptr, offsets_ptr, dropped_ptr,
     std_ptr, hist_ptr,
-    T, D, split_size, tau, scaling,
+    T, D, num_splits, split_size, tau, scaling,
     E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
     NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S, NB). dots (S, NB BT, BE) and squares (S, NB BT) hold the partial results of the splits."""
-    split = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1).to(tl.int64)
-    num_splits = tl.num_programs(0)
-    num_rows = tl.num_programs(1).to(tl.int64) * BT
+    """Grid (S NB,), the splits of a block together. dots (S, NB BT, BE) and squares (S, NB BT) hold their partial
+    results. One axis, since the others stop at 65535 programs.
+
+    The last program of a block selects for RT tokens at a time, since a block's whole tile beside what selection needs
+    would spill where experts are many.
+    """
+    split = (tl.program_id(0) % num_splits).to(tl.int64)
+    block = (tl.program_id(0) // num_splits).to(tl.int64)
+    num_blocks = tl.num_programs(0) // num_splits
+    num_rows = num_blocks.to(tl.int64) * BT
     tokens = block * BT + tl.arange(0, BT)
     experts = tl.arange(0, BE)
-    columns = tl.arange(0, BD)
-    in_batch = tokens < T
-
-    dots = tl.zeros([BT, BE], dtype=tl.float32)
-    squares = tl.zeros([BT, BD], dtype=tl.float32)
     x_rows = x_ptr + tokens[:, None] * x_stride_t
     d_rows = d_ptr + experts[:, None] * D
     end = tl.minimum((split + 1) * split_size, D)
-    for start in range(0, split_size, BD):
-        column = split * split_size + start + columns
-        x = tl.load(x_rows + column[None, :], mask=in_batch[:, None] & (column < end)[None, :], other=0.0)
-        d = tl.load(d_rows + column[None, :], mask=(experts < E)[:, None] & (column < end)[None, :], other=0.0)
-        x_fp32 = x.to(tl.float32)
-        squares += x_fp32 * x_fp32
-        dots = tl.dot(x, tl.trans(d), dots, input_precision=PRECISION)
+    dots, squares = _dots_and_squares(
+        x_rows, d_rows, tokens < T, split * split_size, split_size, end, E, PRECISION, BT, BD, BE
+    )
 
-    tile = tokens[:, None] * BE + experts[None, :]
-    tl.store(dots_ptr + split * num_rows * BE + tile, dots)
-    tl.store(squares_ptr + split * num_rows + tokens, tl.sum(squares, axis=1))
+    # 32 bits from a base of 64: half the registers of 64-bit addresses
+    block_rows = tl.arange(0, BT)
+    own_row = split * num_rows + block * BT
+    tl.store(dots_ptr + own_row * BE + block_rows[:, None] * BE + experts[None, :], dots)
+    tl.store(squares_ptr + own_row + block_rows, squares)
     tl.debug_barrier()  # every thread's partials come before this program's arrival
     if tl.atomic_add(block_tickets_ptr + block, 1, sem="acq_rel") == num_splits - 1:
         tl.debug_barrier()
-        dots = tl.zeros([BT, BE], dtype=tl.float32)
-        total = tl.zeros([BT], dtype=tl.float32)
-        for other in range(num_splits):  # past L1, which may hold what was there before
-            dots += tl.load(dots_ptr + other * num_rows * BE + tile, cache_modifier=".cg")
-            total += tl.load(squares_ptr + other * num_rows + tokens, cache_modifier=".cg")
+        rows = tl.arange(0, RT)
+        for part in range(BT // RT):
+            group = block * (BT // RT) + part
+            all_dots = tl.zeros([RT, BE], dtype=tl.float32)
+            all_squares = tl.zeros([RT], dtype=tl.float32)
+            for other in range(num_splits):  # past L1, which may hold what was there before
+                first_row = other * num_rows + group * RT
+                tile = dots_ptr + first_row * BE + rows[:, None] * BE + experts[None, :]
+                all_dots += tl.load(tile, cache_modifier=".cg")
+                all_squares += tl.load(squares_ptr + first_row + rows, cache_modifier=".cg")
+            select_and_store(
+                all_dots, all_squares, group, T,
+                bias_ptr, mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
+                inv_norm_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, std_ptr, hist_ptr,
+                tau, scaling, E, K, GATE, NORMALIZE, NG, KG, NGP, TOP2, RT, BE, KP,
+            )  # fmt: skip
         tl.atomic_and(block_tickets_ptr + block, 0, sem="relaxed")
-        select_and_store(
-            dots, total, block, T,
-            bias_ptr, mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
-            inv_norm_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, std_ptr, hist_ptr,
-            tau, scaling, E, K, GATE, NORMALIZE, NG, KG, NGP, TOP2, BT, BE, KP,
-        )  # fmt: skip
-        publish_totals(totals_ptr, ticket_ptr, tl.num_programs(1), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
+        publish_totals(totals_ptr, ticket_ptr, num_blocks, counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
 class RouteResult(NamedTuple):
@@ -142,7 +171,7 @@ class RouteResult(NamedTuple):
 
     scores, candidates: (T, E), or (0, E) when not wanted. score_std: (T,) fp32 or (0,). margin_hist: (E, 1024) int32 or
     (0, 1024). dropped: () int64, tokens that the mask let in and that are not valid. offsets: (E+1,) int32. rank:
-    (T, K) int32 and block_counts: (NB, E+2) int32, or empty. block: BT.
+    (T, K) int32 and block_counts: (blocks, E+2) int32, or empty. block: their tokens, BT or RT.
     """
 
     indices: Tensor
@@ -195,14 +224,19 @@ def route_fwd(
     arch = architecture(x.device)
     c = config or tuned(
         "route_config", (num_tokens, num_experts, x.dtype), x.device,
-        route_config(num_tokens, num_experts, x.dtype, arch),
+        route_config(num_tokens, num_experts, x.dtype, arch, hidden_size % 16 == 0),
         lambda c: route_fwd(
             x, directions, expert_bias, mask, indices, options,
             want_scores=want_scores, want_std=want_std, want_hist=want_hist, want_rank=want_rank, config=c,
         ),
     )  # fmt: skip
-    num_blocks, be = triton.cdiv(num_tokens, c.BT), padded_experts(num_experts)
+    num_blocks, be = ceil_div(num_tokens, c.BT), padded_experts(num_experts)
+    num_splits, split_size = column_splits(hidden_size, max(1, num_blocks), c.BD)
     over_all = gate == "softmax" and not normalize
+    long = over_all or want_hist or indices is not None or topk_group < n_group
+    stream = num_splits == 1 and selects_at_once(c, num_experts, long=long)
+    block = c.BT if stream else min(c.BT, selected_rows(num_experts, long=long))
+    num_ranked = num_blocks * (c.BT // block)
     by_expert, by_slot = (num_tokens, num_experts), (num_tokens, top_k)
 
     def fp32(*shape: int) -> Tensor:
@@ -220,10 +254,10 @@ def route_fwd(
         offsets=x.new_empty(num_experts + 1, dtype=torch.int32),
         dropped=x.new_empty((), dtype=torch.int64),
         rank=x.new_empty(by_slot if want_rank else (0, top_k), dtype=torch.int32),
-        block_counts=x.new_empty(num_blocks if want_rank else 0, num_experts + 2, dtype=torch.int32),
+        block_counts=x.new_empty(num_ranked if want_rank else 0, num_experts + 2, dtype=torch.int32),
         score_std=fp32(num_tokens if want_std else 0),
         margin_hist=x.new_zeros(num_experts if want_hist else 0, NUM_MARGIN_BINS, dtype=torch.int32),
-        block=c.BT,
+        block=block,
     )
     if num_tokens == 0:
         for empty in (out.counts, out.offsets, out.dropped):
@@ -243,21 +277,20 @@ def route_fwd(
     )  # fmt: skip
     constants = {
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize, "NG": n_group, "KG": topk_group,
-        "NGP": triton.next_power_of_2(n_group), "TOP2": group_score == "top2",
+        "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
         "PRECISION": dot_precision(x.dtype, arch), "BT": c.BT, "BD": c.BD, "BE": be,
-        "KP": triton.next_power_of_2(top_k),
+        "KP": power_of_2(top_k),
     }  # fmt: skip
-    directions = directions.contiguous()
-    num_splits, split_size = column_splits(hidden_size, num_blocks, c.BD)
-    if num_splits == 1:
+    directions, launch = directions.contiguous(), route_launch(c, num_experts, arch)
+    if stream:
         _route_fwd_kernel[(num_blocks,)](
-            x, x.stride(0), directions, *results, num_tokens, hidden_size, tau, scaling, **constants, **c.launch
+            x, x.stride(0), directions, *results, num_tokens, hidden_size, tau, scaling, **constants, **launch
         )
         return out
     partial_dots, partial_squares = fp32(num_splits, num_blocks * c.BT, be), fp32(num_splits, num_blocks * c.BT)
-    _route_split_kernel[(num_splits, num_blocks)](
+    _route_split_kernel[(num_splits * num_blocks,)](
         x, x.stride(0), directions, partial_dots, partial_squares, block_tickets, *results,
-        num_tokens, hidden_size, split_size, tau, scaling, **constants, **c.launch,
+        num_tokens, hidden_size, num_splits, split_size, tau, scaling, **constants, RT=block, **launch,
     )  # fmt: skip
     return out
 
@@ -267,7 +300,7 @@ def column_splits(hidden_size: int, num_blocks: int, columns: int) -> tuple[int,
 
     It does not look at the device, so that the order of the sums, and the bits, do not depend on it.
     """
-    tiles = triton.cdiv(hidden_size, columns)
+    tiles = ceil_div(hidden_size, columns)
     splits = max(1, min(tiles, 32, PROGRAMS // num_blocks))
-    size = triton.cdiv(tiles, splits) * columns
-    return triton.cdiv(hidden_size, size), size
+    size = ceil_div(tiles, splits) * columns
+    return ceil_div(hidden_size, size), size

@@ -18,7 +18,9 @@ from kmeans_route.kernels.common import (
     MIN_SQUARED_NORM,
     NOT_A_CANDIDATE,
     at_expert,
+    at_slot,
     count_and_rank,
+    finite_bias,
     log_sigmoid,
     softmax_rows,
     take_best,
@@ -48,6 +50,18 @@ def _keep_best_groups(
         group_score = tl.where(groups[None, :] == group[:, None], float("-inf"), group_score)
         kept += ((experts // SIZE)[None, :] == group[:, None]).to(tl.int32)
     return tl.where(kept > 0, ranking, NOT_A_CANDIDATE)
+
+
+@triton.jit
+def _may_replay(given, slots, E: tl.constexpr, K: tl.constexpr):
+    """Given ids (BT, KP) int64 as int32, and which rows may be replayed: all ids in [0, E), none twice. (BT,)."""
+    inside = (slots < K)[None, :]
+    in_range = (given >= 0) & (given < E)  # before narrowing, which would make 2^40 a 0
+    ids = tl.where(in_range, given, 0).to(tl.int32)
+    faults = (inside & (in_range == 0)).to(tl.int32)
+    for k in range(K):
+        faults += ((ids == at_slot(ids, slots, k)[:, None]) & inside & (slots > k)[None, :]).to(tl.int32)
+    return ids, tl.sum(faults, axis=1) == 0
 
 
 @triton.jit
@@ -89,13 +103,17 @@ def select_and_store(
     NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Finish block `block` of BT tokens from dots (BT, BE) and squared norms (BT,), both fp32."""
+    """Finish block `block` of BT tokens from dots (BT, BE) and squared norms (BT,), both fp32.
+
+    Whatever bias, directions and given ids hold, the ids of a row are distinct and in [0, E): every value that is
+    ranked is finite, and a row of given ids that cannot be replayed is routed as if none had been given.
+    """
     tokens = block * BT + tl.arange(0, BT)
     experts = tl.arange(0, BE)
     slots = tl.arange(0, KP)
     in_batch = tokens < T
     real = (experts < E)[None, :]
-    where_TE = tokens[:, None] * E + experts[None, :]
+    tile_TE = tl.arange(0, BT)[:, None] * E + experts[None, :]  # 32 bits, from the block's own base
 
     # NaN fails both comparisons, Inf and overflow the second, zero and subnormal rows the first.
     wanted = in_batch
@@ -105,58 +123,64 @@ def select_and_store(
     inv_norm = tl.where(valid, 1.0 / tl.sqrt(tl.where(valid, squares, 1.0)), 0.0)
     tl.store(inv_norm_ptr + tokens, inv_norm, mask=in_batch)
     tl.store(valid_ptr + tokens, valid, mask=in_batch)
-    scores = tl.where(valid[:, None], dots * inv_norm[:, None], 0.0)
+    scores = dots * inv_norm[:, None]
+    scores = tl.where(valid[:, None] & (tl.abs(scores) < float("inf")), scores, 0.0)  # NaN fails the comparison
     if scores_ptr is not None:
-        tl.store(scores_ptr + where_TE, scores, mask=in_batch[:, None] & real)
+        tl.store(scores_ptr + block * BT * E + tile_TE, scores, mask=in_batch[:, None] & real)
     if std_ptr is not None:
         mean = tl.sum(scores, axis=1) / E  # padded columns are 0: their directions were loaded as 0
         centered = tl.where(real, scores - mean[:, None], 0.0)
         tl.store(std_ptr + tokens, tl.sqrt(tl.sum(centered * centered, axis=1) / E), mask=in_batch)
 
     left = scores
-    if bias_ptr is not None:
-        left += tl.load(bias_ptr + experts, mask=experts < E, other=0.0)[None, :]
-    left = tl.where(real, left, NOT_A_CANDIDATE)
+    if bias_ptr is not None or E < BE:
+        shift = tl.zeros([BE], dtype=tl.float32)
+        if bias_ptr is not None:
+            shift = finite_bias(tl.load(bias_ptr + experts, mask=experts < E, other=0.0))
+        # A padded column is 0, and becomes what is added: one row to select from instead of a whole tile.
+        left += tl.where(experts < E, shift, NOT_A_CANDIDATE)[None, :]
     ranking = left
     if KG < NG:
         ranking = _keep_best_groups(left, experts, E, BE, NG, KG, NGP, TOP2)
-        if given_ptr is None:  # replayed ids may lie outside of the groups: their scores are still needed
+        if given_ptr is None:
             left = ranking
+    inside = (slots < K)[None, :]
+    out = tokens[:, None] * K + slots[None, :]
+    write = in_batch[:, None] & inside
+    if given_ptr is not None:
+        given, replayed = _may_replay(tl.load(given_ptr + out, mask=write, other=0), slots, E, K)
+        if KG < NG:  # replayed ids may lie outside of the groups: their scores are still needed
+            left = tl.where(replayed[:, None], left, ranking)
 
     ids = tl.zeros([BT, KP], dtype=tl.int32) + slots[None, :]
     ranked = tl.zeros([BT, KP], dtype=tl.float32)  # s + b of what was taken
     for k in range(K):
+        best, best_id = take_best(left, experts, BE)
         if given_ptr is not None:
-            best_id = tl.load(given_ptr + tokens * K + k, mask=in_batch, other=0).to(tl.int32)
-            best_id = tl.where(valid, best_id, k)
+            best_id = tl.where(replayed, at_slot(given, slots, k), best_id)
             best = at_expert(left, experts, best_id)
-        else:
-            best, best_id = take_best(left, experts, BE)
-            best_id = tl.where(valid, best_id, k)
+        best_id = tl.where(valid, best_id, k)
         left = tl.where(experts[None, :] == best_id[:, None], float("-inf"), left)
         ids = tl.where((slots == k)[None, :], best_id[:, None], ids)
         ranked = tl.where((slots == k)[None, :], best[:, None], ranked)
-    inside = (slots < K)[None, :]
     selected = ranked
     if bias_ptr is not None:
-        selected -= tl.load(bias_ptr + ids, mask=inside & (ids < E), other=0.0)
+        selected -= finite_bias(tl.load(bias_ptr + ids, mask=inside & (ids < E), other=0.0))
     selected = tl.where(valid[:, None] & inside, selected, 0.0)
     if KG < NG and given_ptr is not None:
         left = tl.where((ranking > NOT_A_CANDIDATE) | (left == float("-inf")), left, NOT_A_CANDIDATE)
 
     gates = _gates(selected, scores, left, inside, tau, GATE, NORMALIZE, K)
     gates = tl.where(valid[:, None], gates * scaling, 0.0)
-    out = tokens[:, None] * K + slots[None, :]
-    write = in_batch[:, None] & inside
     tl.store(ids_ptr + out, ids.to(tl.int64), mask=write)
     tl.store(weights_ptr + out, gates, mask=write)
     tl.store(selected_ptr + out, selected, mask=write)
     if candidates_ptr is not None:
-        tl.store(candidates_ptr + where_TE, (left != NOT_A_CANDIDATE), mask=in_batch[:, None] & real)
+        tl.store(candidates_ptr + block * BT * E + tile_TE, (left != NOT_A_CANDIDATE), mask=in_batch[:, None] & real)
 
     count_and_rank(
         ids, valid, wanted & (valid == 0), in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
-        E, K, BT, BE, KP,
+        E, K, BT, BE, KP, True,
     )  # fmt: skip
 
     if hist_ptr is not None:

@@ -1,8 +1,8 @@
 """Timing on one device: graph replay with a cold L2 between CUDA events; on a CPU the wall clock."""
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -46,6 +46,17 @@ class Clock:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within the block the host may not wait for the device: where it would, an error is raised."""
+        if self.on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if self.on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
     def measure(self, run: Runner, prepare: Runner = nothing, *, back_to_back: bool = False) -> Outcome:
         """Median and quartiles of `run` in microseconds, and the peak of what it allocates in bytes.
 
@@ -88,13 +99,11 @@ class Clock:
         """A warm `run` as a graph, or itself and the reason why not."""
         if not self.on_gpu:
             return run, "wall clock"
-        torch.cuda.set_sync_debug_mode("error")  # a failed capture leaves more behind than this does
         try:
-            run()
+            with self.no_sync():  # a failed capture leaves more behind than this does
+                run()
         except Exception as error:
             return run, f"events, no graph: {reason(error)}"
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         self.wait()
         graph = torch.cuda.CUDAGraph()
         try:
