@@ -12,14 +12,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.compiled import Compiled, compile_source
 from kmeans_route.checks import check_route_options
 from kmeans_route.kernels import combine, commit, configs, dispatch, route
 from kmeans_route.testing import MODEL_SHAPES, ModelShape
@@ -41,6 +38,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA", "HMMA"), "gfx942": ("v_mfma",)}
+WIDE_READS = ("LDGSTS", "LDG.E.128", "UTMALDG", "global_load_dwordx4", "buffer_load_dwordx4")
+ROWS = ("x_ptr", "y_sorted_ptr", "dx_sorted_ptr", "weight_ptr")
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -53,7 +52,6 @@ REGIMES = {"decode": 64, "prefill": 16384, "training": 16384}
 """Regime -> T. Prefill and decode are routing alone, training is every kernel of a step."""
 H100 = {"HBM": 3.0e12, "L2": 5.5e12, "FLOP": 800e12}
 """Round figures of an H100 SXM for the floors, bytes and bf16 FLOP a second; on a GPU they are measured."""
-SM_REGISTERS, SM_THREADS = 65_536, 2048
 
 
 @dataclass
@@ -87,6 +85,11 @@ class Launch:
         key = f"{self.name} {signature} {constants} {sorted(attributes)} {self.options}"
         return ASTSource(self.kernel, signature, constants, attributes), key
 
+    def reads_rows(self) -> bool:
+        """Whether it reads rows of hidden states, or of centroids, whose length allows 128 bits at a time."""
+        rows = [self.arguments.get(name) for name in ROWS]
+        return self.arguments.get("D", 1) % 16 == 0 and any(row is not None for row in rows)
+
 
 class _Recorder:
     def __init__(self, kernel: Any, name: str, launches: list[Launch]) -> None:
@@ -94,7 +97,7 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in kwargs}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             missing = set(self.kernel.arg_names) - set(arguments)
             assert not missing, f"{self.name} lacks {missing}"
@@ -219,7 +222,7 @@ def work_of(launch: Launch) -> Work:
     row = num_tokens * hidden_size * element
     if launch.name in ("route_fwd", "route_split"):
         table = num_tokens * (16 * top_k + 5)
-        reads = a["d_ptr"].numel() * element * (launch.grid[-1] if launch.name == "route_split" else launch.grid[0])
+        reads = a["d_ptr"].numel() * element * (launch.grid[0] // a.get("num_splits", 1))
         partial = 0 if launch.name == "route_fwd" else 2 * (a["dots_ptr"].numel() + a["squares_ptr"].numel()) * 4
         return Work(
             row + a["d_ptr"].numel() * element + table,
@@ -230,7 +233,7 @@ def work_of(launch: Launch) -> Work:
     if launch.name == "dispatch_fwd":
         copies = 0 if a["x_sorted_ptr"] is None else top_k * row
         partials = 0 if a["partials_ptr"] is None else a["partials_ptr"].numel() * 4
-        products = 0 if not partials else (2 if a["TWO_PARTS"] and a["inv_norm_ptr"] is not None else 1)
+        products = 0 if not partials else 2 if a["TWO_PARTS"] else 1
         tables = table * -(-hidden_size // a["BD"]) * (a["BE"] // a["EB"])
         flop = 2 * num_tokens * hidden_size * a["BE"] * products
         return Work(row + copies + partials + table, row * (a["BE"] // a["EB"]) + copies + partials + tables, flop)
@@ -241,61 +244,6 @@ def work_of(launch: Launch) -> Work:
     assert launch.name == "route_bwd", launch.name
     copies = 0 if a["dx_sorted_ptr"] is None else top_k * row
     return Work(2 * row + copies + table, (2 + top_k) * row + copies + table, 0)
-
-
-@dataclass
-class Compiled:
-    """What the compiler made of one launch for one target. spills: bytes on the stack. instructions: of interest."""
-
-    registers: int
-    spills: int
-    shared: int
-    instructions: dict[str, int] = field(default_factory=dict)
-
-    def programs(self, num_warps: int, arch: str) -> int:
-        """Programs that fit on a multiprocessor at once, by registers, threads and shared memory."""
-        threads = num_warps * (64 if arch.startswith("gfx") else 32)
-        if arch.startswith("gfx"):  # 512 registers a lane and SIMD, four SIMDs
-            by_registers = 4 * (512 // max(1, self.registers)) // num_warps if num_warps >= 4 else 8
-        else:
-            by_registers = SM_REGISTERS // (threads * max(1, -(-self.registers // 8) * 8))
-        by_shared = configs.SHARED_BYTES[arch] // self.shared if self.shared else 32
-        return max(0, min(by_registers, SM_THREADS // threads, by_shared))
-
-
-NVIDIA_INSTRUCTIONS = (
-    "HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG.E.128", "STG.E.128", "LDG.E", "STG.E", "SHFL",
-)  # fmt: skip
-AMD_INSTRUCTIONS = (
-    "v_mfma", "global_load_dwordx4", "buffer_load_dwordx4", "global_store_dwordx4", "buffer_store_dwordx4",
-)  # fmt: skip
-
-
-def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile for `arch`, without a GPU."""
-    compiled = triton.compile(launch.source()[0], target=TARGETS[arch], options=launch.options)
-    if arch.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-
-        def figure(name: str) -> int:
-            found = re.search(rf"\.{name}:\s*(\d+)", text)
-            return int(found.group(1)) if found else 0
-
-        counts = {name: text.count(name) for name in AMD_INSTRUCTIONS}
-        return Compiled(figure("vgpr_count"), 4 * figure("vgpr_spill_count"), compiled.metadata.shared, counts)
-    usage, code = _cuobjdump(compiled.asm["cubin"], "-res-usage"), _cuobjdump(compiled.asm["cubin"], "-sass")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    counts = {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in NVIDIA_INSTRUCTIONS}
-    return Compiled(int(found.group(1)), int(found.group(2)), compiled.metadata.shared, counts)
-
-
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 @dataclass
@@ -320,17 +268,20 @@ class Row:
 
 
 def problems_of(launch: Launch, compiled: Compiled, arch: str) -> list[str]:
-    """What a shipped config must not show: spills, no tensor cores, narrow reads of x, too much shared memory."""
-    found, i = [], compiled.instructions
+    """What a shipped config must not show: spills, races, serialised products, no tensor cores for 16-bit inputs,
+    narrow reads of x, too much shared memory."""
+    found, i = list(compiled.races), compiled.instructions
+    if compiled.serialised:
+        found.append("ptxas serialises the products")
     if compiled.spills:
         found.append(f"{compiled.spills} bytes spilled")
     if compiled.shared > configs.SHARED_BYTES[arch]:
         found.append(f"{compiled.shared} bytes of shared memory, the device has {configs.SHARED_BYTES[arch]}")
-    products = launch.name in ("route_fwd", "route_split", "dispatch_fwd")
+    products = launch.name in ("route_fwd", "route_split") or launch.arguments.get("partials_ptr") is not None
+    products &= launch.name not in ("accumulate",)
     if products and not any(i.get(name) for name in TENSOR_CORES[arch]):
         found.append("no tensor cores")
-    wide = ("LDGSTS", "LDG.E.128", "UTMALDG", "global_load_dwordx4", "buffer_load_dwordx4")
-    if launch.name not in ("prefix", "accumulate") and not any(i.get(name) for name in wide):
+    if launch.reads_rows() and not any(i.get(name) for name in WIDE_READS):
         found.append("no 128-bit read")
     return found
 
@@ -359,7 +310,7 @@ def table(archs: list[str], shapes: list[str], dtype: torch.dtype, progress: boo
                 if key not in seen:
                     if progress:
                         print(f"\r{arch} {shape} {launch.name}".ljust(60), end="", file=sys.stderr, flush=True)
-                    seen[key] = compile_launch(launch, arch)
+                    seen[key] = compile_source(launch.source()[0], TARGETS[arch], launch.options)
                 c = seen[key]
                 rows.append(
                     Row(
@@ -371,7 +322,7 @@ def table(archs: list[str], shapes: list[str], dtype: torch.dtype, progress: boo
                         launch.options,
                         c,
                         work_of(launch),
-                        c.programs(launch.options["num_warps"], arch),
+                        c.programs(launch.options["num_warps"], arch, configs.SHARED_BYTES[arch]),
                         problems_of(launch, c, arch),
                     )
                 )
