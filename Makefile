@@ -57,18 +57,17 @@ quality-run: env
 pictures: env
 	$(BIN)/python -m benchmarks.pictures
 
-## make gpu         on a machine with a GPU: its tests, then checks and timings; no new cell after 7 minutes (GPU_ARGS="...")
-## make gpu-full    the same, all cells
+## make gpu         on a machine with a GPU: races, checks, timings, bytes, in ten minutes (GPU_ARGS="--from timing")
+## make gpu-full    the same without a time limit, then compiled PyTorch, learned routers, every T
 ## make profile     there too: one kernel and what bounds it (PROFILE_ARGS="--kernel route_fwd --shape OLMoE --tokens 4096")
-# No environment: $(PYTHON) has torch, Triton and setuptools. The installed copy comes first, since kmeans_route/ in the
-# repository has no kernels/; safe path keeps the current folder from coming before both.
+# No environment and nothing to install: $(PYTHON) has torch and Triton. Links lay the package out as pip would, with
+# kernels/triton in it; safe path keeps kmeans_route/ of the repository, which lacks that, behind it.
 gpu gpu-full profile:
-	@rm -rf build/lib  # setuptools keeps what lies there if it is newer than the source
-	@target=$$(mktemp -d) && trap 'rm -rf "$$target"' EXIT && \
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
-		--target "$$target" . && \
-	PYTHONSAFEPATH=1 PYTHONPATH="$$target:$(CURDIR)" $(PYTHON) -m \
-		$(if $(filter profile,$@),benchmarks.profile $(PROFILE_ARGS),benchmarks.gpu $(if $(filter gpu-full,$@),--full) $(GPU_ARGS))
+	@since=$$(date +%s); layout=$$(mktemp -d) && trap 'rm -rf "$$layout"' EXIT && mkdir "$$layout/kmeans_route" && \
+	ln -s "$(CURDIR)"/kmeans_route/* "$$layout/kmeans_route" && \
+	ln -s "$(CURDIR)/kernels/triton" "$$layout/kmeans_route/kernels" && \
+	PYTHONSAFEPATH=1 PYTHONPATH="$$layout:$(CURDIR)" $(PYTHON) -m $(if $(filter profile,$@),benchmarks.gpu.profile \
+		$(PROFILE_ARGS),benchmarks.gpu --since $$since $(if $(filter gpu-full,$@),--full) $(GPU_ARGS))
 
 ## make style       ruff: lint and format check
 style: env

@@ -40,7 +40,7 @@ def gpu_runs(folder: Path) -> list[list[Record]]:
     for path in folder.glob("*.jsonl"):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         head = next((line for line in lines if line.get("kind") == "header"), None)
-        timed = any(line.get("parts") for line in lines)
+        timed = any(line.get("parts") and line.get("correct", True) for line in lines)
         if head and timed and not head["device"].startswith("dry run"):
             runs.append((head["date"], path.name, lines))
     return [lines for *_, lines in sorted(runs, key=lambda run: run[:2])]
@@ -49,8 +49,9 @@ def gpu_runs(folder: Path) -> list[list[Record]]:
 def measured_points(run: list[Record], *, decode: bool) -> list[Point]:
     """What this package reached: of each shape the largest T, or the largest T of decoding."""
     peaks = next(line for line in run if line["kind"] == "peaks")
-    cells = [line for line in run if line["kind"] == "cell" and line.get("parts")]
-    cells = [cell for cell in cells if (cell["num_tokens"] <= DECODE_T) == decode]
+    right = [line for line in run if line["kind"] == "cell" and line.get("parts") and line.get("correct", True)]
+    last = {(cell["shape"], cell["num_tokens"]): cell for cell in right}
+    cells = [cell for cell in last.values() if (cell["num_tokens"] <= DECODE_T) == decode]
     points = []
     for cell in cells:
         if any(c["shape"] == cell["shape"] and c["num_tokens"] > cell["num_tokens"] for c in cells):

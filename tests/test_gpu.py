@@ -1,147 +1,70 @@
-"""Real sizes in bf16, streams, CUDA graphs, repeated bits. Needs a GPU and KMEANS_ROUTE_GPU_TESTS=1."""
+"""What only a GPU can show, by the functions of `make gpu`. Needs a GPU and KMEANS_ROUTE_GPU_TESTS=1."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
-import kmeans_route
-from kmeans_route import KMeansRouter, MoE, attach
-from kmeans_route.testing import MODEL_SHAPES, assert_same_selection, make_centroids, make_hidden_states
+from kmeans_route.bench.clock import Clock
+from kmeans_route.testing import MODEL_SHAPES
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+pytest.importorskip("triton")
+from benchmarks.gpu import race
+from benchmarks.gpu.cells import CELLS, LAYER, Cell
+from benchmarks.gpu.checks import Problem, verify
 
-
-def ranking_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    rows = x.double()
-    return rows @ kmeans_route.directions(weight, x.dtype).double().T / rows.norm(dim=1, keepdim=True) + bias.double()
+pytestmark = pytest.mark.gpu
+DTYPES = ["bfloat16", "float16", "float32"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    """Everything on one stream, as in the run."""
+    made = Clock(torch.device("cuda", torch.cuda.current_device()))
+    with made.scope():
+        yield made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 33, 512, 5000, 20000])
 @pytest.mark.parametrize("name", list(MODEL_SHAPES))
-def test_named_shapes(name: str, num_tokens: int, dtype: torch.dtype) -> None:
-    """Ids exact outside near-ties; copies bit for bit; sums against an fp32 one-hot product."""
-    shape = MODEL_SHAPES[name]
-    x = make_hidden_states(num_tokens, shape.hidden_size, dtype=dtype, device="cuda", offset=0.5)
-    weight = make_centroids(shape.num_experts, shape.hidden_size, device="cuda")
-    bias = torch.linspace(-0.02, 0.02, shape.num_experts, device="cuda")
-    routing = kmeans_route.route(x, weight, shape.top_k, bias, backend="triton")
-    # fp32 sums of up to 7168 products of 16-bit numbers: 2e-6 was allowed for, not measured.
-    assert_same_selection(routing.indices, ranking_of(x, weight, bias), tolerance=2e-6, cap=0.02)
-    sent = kmeans_route.dispatch(x, routing, backend="triton")
-    assert torch.equal(sent.x_sorted, x[sent.token_of_row])
-    assert torch.equal(
-        sent.token_of_row[sent.positions], torch.arange(num_tokens, device="cuda")[:, None].expand_as(sent.positions)
-    )
-    sums, counts = kmeans_route.centroid_sums(x, routing, backend="triton")
-    member = torch.zeros(num_tokens, shape.num_experts, device="cuda", dtype=torch.float64)
-    member.scatter_(1, routing.indices, 1.0)
-    want = member.T @ (x.double() * routing.inv_norm.double()[:, None])
-    torch.testing.assert_close(sums.double(), want, rtol=0, atol=3e-5 * max(1.0, float(want.abs().max())))
-    assert torch.equal(counts, member.sum(0).long())
+def test_named_shapes(name: str, num_tokens: int, dtype: str, clock: Clock) -> None:
+    """Every kernel, every result, against fp64."""
+    found = verify(Problem(Cell(name, num_tokens, *MODEL_SHAPES[name], dtype), clock.device, common=0.5))
+    wrong = {check: result["message"] for check, result in found.items() if not result["ok"]}
+    assert not wrong
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_against_the_torch_backend(dtype: torch.dtype) -> None:
-    results = []
-    for backend in ("torch", "triton"):
-        torch.manual_seed(1)
-        layer = MoE(256, 128, 16, 2, "kmeans", backend=backend).to(device="cuda", dtype=dtype)
-        x = make_hidden_states(3000, 256, seed=3, dtype=dtype, device="cuda").requires_grad_()
-        y = layer(x)
-        y.float().square().sum().backward()
-        assert isinstance(layer.router, KMeansRouter)
-        results.append([y, x.grad, layer.experts.gate_up.grad, layer.experts.down.grad, layer.router.pending.sums])
-    for one, other in zip(*results, strict=True):
-        assert one is not None
-        tolerance = 16 * torch.finfo(one.dtype).eps * max(1.0, float(one.detach().abs().max()))
-        torch.testing.assert_close(other, one, rtol=0, atol=tolerance)
+@pytest.mark.parametrize("cell", CELLS["race"], ids=lambda cell: cell.label)
+def test_same_bits_of_hidden_states_in_l2(cell: Cell, clock: Clock) -> None:
+    race.race(cell, clock)
 
 
-def test_same_bits_a_hundred_times() -> None:
-    x = make_hidden_states(20000, 2048, dtype=torch.bfloat16, device="cuda", num_clusters=64)
-    router = KMeansRouter(2048, 64, 8, device="cuda", init="normal", backend="triton").train()
-    first: list[Tensor] = []
-    for _ in range(100):
-        router.pending.clear_()
-        router(x)
-        now = [router.pending.sums.clone(), router.pending.counts.clone(), router.pending.std_sum.clone()]
-        for one, other in zip(first or now, now, strict=True):
-            assert torch.equal(one, other)
-        first = now
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_against_the_torch_backend(dtype: str, clock: Clock) -> None:
+    race.layer_against_torch(Cell("layer", 3000, *LAYER, dtype), clock)
 
 
-def test_streams_beside_each_other() -> None:
-    """Each stream has counters of its own."""
-    inputs = [make_hidden_states(64, 2048, seed=i, dtype=torch.bfloat16, device="cuda") for i in range(4)]
-    weight = make_centroids(64, 2048, device="cuda")
-    want = [kmeans_route.route(x, weight, 8) for x in inputs]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    torch.cuda.synchronize()
-    for _ in range(50):
-        got = []
-        for stream, x in zip(streams, inputs, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(kmeans_route.route(x, weight, 8))
-        torch.cuda.synchronize()
-        for one, other in zip(got, want, strict=True):
-            assert torch.equal(one.indices, other.indices)
-            assert torch.equal(one.tokens_per_expert, other.tokens_per_expert)
+@pytest.mark.parametrize("cell", CELLS["sums"], ids=lambda cell: cell.label)
+def test_same_sums_a_hundred_times(cell: Cell, clock: Clock) -> None:
+    race.same_sums(cell, clock)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 64, 4096])
-def test_graph_replay(num_tokens: int) -> None:
-    """A captured routing gives the eager one's bits, for new values in the same memory, beside eager calls."""
-    weight = make_centroids(64, 2048, device="cuda")
-    x = make_hidden_states(num_tokens, 2048, dtype=torch.bfloat16, device="cuda")
-    kmeans_route.route(x, weight, 8)  # compiles, and makes the counters
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = kmeans_route.route(x, weight, 8)
-        sent = kmeans_route.dispatch(x, captured)
-    for seed in range(1, 6):
-        x.copy_(make_hidden_states(num_tokens, 2048, seed=seed, dtype=torch.bfloat16))
-        want = kmeans_route.route(x, weight, 8)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured.indices, want.indices)
-        assert torch.equal(captured.tokens_per_expert, want.tokens_per_expert)
-        assert torch.equal(sent.x_sorted, x[sent.token_of_row])
+@pytest.mark.parametrize("cell", CELLS["streams"], ids=lambda cell: cell.label)
+def test_streams_beside_each_other(cell: Cell, clock: Clock) -> None:
+    race.streams(cell, clock)
 
 
-def test_graph_replay_follows_the_centroids() -> None:
-    """A captured forward routes by the centroids of its replay, not by those of its capture."""
-    router = KMeansRouter(2048, 64, 8, device="cuda", backend="triton")
-    x = make_hidden_states(512, 2048, dtype=torch.bfloat16, device="cuda", num_clusters=64)
-    router(x)
-    router.commit()
-    router.eval()(x)  # compiles, and makes the counters
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = router(x)
-    for seed in range(1, 4):
-        router.train()(make_hidden_states(4096, 2048, seed=seed, dtype=torch.bfloat16, device="cuda"))
-        router.commit()
-        want = router.eval()(x)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(captured.indices, want.indices)
-        assert torch.equal(captured.weights, want.weights)
+@pytest.mark.parametrize("cell", CELLS["graphs"], ids=lambda cell: cell.label)
+def test_graph_replay(cell: Cell, clock: Clock) -> None:
+    race.graph_replay(cell, clock)
 
 
-def test_no_synchronisation_on_the_routing_path() -> None:
-    layer = MoE(256, 128, 16, 2, "kmeans", init="normal").to(device="cuda", dtype=torch.bfloat16)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    attach(layer, optimizer)
-    x = make_hidden_states(512, 256, dtype=torch.bfloat16, device="cuda")
-    for step in range(4):
-        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
-        try:
-            layer(x).float().square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(layer.router, KMeansRouter)
-    assert layer.router.steps.item() == 4
+@pytest.mark.parametrize("cell", CELLS["graphs"], ids=lambda cell: cell.label)
+def test_graph_replay_follows_the_centroids(cell: Cell, clock: Clock) -> None:
+    race.graph_follows_centroids(cell, clock)
+
+
+@pytest.mark.parametrize("cell", CELLS["no sync"], ids=lambda cell: cell.label)
+def test_no_synchronisation_in_a_training_step(cell: Cell, clock: Clock) -> None:
+    race.no_sync(cell, clock)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.profile` in Triton's interpreter, and what it makes of ncu's output."""
+"""`python -m benchmarks.gpu.profile` in Triton's interpreter, and what it makes of ncu's output."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ncu
+from benchmarks.gpu import ncu
 
 ROOT = Path(__file__).parent.parent
 # Made up, in the form of --csv --page raw --print-units base.
@@ -31,7 +31,7 @@ SAMPLE = "\n".join(
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.profile", *arguments],
+        [sys.executable, "-m", "benchmarks.gpu.profile", *arguments],
         cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -61,22 +61,23 @@ def test_ncu_problems(text: str, message: str) -> None:
         ncu.parse(text, "_route_fwd_kernel")
 
 
-def test_ncu_is_called_for_one_launch_with_a_cold_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-
-    def fake(command: list[str], **options: object) -> SimpleNamespace:
-        called.append(command)
-        return SimpleNamespace(stdout=SAMPLE, stderr="")
-
-    monkeypatch.setattr(ncu.shutil, "which", lambda name: "/bin/ncu")
-    monkeypatch.setattr(ncu.subprocess, "run", fake)
-    assert ncu.profile("_route_fwd_kernel", ["python3", "-m", "x"], cwd=".", env={})["time_us"] == pytest.approx(9.6)
-    line = " ".join(called[0])
-    assert "--kernel-name regex:^_route_fwd_kernel --launch-skip 8 --launch-count 1 --cache-control all" in line
-    assert line.endswith("python3 -m x")
-    monkeypatch.setattr(ncu.shutil, "which", lambda name: None)
+def test_ncu_is_called_for_one_launch_with_a_cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ncu.NcuError, match="not on the PATH"):
-        ncu.profile("_route_fwd_kernel", [], cwd=".", env={})
+        ncu.profile("_route_fwd_kernel", [], cwd=".", env={}, seconds=1)
+    tool, asked = tmp_path / "ncu", tmp_path / "asked"
+    tool.write_text(f"#!/bin/sh\necho \"$@\" > {asked}\ncat <<'END'\n{SAMPLE}\nEND\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    here = {"cwd": str(tmp_path), "env": dict(os.environ)}
+    found = ncu.profile("_route_fwd_kernel", ["python3", "-m", "x"], seconds=60, **here)
+    assert found["time_us"] == pytest.approx(9.6)
+    line = asked.read_text(encoding="utf-8").strip()
+    assert "--kernel-name regex:^_route_fwd_kernel --launch-skip 8 --launch-count 1 --cache-control all" in line
+    assert "--clock-control none" in line
+    assert line.endswith("python3 -m x")
+    tool.write_text("#!/bin/sh\nsleep 60\n", encoding="utf-8")
+    with pytest.raises(ncu.NcuError, match=ncu.NOT_FINISHED):
+        ncu.profile("_route_fwd_kernel", [], seconds=0.2, **here)
 
 
 def test_dry_run_names_the_bound() -> None:
@@ -106,7 +107,10 @@ def test_dry_run_names_the_bound() -> None:
 def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    profile = pytest.importorskip("benchmarks.profile")
+    pytest.importorskip("triton")
+    from benchmarks.gpu import profile
+    from benchmarks.gpu.launches import Seen
+
     kept = []
 
     class Kernel:
@@ -116,7 +120,7 @@ def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state(
             return lambda sums: sums.add_(1)
 
     sums = torch.zeros(2)
-    seen = profile.Seen(Kernel(), "accumulate", (1,), (sums,), {})
+    seen = Seen(Kernel(), "accumulate", (1,), (sums,), {})
     for _ in range(2):
         seen.restore()
         seen.again()
@@ -129,7 +133,7 @@ def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state(
 
 
 def test_a_kernel_that_is_not_launched(capsys: pytest.CaptureFixture[str]) -> None:
-    profile = pytest.importorskip("benchmarks.profile")
+    profile = pytest.importorskip("benchmarks.gpu.profile")
     assert profile.main(["--kernel", "rank", "--dry"]) == 1
     assert "rank is not launched at tiny T=32: launched are directions, route_fwd, prefix" in capsys.readouterr().err
     assert profile.main(["--kernel", "rank", "--dry", "--shape", "none"]) == 2
@@ -137,7 +141,7 @@ def test_a_kernel_that_is_not_launched(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_counted_bytes_take_the_place_of_the_least() -> None:
     pytest.importorskip("triton")
-    from benchmarks import profile
+    from benchmarks.gpu import profile
 
     work = SimpleNamespace(hbm=10e6, l2=20e6, flop=1e9)
     peaks = {"copy_bytes_per_s": 2e12, "l2_bytes_per_s": 5e12, "bf16_flop_per_s": 1e15}

@@ -1,7 +1,7 @@
 """One kernel by itself: its time, what it moves and computes, and what bounds it.
 
-    python -m benchmarks.profile --kernel route_fwd --shape OLMoE --tokens 4096 [--training] [--json]
-    python -m benchmarks.profile --kernel route_fwd --dry     # a tiny shape on a CPU, in Triton's interpreter
+    python -m benchmarks.gpu.profile --kernel route_fwd --shape OLMoE --tokens 4096 [--training] [--json]
+    python -m benchmarks.gpu.profile --kernel route_fwd --dry     # a tiny shape on a CPU, in Triton's interpreter
 
 The package's own launch is taken as it comes, with its arguments, and launched again: by ncu for the bytes that really
 moved, where ncu is there and allowed, and as a graph with a cold L2 between CUDA events in any case. Beside it stand
@@ -14,23 +14,23 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # torch, Triton and kmeans_route are imported later: Triton's interpreter is chosen as the kernels are imported.
 
-ROOT = Path(__file__).resolve().parent.parent
-MUTATING = ("accumulate", "commit")
+ROOT = Path(__file__).resolve().parent.parent.parent
 LEVELS = {"HBM": "copy_bytes_per_s", "L2": "l2_bytes_per_s", "matrix": "bf16_flop_per_s"}
 """Bound -> the measured rate that it is held against."""
+DRY = "not asked in a dry run"
 Record = dict[str, Any]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.profile", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--kernel", required=True, help="route_fwd, route_split, dispatch_fwd, combine_fwd, ...")
     parser.add_argument("--shape", default="OLMoE", help="a named shape (OLMoE)")
     parser.add_argument("--tokens", type=int, default=4096, help="T (4096)")
@@ -42,76 +42,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Seen:
-    """One launch that happened: `again` repeats it, `restore` puts back what it changed, `launch` says what it was."""
-
-    def __init__(self, kernel: Any, name: str, grid: tuple[int, ...], args: Any, kwargs: Any) -> None:
-        from benchmarks.offline import Launch
-
-        options = {key: value for key, value in kwargs.items() if key in ("num_warps", "num_stages")}
-        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        self.launch = Launch(kernel, name, tuple(grid), {k: v for k, v in named.items() if k not in options}, options)
-        self.again: Callable[[], Any] = lambda: kernel[grid](*args, **kwargs)
-        tensors = [value for value in named.values() if hasattr(value, "data_ptr")] if name in MUTATING else []
-        self.before = [(tensor, tensor.clone()) for tensor in tensors]
-
-    def restore(self) -> None:
-        """The arguments as they were before the first launch; nothing to do for kernels that only write results."""
-        for tensor, value in self.before:
-            tensor.copy_(value)
-
-
-@contextmanager
-def watched() -> Iterator[list[Seen]]:
-    """Within the block every launch of the package happens and is kept."""
-    from benchmarks.offline import MODULES
-
-    seen: list[Seen] = []
-    kernels = [(m, name, kernel) for m in MODULES for name, kernel in vars(m).items() if name.endswith("_kernel")]
-    for module, name, kernel in kernels:
-        setattr(module, name, _Watcher(kernel, name.strip("_").removesuffix("_kernel"), seen))
-    try:
-        yield seen
-    finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
-
-
-class _Watcher:
-    def __init__(self, kernel: Any, name: str, seen: list[Seen]) -> None:
-        self.kernel, self.name, self.seen = kernel, name, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.seen.append(Seen(self.kernel, self.name, grid, args, kwargs))
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
-def launches(p: Any) -> tuple[list[Seen], list[Seen]]:
+def launches(p: Any) -> tuple[list[Any], list[Any]]:
     """Those of routing alone, and those of a training step with the exchange of one layer."""
-    import torch
+    from benchmarks.gpu.checks import routing_alone, training_step
+    from benchmarks.gpu.launches import watched
 
-    from benchmarks.gpu_checks import gate_leaf
-    from kmeans_route import combine
-
-    p.ours.pending.clear_()
-    p.ours._cached = None
-    with torch.no_grad(), watched() as routing_alone:
-        p.ours.route(p.x)
-    with watched() as step:
-        routing, sent = p.forward(p.ours)
-        p.backward((routing.weights, sent.x_sorted), (p.x,))
-        leaf, routing = gate_leaf(p, routing)
-        y = combine(leaf, routing, sent, backend="triton")
-        torch.autograd.grad(y, (leaf, routing.weights), p.dy)
-        p.ours.commit()
-    return routing_alone, step
+    alone: list[Any] = []
+    step: list[Any] = []
+    with watched(alone.append):
+        routing_alone(p)
+    with watched(step.append):
+        training_step(p)
+    return alone, step
 
 
-def find(name: str, p: Any, *, training: bool) -> Seen:
-    """The launch to look at.
+def find(name: str, p: Any, *, training: bool) -> Any:
+    """The launch to look at, as `launches.Seen`.
 
     Raises:
         LookupError: it does not happen at this shape.
@@ -167,23 +113,29 @@ def text_of(record: Record) -> str:
     return "\n".join(lines)
 
 
-def measured(args: argparse.Namespace, p: Any, seen: Seen, clock: Any) -> Record:
-    """The record of one launch."""
+def measured(
+    kernel: str, p: Any, clock: Any, rates: Record, *, training: bool = False, no_ncu: str = "", seconds: float = 300
+) -> Record:
+    """The record of one launch. rates: of `peaks`. no_ncu: why ncu is not asked. seconds: that it may take.
+
+    Raises:
+        LookupError: the kernel is not launched at this shape.
+    """
     import torch
 
-    from benchmarks import ncu
-    from benchmarks.gpu_peaks import peaks
+    from benchmarks.gpu import ncu
     from benchmarks.offline import work_of
 
-    rates = peaks(clock)
+    seen = find(kernel, p, training=training)
     events = clock.measure(seen.again, seen.restore)
     torch.cuda.empty_cache()
-    command = [sys.executable, "-m", "benchmarks.profile", "--launch-only", *sys_arguments(args)]
+    words = ["--kernel", kernel, "--shape", p.cell.shape, "--tokens", str(p.cell.num_tokens), "--dtype", p.cell.dtype]
+    command = [sys.executable, "-m", "benchmarks.gpu.profile", "--launch-only", *words] + ["--training"] * training
     moved: Record
     try:
-        if args.dry:
-            raise ncu.NcuError("not asked in a dry run")
-        moved = ncu.profile(f"_{args.kernel}_kernel", command, cwd=str(ROOT), env=dict(os.environ))
+        if no_ncu:
+            raise ncu.NcuError(no_ncu)
+        moved = ncu.profile(f"_{kernel}_kernel", command, cwd=str(ROOT), env=dict(os.environ), seconds=seconds)
     except ncu.NcuError as error:
         moved = {"error": str(error)}
     counted = moved if "time_us" in moved else None
@@ -191,16 +143,10 @@ def measured(args: argparse.Namespace, p: Any, seen: Seen, clock: Any) -> Record
     table = levels(work_of(seen.launch), time_us, rates, counted)
     bound = max(table, key=lambda level: table[level]["floor_us"])
     return {
-        "kernel": args.kernel, **p.cell._asdict(), "grid": list(seen.launch.grid), "options": seen.launch.options,
+        "kernel": kernel, **p.cell._asdict(), "grid": list(seen.launch.grid), "options": seen.launch.options,
         "events": events, "ncu": moved, "levels": table, "bound": bound,
         "percent_of_floor": 100 * table[bound]["floor_us"] / time_us, "peaks": rates,
     }  # fmt: skip
-
-
-def sys_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments that say which launch."""
-    words = ["--kernel", args.kernel, "--shape", args.shape, "--tokens", str(args.tokens), "--dtype", args.dtype]
-    return words + ["--training"] * args.training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,8 +161,10 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry and not torch.cuda.is_available():
         print("no CUDA or ROCm device that torch can use: --dry runs without one", file=sys.stderr)
         return 2
-    from benchmarks.gpu_checks import Cell, Problem, verify
-    from benchmarks.ncu import WARM_UPS
+    from benchmarks.gpu.cells import Cell
+    from benchmarks.gpu.checks import Problem, verify
+    from benchmarks.gpu.ncu import WARM_UPS
+    from benchmarks.gpu.peaks import peaks
     from kmeans_route.bench.clock import Clock
     from kmeans_route.testing import MODEL_SHAPES
 
@@ -241,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
             if wrong:
                 print(f"WRONG, not timed: {wrong}", file=sys.stderr)
                 return 1
-            record = measured(args, p, find(args.kernel, p, training=args.training), clock)
+            no_ncu = DRY if args.dry else ""
+            record = measured(args.kernel, p, clock, peaks(clock), training=args.training, no_ncu=no_ncu)
         except LookupError as error:
             print(error.args[0], file=sys.stderr)
             return 1

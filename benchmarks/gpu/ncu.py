@@ -2,8 +2,9 @@
 
 import csv
 import shutil
-import subprocess
 from collections.abc import Iterator
+
+from benchmarks.gpu.child import Child
 
 METRICS = {"time_us": "gpu__time_duration.sum", "hbm_bytes": "dram__bytes.sum", "l2_bytes": "lts__t_bytes.sum"}
 """What we call it -> what ncu calls it."""
@@ -13,15 +14,17 @@ UNITS = {
 }  # fmt: skip
 """Unit -> bytes or microseconds."""
 WARM_UPS = 8  # more than one step of the package launches a kernel
-TIMEOUT_S = 300
+NOT_FINISHED, NO_PERMISSION = "ncu did not finish", "ERR_NVGPUCTRPERM"
 
 
 class NcuError(RuntimeError):
     """ncu is not there, may not read the counters, or said something else than expected."""
 
 
-def profile(kernel: str, command: list[str], *, cwd: str, env: dict[str, str]) -> dict[str, float]:
+def profile(kernel: str, command: list[str], *, cwd: str, env: dict[str, str], seconds: float) -> dict[str, float]:
     """METRICS of the launch of `kernel` (its device name) that comes after WARM_UPS others in `command`.
+
+    seconds: that all of it may take.
 
     Caches are flushed before it, as in our own timings; clocks are left as they are, as for the peaks.
 
@@ -37,12 +40,13 @@ def profile(kernel: str, command: list[str], *, cwd: str, env: dict[str, str]) -
         "--cache-control", "all", "--clock-control", "none", "--target-processes", "all",
     ]  # fmt: skip
     try:
-        run = subprocess.run(
-            [tool, *options, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        with Child([tool, *options, *command], cwd=cwd, env=env) as child:
+            ended = child.wait(seconds)
+    except OSError as error:
         raise NcuError(f"ncu did not run: {type(error).__name__}") from error
-    return parse(run.stdout + "\n" + run.stderr, kernel)
+    if ended is None:
+        raise NcuError(f"{NOT_FINISHED} within {seconds:.0f} s")
+    return parse(ended[1], kernel)
 
 
 def parse(text: str, kernel: str) -> dict[str, float]:
@@ -51,9 +55,9 @@ def parse(text: str, kernel: str) -> dict[str, float]:
     Raises:
         NcuError: there is no such row, or ncu was not allowed to read the counters.
     """
-    if "ERR_NVGPUCTRPERM" in text:
+    if NO_PERMISSION in text:
         raise NcuError(
-            "ncu may not read the GPU's counters (ERR_NVGPUCTRPERM): run it as root, or have the driver loaded with "
+            f"ncu may not read the GPU's counters ({NO_PERMISSION}): run it as root, or have the driver loaded with "
             "NVreg_RestrictProfilingToAdminUsers=0; in a container add the capability SYS_ADMIN"
         )
     rows = list(_rows(text))
