@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
+TRITON_VERSIONS ?= 3.6.0 3.7.1 3.9.0
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench quality quality-run pictures gpu gpu-full profile style types hub clean env
+.PHONY: demo demo-seeds test test-all bench quality quality-run pictures offline gpu gpu-full profile style types hub \
+	clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +58,20 @@ quality-run: env
 ## make pictures    draw roofline, bars and scaling from benchmarks/results
 pictures: env
 	$(BIN)/python -m benchmarks.pictures
+
+## make offline     compile all that can be reached, on three versions of Triton, without a GPU: hours; stop it and go on
+offline: $(addprefix offline-,$(TRITON_VERSIONS))
+
+offline-%: .venv-triton-%/.installed
+	$(dir $<)bin/python -W ignore -m benchmarks.gate --out benchmarks/results/gate-triton-$*.json $(OFFLINE_ARGS)
+
+.PRECIOUS: .venv-triton-%/.installed
+.venv-triton-%/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(@D)/bin/pip install --quiet --disable-pip-version-check triton==$* setuptools
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 ## make gpu         on a machine with a GPU: races, checks, timings, bytes, in ten minutes (GPU_ARGS="--from timing")
 ## make gpu-full    the same without a time limit, then compiled PyTorch, learned routers, every T

@@ -179,7 +179,8 @@ def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> lis
 def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
     """(where from, launch) of everything; with `part`, of the routing loops of three shapes, in bf16, for training.
 
-    Architectures other than sm_90 get the named shapes.
+    Architectures other than sm_90 get the named shapes in bf16 and fp32. fp16, whose code is bf16's with another type,
+    gets training alone at the odd shapes.
     """
     configs.assumed_architecture = arch
     named: dict[str, Shape] = {name: (s.hidden_size, s.num_experts, s.top_k) for name, s in MODEL_SHAPES.items()}
@@ -187,11 +188,12 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
     odd = {} if part or arch != "sm_90" else {f"D{d}-E{e}-K{k}": (d, e, k) for d, e, k in ODD_SHAPES}
     for name, shape in (named | odd).items():
         for kind, dtype in DTYPES.items():
-            if part and kind != "bf16":
+            if (part and kind != "bf16") or (arch != "sm_90" and kind == "fp16"):
                 continue
             blocks: dict[int, int] = {}  # tokens that are ranked together -> T
-            variants = {"training": ROUTE_VARIANTS["training"]} if part else ROUTE_VARIANTS
-            every_option = name in named and kind == "bf16" and not part
+            short = part or (name in odd and kind == "fp16")
+            variants = {"training": ROUTE_VARIANTS["training"]} if short else ROUTE_VARIANTS
+            every_option = name in named and kind == "bf16" and arch == "sm_90" and not part
             if every_option:
                 variants = variants | MORE_ROUTE_VARIANTS
             for num_tokens in token_counts(shape, dtype, arch):
@@ -199,7 +201,7 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
                     (launch,) = route_launches(shape, dtype, num_tokens, given)
                     yield f"{name} {kind} T={num_tokens} {variant}", launch
                 blocks.setdefault(launch.arguments.get("RT", launch.arguments["BT"]), num_tokens)
-            if part:
+            if short:
                 continue
             for block, num_tokens in blocks.items():
                 every_variant = every_option and block == next(iter(blocks))

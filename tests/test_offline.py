@@ -36,10 +36,11 @@ def row(document: dict[str, Any], arch: str, regime: str, kernel: str) -> dict[s
     return found[0]
 
 
-def test_one_shape_on_every_architecture() -> None:
-    document = offline("--shape", "OLMoE")
+@pytest.mark.parametrize("archs", [["sm_90"], pytest.param(ARCHITECTURES, marks=pytest.mark.slow)], ids=str)
+def test_one_shape(archs: list[str]) -> None:
+    document = offline("--shape", "OLMoE", "--arch", *archs)
     assert document["problems"] == []
-    for arch in ARCHITECTURES:
+    for arch in archs:
         of_step = [r for r in document["rows"] if r["arch"] == arch and r["regime"] == "training"]
         assert [r["kernel"] for r in of_step] == STEP
         assert all(r["compiled"]["spills"] == 0 and r["compiled"]["registers"] > 0 for r in of_step)
@@ -52,8 +53,9 @@ def test_one_shape_on_every_architecture() -> None:
     products = row(document, "sm_90", "training", "route_fwd")["compiled"]["instructions"]
     assert products["HGMMA"] > 0
     assert products["LDGSTS"] > 0, "x must come through asynchronous 128-bit copies"
-    assert row(document, "sm_100", "training", "route_fwd")["compiled"]["instructions"]["UTCHMMA"] > 0
-    assert row(document, "gfx942", "training", "route_fwd")["compiled"]["instructions"]["v_mfma"] > 0
+    if len(archs) > 1:
+        assert row(document, "sm_100", "training", "route_fwd")["compiled"]["instructions"]["UTCHMMA"] > 0
+        assert row(document, "gfx942", "training", "route_fwd")["compiled"]["instructions"]["v_mfma"] > 0
     check_bytes(document)
 
 

@@ -119,7 +119,7 @@ def selects_at_once(config: Config, num_experts: int, *, long: bool) -> bool:
 
 def route_launch(config: Config, num_experts: int, arch: str) -> dict[str, int]:
     """`config.launch`, and leave to use all registers: else ptxas spills a few bytes to fit two programs of 128."""
-    many = padded_experts(num_experts) > 128 and arch.startswith("sm") and config.num_warps <= 8
+    many = padded_experts(num_experts) >= 128 and arch.startswith("sm") and config.num_warps <= 8
     return config.launch | ({"maxnreg": 255} if many else {})
 
 
