@@ -378,7 +378,7 @@ def _(x: Tensor, directions: Tensor, *args: Any) -> tuple[Tensor, ...]:
         from kmeans_route.kernels.configs import architecture, dispatch_config
         from kmeans_route.kernels.dispatch import token_splits
 
-        config = dispatch_config(num_experts, x.dtype, architecture(x.device))
+        config = dispatch_config(num_experts, x.dtype, architecture(x.device), hidden_size % 16 == 0)
         num_splits = token_splits(num_tokens, hidden_size, num_experts, config)[0]
     else:
         num_splits = 1 if accumulate else 0

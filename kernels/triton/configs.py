@@ -86,11 +86,11 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
     if be > 512:
         return Config(16, columns, 16 if dtype == torch.float32 else 8, 2)
     if num_tokens <= 256:
-        warps = 4 if be <= 128 else 8
+        warps = 4 if be < 64 or (arch == "gfx942" and be <= 128) else 8
         if arch == "gfx942" and be == 16:  # 64 lanes a warp: more would read x in smaller pieces
             warps = 2
         return Config(16, columns, warps, stages)
-    # Beyond 128 experts a block's scores leave through memory (`selects_at_once`), so only the products bound it.
+    # From 128 experts on a block's scores leave through memory (`selects_at_once`), so only the products bound it.
     largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be <= 64 else 64 if be <= 128 else 32}.get(arch, 128)
     if dtype == torch.float32:  # three products take three times the operands
         largest = min(largest, max(16, 8192 // be))
@@ -101,7 +101,7 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
     if be > 256:
         return Config(min(largest, 64 if arch == "sm_90" else 32), columns, 8, stages)
     tokens = min(largest, 128 if num_tokens >= 16384 else 64)
-    few_warps = (be <= 128 and tokens * be <= 4096) or (tokens == 32 and dtype.itemsize == 2)
+    few_warps = (tokens <= 64 and tokens * be <= 2048) or (tokens == 32 and dtype.itemsize == 2)
     return Config(tokens, columns, 4 if few_warps else 8, stages)
 
 
@@ -114,22 +114,24 @@ def selected_rows(num_experts: int, *, long: bool) -> int:
 def selects_at_once(config: Config, num_experts: int, *, long: bool) -> bool:
     """Whether a block's scores can be selected from as the products left them, without spilling."""
     be = padded_experts(num_experts)
-    return be <= 128 and (not long or config.BT * be <= 1024 * config.num_warps)
+    return be < 128 and (not long or config.BT * be <= 512 * config.num_warps)
 
 
-def route_launch(config: Config, num_experts: int, arch: str) -> dict[str, int]:
-    """`config.launch`, and leave to use all registers: else ptxas spills a few bytes to fit two programs of 128."""
-    many = padded_experts(num_experts) >= 128 and arch.startswith("sm") and config.num_warps <= 8
-    return config.launch | ({"maxnreg": 255} if many else {})
+def route_launch(config: Config, arch: str) -> dict[str, int]:
+    """`config.launch`, and leave to use all registers: else ptxas spills a few bytes to fit one more program."""
+    return config.launch | ({"maxnreg": 255} if arch.startswith("sm") and config.num_warps <= 8 else {})
 
 
-def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str) -> Config:
-    """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers."""
+def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
+    """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers, twice. aligned: as in
+    `route_config`."""
     be, columns = padded_experts(num_experts), 128 if dtype.itemsize == 2 else 64
+    if not aligned:
+        return Config(32, 32, 4 if arch == "gfx942" else 8, 2)
     if be <= 32:
         return Config(64, columns, 4, 2)
     if be <= 64:
-        return Config(32, columns, 8 if arch == "sm_80" and dtype == torch.float32 else 4, 2)
+        return Config(32, columns, 4 if arch == "gfx942" else 8, 2)
     if be <= 128 and arch != "sm_80":
         return Config(32, columns, 8, 2)
     return Config(32, columns // 2, 4 if arch == "gfx942" else 8, 2)

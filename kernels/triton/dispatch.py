@@ -278,7 +278,8 @@ def dispatch_fwd(
     (num_tokens, hidden_size), top_k = x.shape, indices.shape[1]
     arch, be = architecture(x.device), padded_experts(num_experts)
     c = config or tuned(
-        "dispatch_config", (num_experts, x.dtype), x.device, dispatch_config(num_experts, x.dtype, arch),
+        "dispatch_config", (num_experts, x.dtype), x.device,
+        dispatch_config(num_experts, x.dtype, arch, hidden_size % 16 == 0),
         lambda c: dispatch_fwd(
             x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=c
         ),

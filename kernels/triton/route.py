@@ -9,8 +9,8 @@ memory. Bytes from HBM: T D B of x; from L2: E D B ceil(T / BT) of directions; w
 Few tokens do not fill a machine that way: below about 100 blocks, `_route_split_kernel` splits D over programs too. The
 last program of a block to arrive adds the partial products in the order of the splits and selects, a few rows at a
 time. With one split the same kernel serves where a whole block's scores, and what selection keeps beside them, would
-spill: above 128 experts, and for the longer selections. Then T BE 4 bytes are written and read again, mostly in L2. One
-launch either way, also for a single token.
+spill: from 128 experts on, and for the longer selections. Then T BE 4 bytes are written and read again, mostly in L2.
+One launch either way, also for a single token.
 
 Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of BT tokens, S splits of D, RT tokens that are selected
 for, and ranked, together.
@@ -281,7 +281,7 @@ def route_fwd(
         "PRECISION": dot_precision(x.dtype, arch), "BT": c.BT, "BD": c.BD, "BE": be,
         "KP": power_of_2(top_k),
     }  # fmt: skip
-    directions, launch = directions.contiguous(), route_launch(c, num_experts, arch)
+    directions, launch = directions.contiguous(), route_launch(c, arch)
     if stream:
         _route_fwd_kernel[(num_blocks,)](
             x, x.stride(0), directions, *results, num_tokens, hidden_size, tau, scaling, **constants, **launch
