@@ -1,7 +1,9 @@
-"""Shared fixtures: memory that nobody wrote is NaN, every test starts from one seed, hypothesis profiles."""
+"""Shared fixtures: memory that nobody wrote is NaN, every test starts from one seed, hypothesis profiles; and Triton's
+interpreter, which computes bf16 by value, checks every access, and runs launches of several programs in two orders."""
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 
@@ -12,10 +14,13 @@ if not (os.environ.get("KMEANS_ROUTE_GPU_TESTS") == "1" and torch.cuda.is_availa
 
 import pytest
 
+from tests.helpers.guards import Guards
+
+collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
 except ModuleNotFoundError:  # a machine with a GPU may have pytest alone; the GPU tests need no more
-    collect_ignore = ["test_call_orders.py", "test_properties.py"]
+    collect_ignore += ["test_call_orders.py", "test_properties.py"]
 else:
     COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
     # `fast` repeats the same cases, so that a failure in CI can be seen again; `slow` draws new ones each time.
@@ -25,6 +30,13 @@ else:
 
 
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"
+INTERPRETED = not ON_GPU and find_spec("triton") is not None
+if INTERPRETED:
+    from tests.helpers import interpreter, programs
+
+    interpreter.install()
+else:
+    collect_ignore_glob = ["test_interpreter_*.py", "test_interleaving.py", "test_bounds.py"]
 
 
 @pytest.fixture
@@ -55,6 +67,32 @@ def one_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def guards() -> Iterator[Guards]:
+    """Every tensor that the test, and a launcher it calls, makes lies between guard zones, which stay as they are."""
+    with Guards() as made:
+        yield made
+    made.check()
+
+
+@pytest.fixture(scope="session")
+def compared_launches() -> set[object]:
+    """Kinds of launches that tests of what lies above the kernels have run in two orders."""
+    return set()
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def two_orders(request: pytest.FixtureRequest, compared_launches: set[object]) -> Iterator[set[object]]:
+    """Launches of several programs run in the usual order and in a random one, and must leave the same bits.
+
+    Of launches of one kind the first does; in tests of the kernels the first of each test. Gives the kinds that did.
+    """
+    of_kernels = request.path.name.startswith(("test_kernel", "test_bounds", "test_bad_ids", "test_interpreter"))
+    compared = set() if of_kernels else compared_launches
+    with programs.compared_orders(request.node.nodeid, compared):
+        yield compared
+
+
 @pytest.fixture(params=["reference", "torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a CPU, Triton's in its interpreter."""
@@ -73,8 +111,8 @@ def coarse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what cannot run here: GPU tests outside of a GPU run; in the interpreter bf16, which it gets wrong, and
-    fp64, which the kernels do not take."""
+    """Leave out what cannot run here: GPU tests outside of a GPU run; on the kernels fp64, which they do not take, and
+    what would take the interpreter minutes."""
     items[:] = [item for item in items if not _beyond_the_interpreter(item)]
 
 
@@ -88,5 +126,4 @@ def _beyond_the_interpreter(item: pytest.Item) -> bool:
         return True
     if any(shape in item.name for shape in ("33, 2880", "255, 8, 160", "160-2", "64-64")):  # minutes; see test_kernels
         return True
-    named = [value for value in callspec.params.values() if isinstance(value, torch.dtype)]
-    return torch.bfloat16 in named or torch.float64 in named
+    return any(value is torch.float64 for value in callspec.params.values())
