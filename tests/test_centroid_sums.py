@@ -25,7 +25,8 @@ def exact_sums(x: Tensor, want: oracle.OracleRouting, accumulate: str) -> tuple[
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sums_and_counts(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype, accumulate: str) -> None:
-    """Products and sums in fp32 (fp64): unit vectors are not rounded to x's dtype on the way."""
+    """Products and sums in fp32 (fp64): unit vectors are not rounded to x's dtype on the way. The kernels keep 16 bits
+    of their mantissa in bf16, in two parts of 8."""
     num_tokens, hidden_size, num_experts, top_k = shape
     x, weight, bias = make_inputs(num_tokens, hidden_size, num_experts, dtype)
     x[num_tokens // 2 :][:1] = torch.nan
@@ -37,7 +38,9 @@ def test_sums_and_counts(backend: str, shape: tuple[int, int, int, int], dtype: 
     assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert counts.dtype == torch.int64
     np.testing.assert_array_equal(counts.numpy(), want.tokens_per_expert)
-    assert (np.abs(numpy(sums) - exact) <= 16 * EPS[sums.dtype] * sizes).all()
+    in_two_parts = backend == "triton" and dtype == torch.bfloat16 and accumulate == "unit"
+    rounding = 16 * EPS[sums.dtype] + (2**-17 if in_two_parts else 0)
+    assert (np.abs(numpy(sums) - exact) <= rounding * sizes).all()
     assert (sums[counts == 0] == 0).all()
 
 
