@@ -84,20 +84,21 @@ DISPATCH_VARIANTS: dict[str, dict[str, bool]] = {
 }
 
 
+def geometry(shape: Shape, dtype: torch.dtype, arch: str, num_tokens: int) -> tuple[object, ...]:
+    """All that a compiled routing knows of T: the configuration, whether D is split, how its splits are aligned."""
+    hidden_size, num_experts, _ = shape
+    config = route.route_config(num_tokens, num_experts, dtype, arch, hidden_size % 16 == 0)
+    splits, size = route.column_splits(hidden_size, -(-num_tokens // config.BT), config.BD)
+    return config, splits == 1, size % 16 == 0
+
+
 @lru_cache
 def token_counts(shape: Shape, dtype: torch.dtype, arch: str) -> list[int]:
-    """One T of each stretch of 1..65536 over which neither the configuration nor whether D is split changes."""
-    hidden_size, num_experts, _ = shape
-
-    def geometry(num_tokens: int) -> tuple[object, ...]:
-        config = route.route_config(num_tokens, num_experts, dtype, arch, hidden_size % 16 == 0)
-        splits, size = route.column_splits(hidden_size, -(-num_tokens // config.BT), config.BD)
-        return config, splits == 1, size % 16 == 0
-
+    """One T for each geometry that 1..65536 can reach."""
     # Blocks have at least 16 tokens, so nothing changes but at T = 16 n + 1; a test holds that for every T.
     first: dict[tuple[object, ...], int] = {}
     for num_tokens in range(1, MAX_TOKENS + 1, 16):
-        first.setdefault(geometry(num_tokens), num_tokens)
+        first.setdefault(geometry(shape, dtype, arch, num_tokens), num_tokens)
     return list(first.values())
 
 
@@ -200,7 +201,8 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
                 for variant, given in variants.items():
                     (launch,) = route_launches(shape, dtype, num_tokens, given)
                     yield f"{name} {kind} T={num_tokens} {variant}", launch
-                blocks.setdefault(launch.arguments.get("RT", launch.arguments["BT"]), num_tokens)
+                    if given.get("want_rank"):
+                        blocks.setdefault(launch.arguments.get("RT", launch.arguments["BT"]), num_tokens)
             if short:
                 continue
             for block, num_tokens in blocks.items():
@@ -264,10 +266,10 @@ def check(
     keys = [key_of(launch) for _, launch in launches]
     kept = KEPT / f"triton-{triton.__version__}-{arch}.jsonl"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    known: dict[str, dict[str, Any]] = {}
-    if kept.exists():
-        lines = (json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
-        known = {line.pop("key"): line for line in lines}
+    text = kept.read_text(encoding="utf-8") if kept.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # without a line that a run was stopped in
+    kept.write_text(whole, encoding="utf-8")
+    known: dict[str, dict[str, Any]] = {line.pop("key"): line for line in map(json.loads, whole.splitlines())}
     # The slow ones first, so that no core waits at the end; `spawn`, since torch's threads do not survive a fork.
     order = sorted(range(len(launches)), key=lambda i: -launches[i][1].arguments.get("BE", 0))
     tasks = [(chosen, number) for number in order if keys[number] not in known]

@@ -305,7 +305,7 @@ def dispatch_fwd(
             E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
         )  # fmt: skip
     x = rows_of(x)
-    eb = dispatch_experts(num_experts, arch) if want_sums else be
+    eb = dispatch_experts(num_experts) if want_sums else be
     _dispatch_fwd_kernel[(be // eb * ceil_div(hidden_size, c.BD) * splits,)](
         x, x.stride(0), indices, valid, inv_norm,
         None if ranks is None else ranks.rank, first_row,

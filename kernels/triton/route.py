@@ -210,7 +210,7 @@ def route_fwd(
     want_rank: bool = False,
     config: Config | None = None,
 ) -> RouteResult:
-    """One launch of `_route_fwd_kernel`, or of `_route_split_kernel` for few tokens.
+    """One launch of `_route_fwd_kernel`, or of `_route_split_kernel` where D is split or selection stands apart.
 
     Args:
         x: (T, D) fp32, fp16 or bf16. directions: (E, D) in x's dtype.
