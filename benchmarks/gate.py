@@ -191,7 +191,7 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
         for kind, dtype in DTYPES.items():
             if (part and kind != "bf16") or (arch != "sm_90" and kind == "fp16"):
                 continue
-            blocks: dict[int, int] = {}  # tokens that are ranked together -> T
+            blocks = {dispatch.RANK_BLOCK: 1}  # tokens that are ranked together -> T
             short = part or (name in odd and kind == "fp16")
             variants = {"training": ROUTE_VARIANTS["training"]} if short else ROUTE_VARIANTS
             every_option = name in named and kind == "bf16" and arch == "sm_90" and not part

@@ -70,6 +70,14 @@ def one_hot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
 
 
+def waits_for_products(arch: str) -> bool:
+    """Whether each step of a pipelined loop must read its own product, and so wait for it: see `_dots_and_squares`.
+
+    For wgmma alone. On sm_100 such a read breaks the compiler's pass for tensor memory (Triton 3.7.1).
+    """
+    return arch == "sm_90"
+
+
 def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
     """Of `_route_fwd_kernel` and, where few tokens leave a machine idle, `_route_split_kernel`.
 
@@ -91,7 +99,7 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
             warps = 2
         return Config(16, columns, warps, stages)
     # From 128 experts on a block's scores leave through memory (`selects_at_once`), so only the products bound it.
-    largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be <= 64 else 64 if be <= 128 else 32}.get(arch, 128)
+    largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be < 64 else 64 if be <= 128 else 32}.get(arch, 128)
     if dtype == torch.float32:  # three products take three times the operands
         largest = min(largest, max(16, 8192 // be))
         if arch == "sm_100":  # three products chained through tensor memory came out wrong on sm_103 (triton#10821)
@@ -101,14 +109,13 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
     if be > 256:
         return Config(min(largest, 64 if arch == "sm_90" else 32), columns, 8, stages)
     tokens = min(largest, 128 if num_tokens >= 16384 else 64)
-    few_warps = (tokens <= 64 and tokens * be <= 2048) or (tokens == 32 and dtype.itemsize == 2)
-    return Config(tokens, columns, 4 if few_warps else 8, stages)
+    return Config(tokens, columns, 4 if tokens <= 64 and tokens * be <= 2048 else 8, stages)
 
 
 def selected_rows(num_experts: int, *, long: bool) -> int:
     """RT: rows of scores that `_route_split_kernel` selects from at a time. long: a selection that keeps more tiles
     than one, for replay, groups, histogram or a softmax over all."""
-    return max(4, (2048 if long else 8192) // padded_experts(num_experts))
+    return max(2, (2048 if long else 8192) // padded_experts(num_experts))
 
 
 def selects_at_once(config: Config, num_experts: int, *, long: bool) -> bool:
@@ -117,9 +124,9 @@ def selects_at_once(config: Config, num_experts: int, *, long: bool) -> bool:
     return be < 128 and (not long or config.BT * be <= 512 * config.num_warps)
 
 
-def route_launch(config: Config, arch: str) -> dict[str, int]:
-    """`config.launch`, and leave to use all registers: else ptxas spills a few bytes to fit one more program."""
-    return config.launch | ({"maxnreg": 255} if arch.startswith("sm") and config.num_warps <= 8 else {})
+def all_registers(num_warps: int, arch: str) -> dict[str, int]:
+    """Leave to use all registers: else ptxas spills a few bytes to fit one more program."""
+    return {"maxnreg": 255} if arch.startswith("sm") and num_warps <= 8 else {}
 
 
 def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
@@ -130,9 +137,9 @@ def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bo
         return Config(32, 32, 4 if arch == "gfx942" else 8, 2)
     if be <= 32:
         return Config(64, columns, 4, 2)
-    if be <= 64:
+    if be <= 64 and not (arch == "sm_100" and dtype == torch.float32):
         return Config(32, columns, 4 if arch == "gfx942" else 8, 2)
-    if be <= 128 and arch != "sm_80":
+    if 64 < be <= 128 and arch != "sm_80":
         return Config(32, columns, 8, 2)
     return Config(32, columns // 2, 4 if arch == "gfx942" else 8, 2)
 

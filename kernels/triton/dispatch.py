@@ -27,6 +27,7 @@ from torch import Tensor
 from kmeans_route.kernels.common import count_and_rank, publish_totals
 from kmeans_route.kernels.configs import (
     Config,
+    all_registers,
     architecture,
     ceil_div,
     dispatch_config,
@@ -34,6 +35,7 @@ from kmeans_route.kernels.configs import (
     one_hot_precision,
     padded_experts,
     power_of_2,
+    waits_for_products,
 )
 from kmeans_route.kernels.route import rows_of
 from kmeans_route.kernels.tune import tuned
@@ -41,7 +43,7 @@ from kmeans_route.kernels.workspace import counters
 
 MAX_PARTIAL_BYTES = 64 << 20
 PREFIX_COLUMNS, PREFIX_ROWS = 16, 64
-RANK_BLOCK = 128
+RANK_BLOCK = 64
 SUM_BLOCK = 1024
 
 
@@ -107,7 +109,7 @@ def _dispatch_fwd_kernel(
     partials_ptr,
     T, D, tiles_per_split,
     E: tl.constexpr, K: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr, TWO_PARTS: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EB: tl.constexpr,
+    WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
     """Grid (BE / EB ceil(D / BD) S,): EB experts a program; neighbours read the same x, the first of them copies it.
 
@@ -154,10 +156,12 @@ def _dispatch_fwd_kernel(
                 low = (rows - high.to(tl.float32)).to(x.dtype)
                 sums = tl.dot(member, high, sums, input_precision=PRECISION)
                 low_sums = tl.dot(member, low, low_sums, input_precision=PRECISION)
-                low_sums = tl.where(step >= 0, low_sums, 0.0)
+                if WAIT:
+                    low_sums = tl.where(step >= 0, low_sums, 0.0)
             else:
                 sums = tl.dot(member, x, sums, input_precision=PRECISION)
-            sums = tl.where(step >= 0, sums, 0.0)  # each step waits for its products: see `_dots_and_squares`
+            if WAIT:  # for the products of this step: see `_dots_and_squares`
+                sums = tl.where(step >= 0, sums, 0.0)
     if partials_ptr is not None:
         if TWO_PARTS:
             sums += low_sums
@@ -238,7 +242,8 @@ def rank_of_ids(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
         totals, ticket = counters(indices.device, num_experts + 2, 1)
         _rank_kernel[(num_blocks,)](
             indices.contiguous(), valid, rank, block_counts, totals, ticket, counts, offsets, dropped, num_tokens,
-            E=num_experts, K=top_k, BT=block, BE=be, KP=power_of_2(top_k), num_warps=8,
+            E=num_experts, K=top_k, BT=block, BE=be, KP=power_of_2(top_k),
+            num_warps=8, **all_registers(8, architecture(indices.device)),
         )  # fmt: skip
     return Ranks(rank, block_counts, offsets, block)
 
@@ -313,7 +318,8 @@ def dispatch_fwd(
         out.partials if want_sums else None,
         num_tokens, hidden_size, per_split,
         E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=one_hot_precision(x.dtype, arch),
-        TWO_PARTS=inv_norm is not None or x.dtype == torch.float32, BT=c.BT, BD=c.BD, BE=be, EB=eb, **c.launch,
+        TWO_PARTS=inv_norm is not None or x.dtype == torch.float32, WAIT=waits_for_products(arch),
+        BT=c.BT, BD=c.BD, BE=be, EB=eb, **c.launch,
     )  # fmt: skip
     return out
 

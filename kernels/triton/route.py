@@ -26,15 +26,16 @@ from torch import Tensor
 from kmeans_route.kernels.common import publish_totals
 from kmeans_route.kernels.configs import (
     Config,
+    all_registers,
     architecture,
     ceil_div,
     dot_precision,
     padded_experts,
     power_of_2,
     route_config,
-    route_launch,
     selected_rows,
     selects_at_once,
+    waits_for_products,
 )
 from kmeans_route.kernels.select import select_and_store
 from kmeans_route.kernels.tune import tuned
@@ -47,7 +48,7 @@ NUM_MARGIN_BINS = 1024
 @triton.jit
 def _dots_and_squares(
     x_rows, d_rows, in_batch, first, size, end,
-    E: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    E: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """x . d (BT, BE) and the squared norms of x (BT,) over `size` columns from `first`, those below `end`, in fp32.
 
@@ -67,7 +68,8 @@ def _dots_and_squares(
         dots = tl.dot(x, tl.trans(d), dots, input_precision=PRECISION)
         # Always true, and not dead: reading the product makes each step wait for its own. Without that the compiler
         # leaves it in flight, and, x having a second use, refills the tile that it still reads (triton#6691).
-        dots = tl.where(start >= 0, dots, 0.0)
+        if WAIT:
+            dots = tl.where(start >= 0, dots, 0.0)
     return dots, tl.sum(squares, axis=1)
 
 
@@ -84,15 +86,15 @@ def _route_fwd_kernel(
     std_ptr, hist_ptr,
     T, D, tau, scaling,
     E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
-    NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+    NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
+    PRECISION: tl.constexpr, WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T / BT),)."""
     block = tl.program_id(0).to(tl.int64)
     tokens = block * BT + tl.arange(0, BT)
     x_rows = x_ptr + tokens[:, None] * x_stride_t
     d_rows = d_ptr + tl.arange(0, BE)[:, None] * D
-    dots, squares = _dots_and_squares(x_rows, d_rows, tokens < T, 0, D, D, E, PRECISION, BT, BD, BE)
+    dots, squares = _dots_and_squares(x_rows, d_rows, tokens < T, 0, D, D, E, PRECISION, WAIT, BT, BD, BE)
     select_and_store(
         dots, squares, block, T,
         bias_ptr, mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
@@ -116,7 +118,8 @@ def _route_split_kernel(
     std_ptr, hist_ptr,
     T, D, num_splits, split_size, tau, scaling,
     E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
-    NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr, PRECISION: tl.constexpr,
+    NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
+    PRECISION: tl.constexpr, WAIT: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
     """Grid (S NB,), the splits of a block together. dots (S, NB BT, BE) and squares (S, NB BT) hold their partial
@@ -135,7 +138,7 @@ def _route_split_kernel(
     d_rows = d_ptr + experts[:, None] * D
     end = tl.minimum((split + 1) * split_size, D)
     dots, squares = _dots_and_squares(
-        x_rows, d_rows, tokens < T, split * split_size, split_size, end, E, PRECISION, BT, BD, BE
+        x_rows, d_rows, tokens < T, split * split_size, split_size, end, E, PRECISION, WAIT, BT, BD, BE
     )
 
     # 32 bits from a base of 64: half the registers of 64-bit addresses
@@ -278,10 +281,10 @@ def route_fwd(
     constants = {
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize, "NG": n_group, "KG": topk_group,
         "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
-        "PRECISION": dot_precision(x.dtype, arch), "BT": c.BT, "BD": c.BD, "BE": be,
+        "PRECISION": dot_precision(x.dtype, arch), "WAIT": waits_for_products(arch), "BT": c.BT, "BD": c.BD, "BE": be,
         "KP": power_of_2(top_k),
     }  # fmt: skip
-    directions, launch = directions.contiguous(), route_launch(c, arch)
+    directions, launch = directions.contiguous(), c.launch | all_registers(c.num_warps, arch)
     if stream:
         _route_fwd_kernel[(num_blocks,)](
             x, x.stride(0), directions, *results, num_tokens, hidden_size, tau, scaling, **constants, **launch
