@@ -42,10 +42,23 @@ setup(
     python_requires=">=3.11",
     packages=[
         "kmeans_route",
-        "kmeans_route.bench",
-        "kmeans_route.cli",
-        "kmeans_route.integrations",
-        "kmeans_route.kernels",
+        *(
+            f"kmeans_route.{name}"
+            for name in (
+                "backends",
+                "bench",
+                "cli",
+                "conversion",
+                "integrations",
+                "integrations.transformers",
+                "kernels",
+                "lm",
+                "ops",
+                "parallel",
+                "routing",
+                "training",
+            )
+        ),
     ],
     package_dir={"kmeans_route": "kmeans_route", "kmeans_route.kernels": "kernels/triton"},
     package_data={"kmeans_route": ["py.typed"]},

@@ -11,9 +11,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.harness.contest import Contest
+from benchmarks.harness.results import write_results
 from kmeans_route.bench.allocator import recycle_memory
-from kmeans_route.bench.contest import Contest
-from kmeans_route.bench.results import environment, write_results
+from kmeans_route.bench.results import environment
 from kmeans_route.testing import BenchShape
 
 RECORDS: list[dict[str, object]] = []

@@ -25,10 +25,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from benchmarks.harness.results import write_results
 from kmeans_route import KMeansRouter, attach
-from kmeans_route.bench.results import write_results
-from kmeans_route.distributed import wire_bytes
 from kmeans_route.testing import MODEL_SHAPES
+from kmeans_route.training.exchange import wire_bytes
 
 LAYERS = {"OLMoE": 16, "Qwen3-30B-A3B": 48, "DeepSeek-V3": 58}
 OPTIONS: dict[str, dict[str, Any]] = {

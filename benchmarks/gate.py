@@ -35,8 +35,9 @@ import triton
 
 from benchmarks.compiled import Compiled, compile_source
 from benchmarks.offline import TARGETS, Launch, problems_of, recorded
+from kmeans_route.backends import TRITON_MAX_EXPERTS
 from kmeans_route.checks import check_route_options
-from kmeans_route.kernels import combine, commit, configs, dispatch, route
+from kmeans_route.kernels import accumulate, combine, commit, configs, directions, dispatch, route, route_bwd
 from kmeans_route.testing import MODEL_SHAPES
 
 MAX_TOKENS = 65536
@@ -54,7 +55,8 @@ ROUTE_VARIANTS: dict[str, dict[str, Any]] = {
     "eval": {},
     "training": {"want_std": True, "want_rank": True},
     "everything": {
-        "want_std": True, "want_rank": True, "want_hist": True, "want_scores": True, "mask": True, "replay": True,
+        "want_std": True, "want_rank": True, "want_hist": True, "want_scores": True, "replay": True,
+        "mask": True, "count_mask": True,
         "options": {"gate": "softmax", "normalize": False}, "groups": "top2",
     },
 }  # fmt: skip
@@ -65,6 +67,7 @@ MORE_ROUTE_VARIANTS: dict[str, dict[str, Any]] = {
     "scores": {"want_scores": True},
     "replay": {"replay": True},
     "training, replay, mask": {"want_std": True, "want_rank": True, "replay": True, "mask": True},
+    "training, count mask": {"want_std": True, "want_rank": True, "count_mask": True},
     "training, histogram": {"want_std": True, "want_rank": True, "want_hist": True},
     "groups": {"groups": "top2"},
     "training, groups": {"want_std": True, "want_rank": True, "groups": "max"},
@@ -113,6 +116,7 @@ def route_launches(shape: Shape, dtype: torch.dtype, num_tokens: int, variant: d
     given = dict(variant)
     bias = empty(num_experts) if given.pop("bias", True) else None
     mask = empty(num_tokens, dtype=torch.bool) if given.pop("mask", False) else None
+    given["count_mask"] = empty(num_tokens, dtype=torch.bool) if given.pop("count_mask", False) else None
     indices = empty(num_tokens, top_k, dtype=torch.int64) if given.pop("replay", False) else None
     options, group_score = given.pop("options", {}), given.pop("groups", None)
     if group_score and num_experts % 4 == 0 and num_experts // 2 >= top_k:
@@ -131,7 +135,7 @@ def dispatch_launches(
     ids, valid = empty(num_tokens, top_k, dtype=torch.int64), empty(num_tokens, dtype=torch.bool)
     x, count = empty(num_tokens, hidden_size, dtype=dtype), empty(num_experts, dtype=torch.int64)
     with recorded() as launches:
-        ranks = dispatch.rank_of_ids(ids, valid, num_experts)._replace(block=block)
+        ranks = dispatch.rank(ids, valid, num_experts)._replace(block=block)
         sent = dispatch.dispatch_fwd(
             x, ids, valid, num_experts, ranks if variant.get("ranked", True) else None,
             empty(num_tokens) if variant.get("unit", True) else None,
@@ -139,8 +143,8 @@ def dispatch_launches(
         )  # fmt: skip
         scalar, number = empty(), empty(dtype=torch.int64)
         for bins in (0, num_experts):
-            hist = empty(bins, route.NUM_MARGIN_BINS, dtype=torch.int32)
-            dispatch.accumulate(
+            hist = empty(bins, route.NUM_MARGIN_BINS.value, dtype=torch.int32)
+            accumulate.accumulate(
                 sent.partials, count, empty(num_tokens), number, hist, top_k,
                 empty(num_experts, hidden_size), count, scalar, number, number, hist,
             )  # fmt: skip
@@ -157,15 +161,15 @@ def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> lis
     count, number, scalar = empty(num_experts, dtype=torch.int64), empty(dtype=torch.int64), empty()
     with recorded() as launches:
         for each in (weights, None):
-            combine.gather_sum(rows, ids, each, valid)
+            combine.combine_fwd(rows, ids, each, valid)
         combine.combine_bwd(x, rows, weights, ids, valid)
         for gate, normalize in GATES if every_option else GATES[:1]:
             for copies, d_selected in ((rows, None), (None, weights)):
-                combine.route_bwd(
+                route_bwd.route_bwd(
                     x, d, ids, weights, inv_norm, valid, weights, d_selected, copies,
                     None if copies is None else ids, gate, 0.2, normalize, 1.0,
                 )  # fmt: skip
-        combine.route_bwd(x, d, ids, weights, inv_norm, valid, None, None, rows, ids, "softmax", 0.2, True, 1.0)
+        route_bwd.route_bwd(x, d, ids, weights, inv_norm, valid, None, None, rows, ids, "softmax", 0.2, True, 1.0)
         for balance in ("proportional", "sign", "quantile", "none") if every_option else ("proportional", "quantile"):
             for seen, skip in ((None, None), (count, empty(dtype=torch.bool)))[: 1 + every_option]:
                 commit.commit(
@@ -173,7 +177,7 @@ def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> lis
                     count, scalar, number, number, empty(num_experts, 1024, dtype=torch.int32), skip, top_k, 0.999,
                     balance, 0.05,
                 )  # fmt: skip
-        commit.directions(weight, dtype)
+        directions.directions(weight, dtype)
     return launches
 
 
@@ -190,6 +194,8 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
     for name, shape in (named | odd).items():
         for kind, dtype in DTYPES.items():
             if (part and kind != "bf16") or (arch != "sm_90" and kind == "fp16"):
+                continue
+            if shape[1] > TRITON_MAX_EXPERTS[dtype]:  # refused by name
                 continue
             blocks = {dispatch.RANK_BLOCK: 1}  # tokens that are ranked together -> T
             short = part or (name in odd and kind == "fp16")

@@ -27,10 +27,10 @@ from triton.compiler import ASTSource
 
 from benchmarks.compiled import Compiled, compile_source
 from kmeans_route.checks import check_route_options
-from kmeans_route.kernels import combine, commit, configs, dispatch, route
+from kmeans_route.kernels import accumulate, combine, commit, configs, directions, dispatch, route, route_bwd
 from kmeans_route.testing import MODEL_SHAPES, ModelShape
 
-MODULES: tuple[ModuleType, ...] = (route, dispatch, combine, commit)
+MODULES: tuple[ModuleType, ...] = (route, dispatch, accumulate, combine, route_bwd, commit, directions)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -160,16 +160,16 @@ def training_launches(
         sent = dispatch.dispatch_fwd(
             x, r.indices, r.valid, num_experts, ranks, r.inv_norm, copies=copies, want_sums=True
         )
-        dispatch.accumulate(
+        accumulate.accumulate(
             sent.partials, r.counts, r.score_std, r.dropped, r.margin_hist, top_k, *pending.values(), r.margin_hist
         )
     y_sorted = x.new_empty(num_tokens * top_k, hidden_size)
     with recorded() as parts["combine"]:
-        combine.gather_sum(y_sorted, sent.positions, r.weights, r.valid)
+        combine.combine_fwd(y_sorted, sent.positions, r.weights, r.valid)
     with recorded() as parts["combine_bwd"]:
         combine.combine_bwd(x, y_sorted, r.weights, sent.positions, r.valid)
     with recorded() as parts["backward"]:
-        combine.route_bwd(
+        route_bwd.route_bwd(
             x, d, r.indices, r.selected, r.inv_norm, r.valid, r.weights, None, y_sorted if copies else None,
             sent.positions, "softmax", 0.05, True, 1.0,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def training_launches(
             *pending.values(), r.margin_hist, None, top_k, 0.999, "proportional", 0.05,
         )  # fmt: skip
     with recorded() as parts["directions"]:
-        commit.directions(weight, dtype)
+        directions.directions(weight, dtype)
     return parts
 
 

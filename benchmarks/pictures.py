@@ -2,8 +2,9 @@
 
     python -m benchmarks.pictures [--results benchmarks/results] [--out benchmarks/results]
 
-A roofline from the newest GPU run, or, until there is one, from the offline table (and then it says so); bars from the
-newest CPU run; scaling from those of its suite. What no file holds is named and left out.
+What pages show: a roofline from the newest GPU run, or, until there is one, from the offline table (and then it says
+so); bars of a training step and of a layer's step from the newest CPU run; scaling from those of its suite. What no
+file holds is named and left out.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kmeans_route.bench import pictures
-from kmeans_route.bench.pictures import Bars, Point
+from benchmarks.harness import pictures
+from benchmarks.harness.pictures import Bars, Point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,8 @@ PARTS = {
     "commit": "commit",
 }
 DECODE_T = 512
-PANELS = 3  # contests in one picture of bars
+BARS = ("training step", "MoE layer step")
+PANELS = 3  # contests in a picture of bars, the first of their file
 LETTERS = {"num_tokens": "T", "hidden_size": "D", "num_experts": "E", "top_k": "K"}
 Record = dict[str, Any]
 
@@ -150,13 +152,13 @@ def _shape_label(shape: Any, rest: str) -> str:
 
 
 def bars(folder: Path) -> Iterator[tuple[str, "Figure"]]:
-    """A picture for each kind of contest on a CPU."""
-    for kind, (where, panels) in contests(results_of(folder, "cpu-*.json")).items():
+    """A picture for each of these kinds of contest on a CPU."""
+    found = contests(results_of(folder, "cpu-*.json"))
+    for kind in (kind for kind in BARS if kind in found):
+        where, panels = found[kind]
         note = f"{where['device']}, {where['num_threads']} threads, {where['date'][:10]}"
-        name = "".join(letter if letter.isalnum() else "-" for letter in kind.lower())
-        for first in range(0, len(panels), PANELS):
-            some, number = panels[first : first + PANELS], f"-{first // PANELS + 1}" if first else ""
-            yield f"bars-{name}{number}", pictures.contest_bars(some, title=kind.capitalize(), note=note)
+        name = kind.lower().replace(" ", "-")
+        yield f"bars-{name}", pictures.contest_bars(panels[:PANELS], title=kind.capitalize(), note=note)
 
 
 def growths(results: list[Record]) -> list[Record]:

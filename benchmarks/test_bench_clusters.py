@@ -5,8 +5,10 @@ from functools import partial
 import torch
 
 from benchmarks.conftest import Bench
-from kmeans_route.bench import baselines, clusters, peers
-from kmeans_route.bench.contest import Contest, Contestant
+from benchmarks.harness import clusters, peers
+from benchmarks.harness.contest import Contest
+from kmeans_route.bench import baselines
+from kmeans_route.bench.contest import Contestant
 from kmeans_route.testing import CPU_BENCH_SHAPES, BenchShape
 
 SHAPES = {name: shape._replace(top_k=1) for name, shape in CPU_BENCH_SHAPES.items()}

@@ -3,10 +3,10 @@
 import torch
 
 from benchmarks.conftest import Bench
+from benchmarks.harness import checks, peers, rivals, steps
+from benchmarks.harness.contest import Contest
 from benchmarks.test_bench_dispatch import SHAPES as SHAPES
 from benchmarks.test_bench_dispatch import make_exchange
-from kmeans_route.bench import baselines, checks, peers, steps
-from kmeans_route.bench.contest import Contest
 from kmeans_route.testing import BenchShape
 
 
@@ -15,8 +15,8 @@ def combine_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, co
     given = steps.make_sorted(make_exchange(shape, dtype))
     functions = {
         "kmeans_route": steps.package_combine,
-        "gather": steps.plain_combine(baselines.gather_combine),
-        "scatter": steps.plain_combine(baselines.scatter_combine),
+        "gather": steps.plain_combine(rivals.gather_combine),
+        "scatter": steps.plain_combine(rivals.scatter_combine),
     }
     _, not_run, versions = peers.split(peers.permutations())
 
@@ -25,8 +25,8 @@ def combine_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, co
         steps.clear(given.y_sorted, given.routing.weights)
 
     for name in ("gather", "scatter"):
-        compiled = baselines.compile_or_reason(functions[name], try_out, compiles=compiles)
-        baselines.enter(f"{name}, compiled", compiled, functions, not_run)
+        compiled = rivals.compile_or_reason(functions[name], try_out, compiles=compiles)
+        rivals.enter(f"{name}, compiled", compiled, functions, not_run)
     contest = Contest(
         f"combine, {shape}, {dtype}",
         [steps.combine_step(name, function, given) for name, function in functions.items()],

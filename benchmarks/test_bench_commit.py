@@ -6,8 +6,10 @@ T does not enter; the pending statistics are of a few tokens an expert.
 from functools import partial
 
 from benchmarks.conftest import Bench
-from kmeans_route.bench import baselines, commits, steps
-from kmeans_route.bench.contest import Contest, Contestant
+from benchmarks.harness import commits, rivals, steps
+from benchmarks.harness.contest import Contest
+from kmeans_route.bench.contest import Contestant
+from kmeans_route.bench.problem import Problem
 from kmeans_route.reference import commit_reference
 from kmeans_route.testing import CPU_BENCH_SHAPES, MODEL_SHAPES, BenchShape
 
@@ -19,13 +21,15 @@ ADAMW = {"AdamW, the learned weight": False, "AdamW, the learned weight, fused":
 
 def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
     """All contestants at one shape, verified."""
-    problem = steps.make_problem(shape)
-    given = commits.make_commit_problem(problem)
+    problem = Problem(shape)
+    router = steps.make_kmeans_router(problem)
+    router(problem.x)
+    given = commits.gathered(router)
     arguments = given.arguments()
     functions = {"reference": commit_reference}
     not_run: dict[str, str] = {}
-    compiled = baselines.compile_or_reason(commit_reference, lambda made: made(*arguments), compiles=compiles)
-    baselines.enter("reference, compiled", compiled, functions, not_run)
+    compiled = rivals.compile_or_reason(commit_reference, lambda made: made(*arguments), compiles=compiles)
+    rivals.enter("reference, compiled", compiled, functions, not_run)
     optimizers = {name: commits.make_adamw(problem, fused=fused) for name, fused in ADAMW.items()}
     contest = Contest(
         f"commit, E{shape.num_experts} D{shape.hidden_size}",

@@ -3,9 +3,10 @@
 import torch
 
 from benchmarks.conftest import Bench
+from benchmarks.harness import checks, peers, rivals, steps
+from benchmarks.harness.contest import Contest
 from kmeans_route import route
-from kmeans_route.bench import baselines, checks, peers, steps
-from kmeans_route.bench.contest import Contest
+from kmeans_route.bench.problem import Problem
 from kmeans_route.testing import CPU_BENCH_SHAPES, MODEL_SHAPES, BenchShape, make_hidden_states
 
 TOKENS_SHARE = 4  # x_sorted is K times x: a quarter of the tokens keeps a round short
@@ -18,7 +19,7 @@ SHAPES = {
 
 def make_exchange(shape: BenchShape, dtype: torch.dtype = torch.float32) -> steps.Exchange:
     """One routing for all contestants; x and its gate weights are leaves."""
-    problem = steps.cast_problem(steps.make_problem(shape), dtype)
+    problem = Problem(shape, dtype)
     routing = route(problem.x.detach(), problem.weight, shape.top_k)
     routing = routing._replace(weights=routing.weights.detach().requires_grad_())
     return steps.Exchange(
@@ -31,8 +32,8 @@ def exchange_contest(shape: BenchShape) -> Contest:
     exchange = make_exchange(shape)
     functions = {
         "kmeans_route": steps.package_exchange,
-        "index + gather": steps.plain_exchange(baselines.gather_combine),
-        "index + scatter": steps.plain_exchange(baselines.scatter_combine),
+        "index + gather": steps.plain_exchange(rivals.gather_combine),
+        "index + scatter": steps.plain_exchange(rivals.scatter_combine),
     }
     contest = Contest(
         f"dispatch and combine, {shape}",
@@ -59,8 +60,8 @@ def dispatch_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, c
         torch.autograd.backward(function(exchange), d_sorted)
         steps.clear(exchange.x)
 
-    compiled = baselines.compile_or_reason(steps.plain_dispatch, try_out, compiles=compiles)
-    baselines.enter("index, compiled", compiled, functions, not_run)
+    compiled = rivals.compile_or_reason(steps.plain_dispatch, try_out, compiles=compiles)
+    rivals.enter("index, compiled", compiled, functions, not_run)
     contest = Contest(
         f"dispatch, {shape}, {dtype}",
         [steps.dispatch_step(name, function, exchange, d_sorted) for name, function in functions.items()],

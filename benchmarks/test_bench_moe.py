@@ -6,9 +6,9 @@ The goal: a step with K-Means routing takes no longer than one with softmax rout
 import torch
 
 from benchmarks.conftest import Bench
+from benchmarks.harness import checks, peers, steps
+from benchmarks.harness.contest import Contest, Goal
 from kmeans_route import KMeansRouter, MoE
-from kmeans_route.bench import checks, peers, steps
-from kmeans_route.bench.contest import Contest, Goal
 from kmeans_route.testing import BenchShape, make_hidden_states
 
 # A small model, and OLMoE's ratios at half its width.

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.conftest import Bench
+from benchmarks.harness import checks, peers, rivals, steps
+from benchmarks.harness.contest import Contest, Goal
 from kmeans_route import KMeansRouter, directions
-from kmeans_route.bench import baselines, checks, peers, steps
-from kmeans_route.bench.contest import Contest, Contestant, Goal
+from kmeans_route.bench import baselines
+from kmeans_route.bench.contest import Contestant
+from kmeans_route.bench.problem import Problem
 from kmeans_route.testing import CPU_BENCH_SHAPES, MODEL_SHAPES, BenchShape
 
 MODEL_TOKENS = 1024  # few for a training step, enough to be no decoding: DeepSeek-V3's takes a second
@@ -34,19 +37,22 @@ Routed = Callable[[], tuple[Tensor, Tensor]]
 
 def training_contest(shape: BenchShape, *, compiles: bool) -> Contest:
     """All contestants of the training step at one shape, verified."""
-    problem = steps.make_problem(shape)
+    problem = Problem(shape)
     router = steps.make_kmeans_router(problem)
     running, not_run, versions = peers.split(peers.routers(shape))
-    learned = dict(baselines.LEARNED)
+    learned = dict(rivals.LEARNED)
     routers = {"kmeans_route": router}
-    for name in list(learned):
-        weight = problem.weight.clone().requires_grad_()
-        made: baselines.LearnedFunction | str = baselines.NOT_COMPILED
-        if compiles:
-            made = baselines.compile_learned(learned[name], problem.x, weight, shape.top_k)
-        baselines.enter(f"{name}, compiled", made, learned, not_run)
+
+    def try_out(function: baselines.LearnedFunction) -> None:
+        step = steps.learned_step("", function, problem)
+        step.step()
+        step.reset()
+
+    for name, function in rivals.LEARNED.items():
+        compiled = rivals.compile_or_reason(function, try_out, compiles=compiles)
+        rivals.enter(f"{name}, compiled", compiled, learned, not_run)
     reference = compiled_reference(router, problem, compiles=compiles)
-    baselines.enter("reference, compiled", reference, routers, not_run)
+    rivals.enter("reference, compiled", reference, routers, not_run)
     learned_steps = {**learned, **{name: peer.function for name, peer in running.items() if peer.function}}
     contest = Contest(
         f"training step, {shape}",
@@ -80,20 +86,20 @@ def training_contest(shape: BenchShape, *, compiles: bool) -> Contest:
     return contest
 
 
-def compiled_reference(router: KMeansRouter, problem: steps.Problem, *, compiles: bool) -> KMeansRouter | str:
+def compiled_reference(router: KMeansRouter, problem: Problem, *, compiles: bool) -> KMeansRouter | str:
     """The router on the backend "reference" under torch.compile, forward and backward, or why it is not."""
 
     def try_out(module: KMeansRouter) -> None:
-        torch.autograd.backward(module(problem.x).weights, problem.gradient)
+        torch.autograd.backward(module(problem.x).weights, problem.d_weights)
         steps.clear(problem.x)
 
-    return baselines.compile_or_reason(steps.make_reference_router(router), try_out, compiles=compiles)
+    return rivals.compile_or_reason(steps.make_reference_router(router), try_out, compiles=compiles)
 
 
 @torch.no_grad()
 def compiled_eval(function: Callable[..., Any], *args: Any, compiles: bool) -> Routed | str:
     """Gates and ids of `function` under torch.compile, or why there are none."""
-    compiled = baselines.compile_or_reason(function, lambda made: made(*args), compiles=compiles)
+    compiled = rivals.compile_or_reason(function, lambda made: made(*args), compiles=compiles)
     return compiled if isinstance(compiled, str) else partial(first_two, compiled, *args)
 
 
@@ -108,9 +114,8 @@ def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compi
 
     In inference mode the router keeps no directions from call to call, which shows where T is small: a row of its own.
     """
-    problem = steps.make_problem(shape)
-    router = steps.make_kmeans_router(problem).eval()
-    problem = steps.cast_problem(problem, dtype)
+    router = steps.make_kmeans_router(Problem(shape)).eval()
+    problem = Problem(shape, dtype)
     x, weight, top_k = problem.x.detach(), problem.weight, shape.top_k
     unit = directions(router.weight, dtype)
     scores = F.linear(x, unit)
@@ -129,7 +134,7 @@ def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compi
         ("reference, compiled", cosine, steps.reference_route, (x, router, unit)),
         (f"{WITHOUT_LOSS}, compiled", learned, baselines.softmax_plain, (x, weight, top_k)),
     ):
-        baselines.enter(name, compiled_eval(function, *given, compiles=compiles), kind, not_run)
+        rivals.enter(name, compiled_eval(function, *given, compiles=compiles), kind, not_run)
     parts: dict[str, Callable[[], Tensor]] = {
         PRODUCT: lambda: F.linear(x, unit),
         NORM: lambda: torch.linalg.vector_norm(x, dim=1),

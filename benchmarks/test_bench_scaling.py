@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from benchmarks.conftest import Bench
-from kmeans_route.bench import checks, memory, steps
-from kmeans_route.bench.contest import Contest, Contestant
-from kmeans_route.bench.scaling import fit_power
+from benchmarks.harness import checks, memory, steps
+from benchmarks.harness.contest import Contest
+from benchmarks.harness.scaling import fit_power
+from kmeans_route.bench.contest import Contestant
+from kmeans_route.bench.problem import Problem
 from kmeans_route.testing import BenchShape
 
 BASE = BenchShape(num_tokens=16384, hidden_size=256, num_experts=64, top_k=4)
@@ -46,7 +48,7 @@ def scaling_contest(axis: str, sizes: Sequence[int], base: BenchShape, *, traini
     """One contestant a size of `axis`, all verified."""
     contestants, verifications = [], []
     for size in sizes:
-        problem = steps.make_problem(base._replace(**{axis: size}))
+        problem = Problem(base._replace(**{axis: size}))
         router = steps.make_kmeans_router(problem)
         verifications.append((router, problem))
         if training:

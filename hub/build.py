@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("checks", "functional", "ops", "reference", "reservoir", "torch_backend", "torch_topk", "types")
+MODULES = (
+    "backends/__init__", "backends/reference", "backends/reservoir", "backends/torch", "backends/torch_topk",
+    "backends/triton", "checks", "functional", "metrics", "ops/__init__", "ops/dispatch", "ops/route", "ops/schema",
+    "ops/statistics", "reference", "types",
+)  # fmt: skip
 BACKENDS = ("cpu", "cuda", "rocm")
 FUNCTIONS = ("centroid_sums", "combine", "directions", "dispatch", "route")
 RESULTS = ("Dispatch", "Routing")
@@ -30,10 +34,7 @@ def sources(backend: str) -> dict[str, str]:
 
 def relative(path: str, text: str, namespace: str) -> str:
     """The file with relative imports and the namespace in the names that PyTorch registers."""
-    here = "." if path.startswith("kernels/") else ".kernels."
-    top = ".." if path.startswith("kernels/") else "."
-    text = re.sub(r"\bfrom kmeans_route\.kernels\.", f"from {here}", text)
-    text = re.sub(r"\bfrom kmeans_route\.kernels import", f"from {here.rstrip('.') or '.'} import", text)
+    top = "." + "." * path.count("/")
     text = re.sub(r"\bfrom kmeans_route\.", f"from {top}", text)
     text = re.sub(r"\bfrom kmeans_route import", f"from {top} import", text)
     return text.replace('"kmeans_route::', f'"{namespace}::').replace('f"kmeans_route.{', f'f"{namespace}.{{')

@@ -6,37 +6,17 @@ RuntimeError for device and state.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kmeans_route.types import RouteOptions
+
 GATES = ("softmax", "sigmoid", "cosine", "uniform")
 GROUP_SCORES = ("top2", "max")
-BACKENDS = ("auto", "reference", "torch", "triton")
 ACCUMULATES = ("unit", "raw")
-TRITON_MAX_EXPERTS = 1024
-"""More do not fit: at 1040 a tile of scores takes 264 KB of shared memory and spills."""
 DEFAULT_TAU = 0.2
 """Temperature of the gates: the winner of docs/quality.md."""
-
-
-class RouteOptions(NamedTuple):
-    """The options of one routing, checked. Without groups, n_group = topk_group = 1."""
-
-    top_k: int
-    gate: str
-    tau: float
-    normalize: bool
-    scaling: float
-    n_group: int
-    topk_group: int
-    group_score: str
-
-    @property
-    def grouped(self) -> bool:
-        """Whether selection is limited to some of the groups."""
-        return self.topk_group < self.n_group
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -113,7 +93,7 @@ def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
         )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
-    return x.reshape(-1, hidden_size)
+    return x if x.dim() == 2 else x.reshape(-1, hidden_size)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, owner: str) -> None:
@@ -124,20 +104,27 @@ def check_device(name: str, tensor: Tensor, device: torch.device, owner: str) ->
         )
 
 
-def flatten_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def check_bias(bias: Tensor, num_experts: int, device: torch.device, owner: str) -> None:
+    """Raise unless a selection bias is (E,), on the device where `owner` lives."""
+    if tuple(bias.shape) != (num_experts,):
+        raise ValueError(f"expert_bias must have shape {(num_experts,)}, got {tuple(bias.shape)}: one value an expert")
+    check_device("expert_bias", bias, device, owner)
+
+
+def flatten_mask(mask: Tensor | None, x: Tensor, name: str = "mask") -> Tensor | None:
     """Check a mask of shape x.shape[:-1] (or (T,)) and return it as (T,) bool."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, got {got}: convert it with mask.bool(), true for real tokens")
+        raise TypeError(f"{name} must be a bool tensor, got {got}: convert it with {name}.bool(), true for real tokens")
     num_tokens = math.prod(x.shape[:-1])
     if tuple(mask.shape) not in (tuple(x.shape[:-1]), (num_tokens,)):
         raise ValueError(
-            f"mask must have shape {tuple(x.shape[:-1])}, the shape of x without its last dimension, "
+            f"{name} must have shape {tuple(x.shape[:-1])}, the shape of x without its last dimension, "
             f"got {tuple(mask.shape)}: reshape the mask"
         )
-    check_device("mask", mask, x.device, "x")
+    check_device(name, mask, x.device, "x")
     return mask.reshape(-1)
 
 

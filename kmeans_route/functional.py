@@ -1,76 +1,50 @@
-"""Pure routing functions: they check, choose a backend and call it.
-
-Backends: "torch" runs anywhere and is tuned for CPU; "triton" runs the fused kernels on a GPU; "reference" is the
-definition, slow and plain. "auto" takes "triton" on a GPU where Triton is installed, for at most 1024 experts in fp32,
-fp16 or bf16, else "torch".
-"""
-
-import os
-from importlib.util import find_spec
+"""Pure routing functions: they check, choose a backend (`kmeans_route.backends`) once, and call it."""
 
 import torch
 from torch import Tensor
 
-from kmeans_route import ops, reference
+from kmeans_route import backends, ops
 from kmeans_route.checks import (
     ACCUMULATES,
-    BACKENDS,
     DEFAULT_TAU,
-    TRITON_MAX_EXPERTS,
-    RouteOptions,
+    check_bias,
     check_choice,
     check_device,
-    check_index_values,
     check_indices,
     check_route_options,
     flatten_hidden_states,
     flatten_mask,
 )
-from kmeans_route.types import Dispatch, Routing
-
-TRITON_INSTALLED = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from kmeans_route.types import Dispatch, Routing, Tokens, Wanted
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, num_experts: int = 1) -> str:
-    """The backend that runs: "reference", "torch" or "triton".
+def enter(
+    x: Tensor,
+    mask: Tensor | None,
+    count_mask: Tensor | None,
+    indices: Tensor | None,
+    *,
+    centroids: Tensor,
+    owner: str,
+    top_k: int,
+    backend: str,
+) -> Tokens:
+    """Check hidden states (..., D) and what comes with them, flatten them, and choose the backend.
 
-    Raises:
-        ValueError: an unknown name, or "triton" for more experts than it takes. RuntimeError: "triton" where it cannot
-        run: it is not installed, or the tensor is not on a GPU (and TRITON_INTERPRET is not set). TypeError: "triton"
-        for a dtype that it does not take.
+    Args:
+        centroids: (E, D), on the device where x must be. owner: whose they are, for the message.
     """
-    check_choice("backend", backend, BACKENDS)
-    if backend == "auto":
-        able = device.type == "cuda" and dtype in TRITON_DTYPES and num_experts <= TRITON_MAX_EXPERTS
-        return "triton" if TRITON_INSTALLED and able else "torch"
-    if backend == "triton":
-        _check_triton(device, dtype, num_experts)
-    return backend
-
-
-def _check_triton(device: torch.device, dtype: torch.dtype, num_experts: int) -> None:
-    if not TRITON_INSTALLED:
-        raise RuntimeError(
-            "backend must be one whose library is installed, got 'triton' without Triton: "
-            'pip install "kmeans_route[triton]", or use backend="auto"'
-        )
-    if device.type != "cuda" and not INTERPRETED:
-        raise RuntimeError(
-            f"backend='triton' must get tensors on a GPU, got one on {device}: move the tensors, or use backend='auto' "
-            "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
-        )
-    if dtype not in TRITON_DTYPES:
-        raise TypeError(
-            f"backend='triton' must get float32, float16 or bfloat16, got {dtype}: cast the tensor, or use "
-            "backend='auto'"
-        )
-    if num_experts > TRITON_MAX_EXPERTS:
-        raise ValueError(
-            f"num_experts must be at most {TRITON_MAX_EXPERTS} for backend='triton', got {num_experts}: use "
-            "backend='auto', which takes the torch backend for more"
-        )
+    num_experts, hidden_size = centroids.shape
+    x_TD = flatten_hidden_states(x, hidden_size)
+    check_device("x", x, centroids.device, owner)
+    return Tokens(
+        x_TD,
+        flatten_mask(mask, x),
+        flatten_mask(count_mask, x, "count_mask"),
+        check_indices(indices, x, top_k),
+        backends.choose(backend, x.device, x.dtype, num_experts),
+        tuple(x.shape),
+    )
 
 
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,17 +64,8 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}: pass the dtype of the hidden states")
-    return directions_for(choose_backend("auto", weight.device, dtype), weight, dtype)
-
-
-def directions_for(backend: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`directions` by the chosen backend, without the checks."""
-    # A compiler fuses the plain form by itself; a launch that is no operator has no place in its graph.
-    if backend == "triton" and weight.dtype == torch.float32 and not torch.compiler.is_compiling():
-        from kmeans_route.kernels import commit
-
-        return commit.directions(weight, dtype)
-    return reference.directions_reference(weight, dtype)
+    unit: Tensor = backends.choose("auto", weight.device, dtype).directions(weight, dtype)
+    return unit
 
 
 def route(
@@ -177,56 +142,19 @@ def route(
         topk_group=topk_group,
         group_score=group_score,
     )
-    x_TD = flatten_hidden_states(x, weight.shape[1])
-    check_device("x", x, weight.device, "weight")
+    tokens = enter(x, mask, None, indices, centroids=weight, owner="weight", top_k=top_k, backend=backend)
     if expert_bias is not None:
-        if tuple(expert_bias.shape) != (num_experts,):
-            raise ValueError(
-                f"expert_bias must have shape {(num_experts,)}, got {tuple(expert_bias.shape)}: one value an expert"
-            )
-        check_device("expert_bias", expert_bias, x.device, "x")
-    chosen = choose_backend(backend, x.device, x.dtype, num_experts)
+        check_bias(expert_bias, num_experts, x.device, "x")
     if directions is None:
-        directions = directions_for(chosen, weight, x.dtype)
+        directions = tokens.backend.directions(weight, x.dtype)
     elif directions.shape != weight.shape or directions.dtype != x.dtype:
         raise ValueError(
             f"directions must be {tuple(weight.shape)} in {x.dtype}, got {tuple(directions.shape)} in "
             f"{directions.dtype}: pass kmeans_route.directions(weight, x.dtype)"
         )
     check_device("directions", directions, x.device, "x")
-    return route_checked(
-        x_TD,
-        directions,
-        expert_bias,
-        flatten_mask(mask, x),
-        check_indices(indices, x, top_k),
-        options,
-        return_scores=return_scores,
-        backend=chosen,
-    )
-
-
-def route_checked(
-    x: Tensor,
-    directions: Tensor,
-    expert_bias: Tensor | None,
-    mask: Tensor | None,
-    indices: Tensor | None,
-    options: RouteOptions,
-    *,
-    return_scores: bool,
-    backend: str,
-) -> Routing:
-    """`route` after its checks, for callers that have made them: x (T, D), a chosen backend."""
-    if backend == "reference":
-        if indices is not None:
-            check_index_values(indices, directions.shape[0])
-        routing = reference.route_reference(x, directions, expert_bias, mask, indices, options)
-        return routing if return_scores else routing._replace(scores=None)
-    return ops.route_with_stats(
-        x, directions, expert_bias, mask, indices, options,
-        want_scores=return_scores, want_std=False, want_hist=False, backend=backend,
-    )[0]  # fmt: skip
+    routed = ops.route(tokens, directions, expert_bias, options, Wanted(scores=return_scores))
+    return routed.routing(want_scores=return_scores)
 
 
 def _check_routing(x: Tensor, routing: Routing) -> Tensor:
@@ -257,11 +185,8 @@ def dispatch(x: Tensor, routing: Routing, *, copies: bool = True, backend: str =
         ValueError: x has another number of tokens than the routing. RuntimeError: another device.
     """
     x_TD = _check_routing(x, routing)
-    chosen = choose_backend(backend, x.device, x.dtype, routing.tokens_per_expert.shape[0])
-    if chosen == "reference":
-        sent = reference.dispatch_reference(x_TD, routing)
-        return sent if copies else sent._replace(x_sorted=sent.x_sorted[:0])
-    return Dispatch(*ops.dispatch(x_TD, routing.indices, routing.tokens_per_expert, routing.valid, copies, chosen))
+    chosen = backends.choose(backend, x.device, x.dtype, routing.tokens_per_expert.shape[0])
+    return ops.dispatch(x_TD, routing.indices, routing.tokens_per_expert, routing.valid, chosen, copies=copies)
 
 
 def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: str = "auto") -> Tensor:
@@ -287,13 +212,8 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
             f"y_sorted must have shape ({rows}, D), got {tuple(y_sorted.shape)}: one row for each row of x_sorted"
         )
     check_device("y_sorted", y_sorted, routing.indices.device, "the routing")
-    chosen = choose_backend(backend, y_sorted.device, y_sorted.dtype)
-    if chosen == "reference":
-        return reference.combine_reference(y_sorted, routing, dispatch)
-    y: Tensor = ops.combine(
-        y_sorted, routing.weights, dispatch.positions, dispatch.token_of_row, dispatch.offsets, routing.valid, chosen
-    )
-    return y
+    chosen = backends.choose(backend, y_sorted.device, y_sorted.dtype)
+    return ops.combine(y_sorted, routing.weights, dispatch, routing.valid, chosen)
 
 
 def centroid_sums(
@@ -317,10 +237,7 @@ def centroid_sums(
     check_choice("accumulate", accumulate, ACCUMULATES)
     x_TD = _check_routing(x, routing)
     num_experts = routing.tokens_per_expert.shape[0]
-    chosen = choose_backend(backend, x.device, x.dtype, num_experts)
-    if chosen == "reference":
-        return reference.centroid_sums_reference(x_TD, routing, accumulate)
-    sums = ops.centroid_sums(
-        x_TD.detach(), routing.indices, routing.inv_norm, routing.valid, num_experts, accumulate, chosen
-    )
+    chosen = backends.choose(backend, x.device, x.dtype, num_experts)
+    factor = routing.inv_norm if accumulate == "unit" else None
+    sums = ops.centroid_sums(x_TD.detach(), routing.indices, factor, routing.valid, num_experts, chosen)
     return sums, routing.tokens_per_expert

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kmeans_route.checks import RouteOptions
-from kmeans_route.types import Dispatch, Routing
+from kmeans_route.types import CommitOptions, Dispatch, RouteOptions, Routing
 
 MIN_SQUARED_NORM = 1e-30  # below it a row carries no direction
 MAX_SQUARED_NORM = torch.finfo(torch.float32).max
@@ -38,7 +37,7 @@ def stable_topk(values: Tensor, k: int) -> Tensor:
 
 def finite_bias(bias: Tensor) -> Tensor:
     """The bias as it enters selection: within MAX_BIAS of 0, NaN at the low end, so that s + b always has an order."""
-    return bias.nan_to_num(nan=-MAX_BIAS).clamp(-MAX_BIAS, MAX_BIAS)
+    return bias.nan_to_num(nan=-MAX_BIAS).clamp_(-MAX_BIAS, MAX_BIAS)
 
 
 def replay_or_choose(given: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
@@ -135,14 +134,19 @@ def route_reference(
         s_TK = s_TE.gather(1, indices)
         g_TK = gates_reference(s_TK, s_TE, candidates, options)
         weights = torch.where(valid[:, None], g_TK, 0.0)
-        counts = F.one_hot(indices, num_experts).sum(1)[valid].sum(0)
+        counts = loads_reference(indices, valid, num_experts)
         return Routing(indices, weights, s_TK, s_TE, counts, inv_norm.detach(), valid)
 
 
+def loads_reference(indices: Tensor, valid: Tensor, num_experts: int) -> Tensor:
+    """The number of valid tokens that chose each expert, (E,) int64."""
+    return F.one_hot(indices, num_experts).sum(1)[valid].sum(0)
+
+
 def score_std_reference(scores: Tensor) -> Tensor:
-    """Population standard deviation over experts of s_te, summed over tokens; rows that are not valid are 0. ()."""
+    """Population standard deviation over experts of s_te, (T,); 0 in rows that are not valid."""
     s_TE = scores.detach()
-    return (s_TE - s_TE.mean(1, keepdim=True)).square().mean(1).sqrt().sum()
+    return (s_TE - s_TE.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
 def margins_reference(
@@ -171,49 +175,40 @@ def margin_hist_reference(margins: Tensor, candidates: Tensor) -> Tensor:
     return hist.view(num_experts, NUM_MARGIN_BINS).int()
 
 
-def dispatch_reference(x: Tensor, routing: Routing) -> Dispatch:
+def dispatch_reference(x: Tensor, indices: Tensor, tokens_per_expert: Tensor, valid: Tensor) -> Dispatch:
     """Copy each valid token to the rows of its K experts, in expert order; the others to zero rows at the end."""
-    indices, valid = routing.indices, routing.valid
-    num_tokens, top_k = indices.shape
-    num_experts = routing.tokens_per_expert.shape[0]
+    num_experts, top_k = tokens_per_expert.shape[0], indices.shape[1]
     key = torch.where(valid[:, None], indices, num_experts).flatten()
     order = key.sort(stable=True).indices
     token_of_row = order // top_k
     positions = torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=x.device))
     offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
-    offsets[1:] = routing.tokens_per_expert.cumsum(0)
+    offsets[1:] = tokens_per_expert.cumsum(0)
     x_sorted = torch.where(valid[:, None], x, 0.0)[token_of_row]
-    return Dispatch(x_sorted, positions.view(num_tokens, top_k), token_of_row, offsets)
+    return Dispatch(x_sorted, positions.view_as(indices), token_of_row, offsets)
 
 
-def combine_reference(y_sorted: Tensor, routing: Routing, dispatch: Dispatch) -> Tensor:
-    """y_t = sum over k of g_tk y_sorted[positions_tk], accumulated in fp32, in y_sorted's dtype; 0 if not valid."""
+def combine_reference(y_sorted: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
+    """y_t = sum over k of g_tk y_sorted[positions_tk], accumulated in fp32, in y_sorted's dtype; 0 if not valid.
+
+    Without weights a plain sum. Rows of tokens that are not valid may hold anything.
+    """
     dtype = compute_dtype(y_sorted.dtype)
-    inside = torch.arange(y_sorted.shape[0], device=y_sorted.device) < dispatch.offsets[-1]
-    rows = torch.where(inside[:, None], y_sorted, 0.0).to(dtype)  # a row past the end may hold anything
-    y = (rows[dispatch.positions] * routing.weights.to(dtype)[..., None]).sum(1)
-    return torch.where(routing.valid[:, None], y, 0.0).to(y_sorted.dtype)
+    rows_TKD = torch.where(valid[:, None, None], y_sorted[positions].to(dtype), 0.0)
+    y = (rows_TKD if weights is None else rows_TKD * weights.to(dtype)[..., None]).sum(1)
+    return torch.where(valid[:, None], y, 0.0).to(y_sorted.dtype)
 
 
-def centroid_sums_reference(x: Tensor, routing: Routing, accumulate: str = "unit") -> tuple[Tensor, Tensor]:
-    """sums_e = sum of x_t / ||x_t|| ("unit") or x_t ("raw") over valid t with e in sel_t, (E, D); counts (E,)."""
+def centroid_sums_reference(
+    x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int
+) -> Tensor:
+    """sums_e = sum of factor_t x_t over valid t with e in sel_t, (E, D); factor (T,): 1 / ||x_t||, or None for 1."""
     dtype = compute_dtype(x.dtype)
-    rows = torch.where(routing.valid[:, None], x.detach(), 0.0).to(dtype)
-    rows = rows * routing.inv_norm[:, None] if accumulate == "unit" else rows
-    num_experts = routing.tokens_per_expert.shape[0]
-    member = F.one_hot(routing.indices, num_experts).sum(1).to(dtype) * routing.valid[:, None]
+    rows = torch.where(valid[:, None], x.detach(), 0.0).to(dtype)
+    rows = rows if factor is None else rows * factor[:, None]
+    member = F.one_hot(indices, num_experts).sum(1).to(dtype) * valid[:, None]
     with torch.autocast(x.device.type, enabled=False):
-        return member.T @ rows, routing.tokens_per_expert
-
-
-class CommitOptions(NamedTuple):
-    """Options of a commit, checked by the router: see `KMeansRouter`."""
-
-    top_k: int
-    decay: float
-    average: str
-    balance: str
-    bias_rate: float
+        return member.T @ rows
 
 
 class State(NamedTuple):

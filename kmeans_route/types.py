@@ -1,13 +1,69 @@
-"""Results of the routing functions, each field defined by an equation.
+"""Options and results of the routing functions; each field of a result is defined by an equation.
 
 Legend: T tokens, D hidden size, E experts, K top_k. A token is *valid* when its mask is true and
 1e-30 <= sum of x_t^2 <= the largest fp32. The compute dtype is fp32, or fp64 when x is fp64.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree
+
+
+class RouteOptions(NamedTuple):
+    """The options of one routing, checked. Without groups, n_group = topk_group = 1."""
+
+    top_k: int
+    gate: str
+    tau: float
+    normalize: bool
+    scaling: float
+    n_group: int
+    topk_group: int
+    group_score: str
+
+    @property
+    def grouped(self) -> bool:
+        """Whether selection is limited to some of the groups."""
+        return self.topk_group < self.n_group
+
+    @property
+    def over_all(self) -> bool:
+        """Whether the gates look at the scores of all candidates, and not at those of the selected experts alone."""
+        return self.gate == "softmax" and not self.normalize
+
+
+class Wanted(NamedTuple):
+    """What a routing gives beside the choice: all scores (T, E); their spread; the histogram of margins."""
+
+    scores: bool = False
+    std: bool = False
+    hist: bool = False
+
+
+class CommitOptions(NamedTuple):
+    """Options of a commit, checked by the router: see `KMeansRouter`."""
+
+    top_k: int
+    decay: float
+    average: str
+    balance: str
+    bias_rate: float
+
+
+class Tokens(NamedTuple):
+    """Hidden states that have been checked: where they entered, the backend was chosen, once.
+
+    x: (T, D). mask, count_mask: (T,) bool or None. indices: (T, K) int64 to replay, or None. backend: a module of
+    `kmeans_route.backends`. shape: that of the hidden states as they came, (..., D).
+    """
+
+    x: Tensor
+    mask: Tensor | None
+    count_mask: Tensor | None
+    indices: Tensor | None
+    backend: Any
+    shape: tuple[int, ...]
 
 
 class Routing(NamedTuple):
@@ -46,6 +102,116 @@ class Dispatch(NamedTuple):
     positions: Tensor
     token_of_row: Tensor
     offsets: Tensor
+
+
+class Routed(NamedTuple):
+    """What a backend makes of one routing: the fields of `Routing`, and what backward and statistics go on with.
+
+    scores: (T, E), or (0, E) where nobody needs them. candidates: (T, E) bool, what a softmax over all candidates runs
+        over, else (0, E).
+    counted: (E,) int64, `tokens_per_expert` of the tokens inside count_mask; (0,) where no count_mask was given.
+    score_std: (T,) population standard deviation over e of s_te, 0 where a token is not valid or not counted; or (0,).
+    margin_hist: (E, 1024) int32, margins of the counted tokens; or (0, 1024).
+    num_dropped: () int64, tokens that the masks let in and that are not valid.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    selected_scores: Tensor
+    scores: Tensor
+    candidates: Tensor
+    tokens_per_expert: Tensor
+    inv_norm: Tensor
+    valid: Tensor
+    counted: Tensor
+    score_std: Tensor
+    margin_hist: Tensor
+    num_dropped: Tensor
+
+    def routing(self, *, want_scores: bool) -> Routing:
+        """What the caller gets."""
+        return Routing(
+            self.indices,
+            self.weights,
+            self.selected_scores,
+            self.scores if want_scores else None,
+            self.tokens_per_expert,
+            self.inv_norm.detach(),
+            self.valid,
+        )
+
+
+class RouteInputs(NamedTuple):
+    """What a backend routes: x (T, D) by directions (E, D) in its dtype.
+
+    expert_bias: (E,). mask, count_mask: (T,) bool. indices: (T, K) int64 to replay. Each of these may be None.
+    """
+
+    x: Tensor
+    directions: Tensor
+    expert_bias: Tensor | None
+    mask: Tensor | None
+    count_mask: Tensor | None
+    indices: Tensor | None
+
+
+class SavedRouting(NamedTuple):
+    """What the backward of a routing needs of it: fields of `Routed`."""
+
+    indices: Tensor
+    selected_scores: Tensor
+    inv_norm: Tensor
+    valid: Tensor
+    scores: Tensor
+    candidates: Tensor
+
+
+class RoutingGrads(NamedTuple):
+    """What came back to a routing: the gradients of gates (T, K), selected scores (T, K) and all scores (T, E)."""
+
+    weights: Tensor | None
+    selected_scores: Tensor | None
+    scores: Tensor | None
+
+
+class Statistics(NamedTuple):
+    """What one routing adds to the pending state, beside the centroid sums: loads, spread, margins, dropped tokens.
+
+    counts: (E,) int64. score_std: (T,) or (0,). margin_hist: (E, 1024) int32 or (0, 1024). num_dropped: () int64.
+    """
+
+    counts: Tensor
+    score_std: Tensor
+    margin_hist: Tensor
+    num_dropped: Tensor
+
+
+class PendingStatistics(NamedTuple):
+    """Where they are added: the fields of `routing.pending.Pending` that a commit folds into the state."""
+
+    sums: Tensor
+    counts: Tensor
+    std_sum: Tensor
+    num_tokens: Tensor
+    num_dropped: Tensor
+    margin_hist: Tensor
+
+
+class RouterState(NamedTuple):
+    """What a commit changes, in place: see `routing.kmeans.KMeansRouter` for the buffers of these names.
+
+    tokens_per_expert: (E,) int64, the loads of the step. turn: (2, E) fp32, how far each direction turned: the angle is
+    2 atan2(turn[0], turn[1]).
+    """
+
+    weight: Tensor
+    expert_bias: Tensor
+    score_std: Tensor
+    steps: Tensor
+    tokens_seen: Tensor | None
+    dropped_total: Tensor
+    tokens_per_expert: Tensor
+    turn: Tensor
 
 
 class RouterOutput(NamedTuple):

@@ -2,6 +2,9 @@
 
 Every function takes tensors or arrays and returns a matplotlib Figure of its own; no global pyplot state is touched.
 Colours come from Okabe and Ito's palette, told apart by line style too, so that no picture depends on seeing colour.
+
+Each raises ModuleNotFoundError where matplotlib is absent, which names the extra, and ValueError where there is nothing
+to draw or a value has the wrong number of dimensions.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     Values = Tensor | Sequence[Any]
 
 _P = ParamSpec("_P")
-_STYLES = (
+STYLES = (
     ("#0072B2", "-"),
     ("#D55E00", "--"),
     ("#009E73", "-."),
@@ -29,11 +32,11 @@ _STYLES = (
     ("#56B4E9", (0, (5, 1))),
     ("#000000", (0, (1, 1))),
 )
-_FONT_SIZE = 13
-_WIDTH_IN = 8.5
+FONT_SIZE = 13
+WIDTH_IN = 8.5
 
 
-def _large_print(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+def large_print(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     """Draw with a font that stays readable when the picture is shown at half its size."""
 
     @functools.wraps(draw)
@@ -43,13 +46,13 @@ def _large_print(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
         except ModuleNotFoundError as error:
             message = 'pictures need matplotlib: pip install "kmeans_route[viz]"'
             raise ModuleNotFoundError(message, name=error.name) from error
-        with matplotlib.rc_context({"font.size": _FONT_SIZE}):
+        with matplotlib.rc_context({"font.size": FONT_SIZE}):
             return draw(*args, **kwargs)
 
     return drawn
 
 
-@_large_print
+@large_print
 def load_heatmap(loads: Mapping[str, Values]) -> Figure:
     """Load of every expert in every layer, one panel a router, one colour scale for all.
 
@@ -60,10 +63,6 @@ def load_heatmap(loads: Mapping[str, Values]) -> Figure:
         The figure. The scale is symmetric about 1 and reaches the largest deviation of all panels, at most 1;
         larger loads take the last colour, which the colour bar then says with an arrow.
 
-    Raises:
-        ModuleNotFoundError: matplotlib is absent; names the extra.
-        ValueError: nothing to draw, or a value of the wrong number of dimensions.
-
     Example:
         >>> figure = load_heatmap({"K-Means": [[1.1, 0.9], [1.0, 1.0]]})
         >>> figure.axes[0].get_xlabel()
@@ -72,25 +71,24 @@ def load_heatmap(loads: Mapping[str, Values]) -> Figure:
     panels = {name: _array(value, 2, "loads") for name, value in _nonempty(loads, "loads").items()}
     deviation = max(float((panel - 1).abs().max()) for panel in panels.values())
     reach = min(1.0, max(0.1, math.ceil(deviation * 10) / 10))
-    figure = _figure(0.9 + sum(0.85 + 0.32 * panel.shape[0] for panel in panels.values()))
+    figure = new_figure(0.9 + sum(0.85 + 0.32 * panel.shape[0] for panel in panels.values()))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    image = None
     for axis, (name, panel) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(panel.numpy(), cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
+        axis.imshow(panel.numpy(), cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
         worst = float((panel.max(dim=1).values - 1).mean())
-        axis.set_title(f"{name}: mean MaxVio {worst:.2f}", fontsize=_FONT_SIZE, loc="left")
+        axis.set_title(f"{name}: mean MaxVio {worst:.2f}", fontsize=FONT_SIZE, loc="left")
         axis.set_ylabel("layer")
         axis.set_yticks(range(panel.shape[0]))
         axis.set_xticks(range(0, panel.shape[1], max(1, panel.shape[1] // 16)))
     axes[-1].set_xlabel("expert")
-    assert image is not None
     extend = "max" if deviation > reach else "neither"
-    figure.colorbar(image, ax=list(axes), extend=extend, label="load / fair share (1 = fair)", aspect=30)
-    figure.suptitle("Load of each expert on the validation text", fontsize=_FONT_SIZE + 2)
+    label = "load / fair share (1 = fair)"
+    figure.colorbar(axes[0].images[0], ax=list(axes), extend=extend, label=label, aspect=30)
+    figure.suptitle("Load of each expert on the validation text", fontsize=FONT_SIZE + 2)
     return figure
 
 
-@_large_print
+@large_print
 def max_vio_curves(curves: Mapping[str, Values], *, window: int = 10) -> Figure:
     """MaxVio of each training batch over the steps, on a log axis.
 
@@ -101,25 +99,20 @@ def max_vio_curves(curves: Mapping[str, Values], *, window: int = 10) -> Figure:
     Returns:
         The figure: thick lines are centred running means (over seeds too), pale are one run's raw values or the range
         over the seeds.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is absent; names the extra.
-        ValueError: nothing to draw, or a value of the wrong number of dimensions.
     """
-    figure = _figure(4.8)
+    figure = new_figure(4.8)
     axis = figure.subplots()
+    label = "MaxVio = max load / mean load - 1\n(log scale, mean over layers)"
     runs = _runs(curves, "curves")
-    _draw_curves(axis, runs, window)
+    _draw_curves(axis, runs, window, label, "Imbalance of the training batches", _explain_lines(runs, window))
     axis.set_yscale("log", nonpositive="clip")
     _label_log_axis(axis)
-    axis.set_ylabel("MaxVio = max load / mean load - 1\n(log scale, mean over layers)")
-    _finish_curves(axis, f"Imbalance of the training batches\n{_explain_lines(runs, window)}")
     axis.set_xlabel("optimizer step")
     axis.legend(framealpha=0.9)
     return figure
 
 
-@_large_print
+@large_print
 def loss_curves(
     train: Mapping[str, Values],
     validation: Mapping[str, Sequence[tuple[int, float]]] | None = None,
@@ -132,39 +125,31 @@ def loss_curves(
         train: router name -> (S,) or (R, S) bits per byte of each training batch, of the same text for all routers.
         validation: router name -> (step, bits per byte) of each validation pass, drawn as markers.
         window: steps of the running mean that the thick line shows.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is absent; names the extra.
-        ValueError: nothing to draw, or a value of the wrong number of dimensions.
     """
     runs = _runs(train, "train")
-    first = next(iter(runs.values()))
+    first_name, first = next(iter(runs.items()))
     compared = len(runs) > 1 and all(values.shape == first.shape for values in runs.values())
-    figure = _figure(7.8 if compared else 4.8)
+    figure = new_figure(7.8 if compared else 4.8)
     grid = figure.subplots(1 + compared, 1, squeeze=False, sharex=True, height_ratios=[3, 2][: 1 + compared])
     axis, *below = grid[:, 0]
-    _draw_curves(axis, runs, window)
+    explanation = _explain_lines(runs, window) + ("; markers: validation" if validation else "")
+    _draw_curves(axis, runs, window, "cross-entropy (bits per byte)", "Loss", explanation)
     points = {name: dict((validation or {}).get(name, ())) for name in runs}
     _draw_markers(axis, points)
-    axis.set_ylabel("cross-entropy (bits per byte)")
-    markers = "; markers: validation" if validation else ""
-    _finish_curves(axis, f"Loss\n{_explain_lines(runs, window)}{markers}")
     axis.legend(framealpha=0.9)
     for difference in below:
         # The batches are the same for every router, so most of their noise cancels.
-        _draw_curves(difference, {name: values - first for name, values in runs.items()}, window)
-        zero = points[next(iter(runs))]
-        _draw_markers(difference, {name: _subtract(own, zero) for name, own in points.items()})
-        _finish_curves(difference, f"Loss above that of {next(iter(runs))} on the same text\nbelow 0: better")
-        difference.set_ylabel("difference\n(bits per byte)")
+        gaps = {name: values - first for name, values in runs.items()}
+        heading = f"Loss above that of {first_name} on the same text"
+        _draw_curves(difference, gaps, window, "difference\n(bits per byte)", heading, "below 0: better")
+        zero = points[first_name]
+        marks = {name: {step: own[step] - zero[step] for step in own if step in zero} for name, own in points.items()}
+        _draw_markers(difference, marks)
     figure.axes[-1].set_xlabel("optimizer step")
     return figure
 
 
-@_large_print
+@large_print
 def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
     """Cosine between the directions of every two experts, routers down, layers across.
 
@@ -173,16 +158,11 @@ def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
 
     Returns:
         The figure; above each matrix stands the mean off its diagonal.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is absent; names the extra.
-        ValueError: nothing to draw, or a value of the wrong number of dimensions.
     """
     panels = {name: _array(value, 3, "similarities") for name, value in _nonempty(similarities, "similarities").items()}
     num_layers = max(panel.shape[0] for panel in panels.values())
-    figure = _figure(1.2 + 1.85 * len(panels))
+    figure = new_figure(1.2 + 1.85 * len(panels))
     axes = figure.subplots(len(panels), num_layers, squeeze=False)
-    image = None
     for row, (name, panel) in enumerate(panels.items()):
         num_experts = panel.shape[1]
         for layer in range(num_layers):
@@ -190,26 +170,26 @@ def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
             if layer >= panel.shape[0]:
                 axis.set_axis_off()
                 continue
-            image = axis.imshow(panel[layer].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+            axis.imshow(panel[layer].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             off_diagonal = (panel[layer].sum() - panel[layer].trace()) / max(1, num_experts * (num_experts - 1))
             # Adding 0 turns a rounded -0.0 into 0.0.
-            axis.set_title(f"layer {layer}: {round(float(off_diagonal), 2) + 0.0:+.2f}", fontsize=_FONT_SIZE - 1)
+            axis.set_title(f"layer {layer}: {round(float(off_diagonal), 2) + 0.0:+.2f}", fontsize=FONT_SIZE - 1)
             ticks = [0, num_experts - 1]
             axis.set_xticks(ticks)
             axis.set_yticks(ticks if layer == 0 else [])
         axes[row, 0].set_ylabel(f"{name.replace(', ', chr(10))}\nexpert")
     for axis in axes[-1]:
         axis.set_xlabel("expert")
-    assert image is not None
-    figure.colorbar(image, ax=axes.ravel().tolist(), label="cosine of two directions", aspect=30)
-    figure.suptitle("Similarity of the experts' directions (number: mean off the diagonal)", fontsize=_FONT_SIZE + 1)
+    figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of two directions", aspect=30)
+    figure.suptitle("Similarity of the experts' directions (number: mean off the diagonal)", fontsize=FONT_SIZE + 1)
     return figure
 
 
-def _figure(height_in: float) -> Figure:
+def new_figure(height_in: float) -> Figure:
+    """An empty one, `WIDTH_IN` wide."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(_WIDTH_IN, height_in), layout="constrained", facecolor="white")
+    return Figure(figsize=(WIDTH_IN, height_in), layout="constrained", facecolor="white")
 
 
 def _label_log_axis(axis: Axes) -> None:
@@ -232,10 +212,18 @@ def _runs(curves: Mapping[str, Values], name: str) -> dict[str, Tensor]:
     }
 
 
-def _draw_curves(axis: Axes, curves: Mapping[str, Tensor], window: int) -> None:
-    """Thick running means over pale raw values or ranges."""
+def _draw_curves(
+    axis: Axes, curves: Mapping[str, Tensor], window: int, label: str, heading: str, explanation: str
+) -> None:
+    """Thick running means over pale raw values or ranges, and what they are."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_ylabel(label)
+    axis.set_title(f"{heading}\n({explanation})", fontsize=FONT_SIZE - 1, loc="left")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3, which="both", linewidth=0.6)
     for position, (name, runs_RS) in enumerate(curves.items()):
-        color, style = _STYLES[position % len(_STYLES)]
+        color, style = STYLES[position % len(STYLES)]
         steps = torch.arange(1, runs_RS.shape[1] + 1)
         smooth_RS = torch.stack([_running_mean(run, window) for run in runs_RS])
         if runs_RS.shape[0] == 1:
@@ -250,21 +238,9 @@ def _draw_curves(axis: Axes, curves: Mapping[str, Tensor], window: int) -> None:
 def _draw_markers(axis: Axes, points: Mapping[str, Mapping[int, float]]) -> None:
     """Hollow markers at step -> value, a shape and colour a router."""
     for position, steps in enumerate(points.values()):
-        axis.plot(
-            list(steps),
-            list(steps.values()),
-            linestyle="none",
-            marker="osD^vP"[position % 6],
-            markersize=9,
-            markerfacecolor="none",
-            markeredgecolor=_STYLES[position % len(_STYLES)][0],
-            markeredgewidth=2,
-            zorder=5,
-        )
-
-
-def _subtract(values: Mapping[int, float], zero: Mapping[int, float]) -> dict[int, float]:
-    return {step: value - zero[step] for step, value in values.items() if step in zero}
+        color, shape = STYLES[position % len(STYLES)][0], "osD^vP"[position % 6]
+        (line,) = axis.plot(list(steps), list(steps.values()), linestyle="none", marker=shape, markersize=9, zorder=5)
+        line.set(markerfacecolor="none", markeredgecolor=color, markeredgewidth=2)
 
 
 def _running_mean(values_S: Tensor, window: int) -> Tensor:
@@ -280,15 +256,6 @@ def _explain_lines(runs: Mapping[str, Tensor], window: int) -> str:
     seeds = max(values.shape[0] for values in runs.values())
     pale = "pale: each step" if seeds == 1 else f"pale: range over {seeds} seeds"
     return f"thick: running mean of {window} steps; {pale}"
-
-
-def _finish_curves(axis: Axes, title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    heading, _, explanation = title.partition("\n")
-    axis.set_title(f"{heading}\n({explanation})", fontsize=_FONT_SIZE - 1, loc="left")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3, which="both", linewidth=0.6)
 
 
 def _nonempty(mapping: Mapping[str, Values], name: str) -> Mapping[str, Values]:

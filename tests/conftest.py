@@ -20,7 +20,7 @@ collect_ignore: list[str] = []
 try:
     from hypothesis import HealthCheck, settings
 except ModuleNotFoundError:  # a machine with a GPU may have pytest alone; the GPU tests need no more
-    collect_ignore += ["test_call_orders.py", "test_properties.py"]
+    collect_ignore += ["training/test_call_orders.py", "routing/test_properties.py"]
 else:
     COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
     # `fast` repeats the same cases, so that a failure in CI can be seen again; `slow` draws new ones each time.
@@ -36,7 +36,7 @@ if INTERPRETED:
 
     interpreter.install()
 else:
-    collect_ignore_glob = ["test_interpreter_*.py", "test_interleaving.py", "test_bounds.py"]
+    collect_ignore_glob = ["kernels/test_interpreter_*.py", "kernels/test_interleaving.py", "kernels/test_bounds.py"]
 
 
 @pytest.fixture
@@ -104,10 +104,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def coarse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows a program than on a GPU: the interpreter pays by the operation, not by the element."""
-    from kmeans_route.kernels import combine
+    from kmeans_route.kernels import combine, route_bwd
     from kmeans_route.kernels.configs import Config
 
-    monkeypatch.setattr(combine, "row_config", lambda dtype: Config(32, 32, 4, 2))
+    for module in (combine, route_bwd):
+        monkeypatch.setattr(module, "row_config", lambda dtype: Config(32, 32, 4, 2))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

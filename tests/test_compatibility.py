@@ -21,7 +21,15 @@ MODULES = {
     "megatron-core": "megatron",
     "lightning": "lightning",
 }
-ADAPTERS = sorted(path.stem for path in INTEGRATIONS.glob("[!_]*.py"))
+SOURCES = {  # a file, or a folder whose __init__ asks for the framework
+    **{path.stem: path for path in INTEGRATIONS.glob("[!_]*.py")},
+    **{path.parent.name: path for path in INTEGRATIONS.glob("[!_]*/__init__.py")},
+}
+ADAPTERS = sorted(SOURCES)
+
+
+def test_every_adapter_is_looked_at() -> None:
+    assert set(MODULES.values()) <= set(ADAPTERS)
 
 
 def table() -> dict[str, SimpleNamespace]:
@@ -33,7 +41,7 @@ def table() -> dict[str, SimpleNamespace]:
 
 def constants(adapter: str) -> dict[str, object]:
     """SUPPORTED and TRIED of an adapter, read without importing its framework."""
-    tree = ast.parse((INTEGRATIONS / f"{adapter}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(SOURCES[adapter].read_text(encoding="utf-8"))
     return {
         target.id: ast.literal_eval(node.value)
         for node in tree.body

@@ -1,4 +1,5 @@
-"""What a newcomer meets: examples that run, an import that is light, docstrings that name every argument."""
+"""What a newcomer meets: pages that are short, true and lead on, examples that run, an import that is light, docstrings
+that name every argument."""
 
 import doctest
 import importlib
@@ -113,31 +114,146 @@ def test_the_table_of_bytes_is_what_the_package_sends() -> None:
     assert bytes_table() in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
-EXAMPLES = re.findall(
-    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-)
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "NOTES.md", *DOCS]
+FOR_CONTRIBUTORS = [*sorted((ROOT / ".github").rglob("*.*")), ROOT / ".pre-commit-config.yaml"]
+GENERATED = re.compile(r"^<!-- make quality -->\n.*?^<!-- end of make quality -->\n", re.DOTALL | re.MULTILINE)
 
 
+def by_path(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def test_the_readme_can_be_finished() -> None:
+    text = text_of(README)
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200
+    assert len(text_of(ROOT / "docs" / "quality.md").splitlines()) <= 90, "two screens; the rest is the appendix"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (README, ROOT / "CHANGELOG.md")], ids=by_path)
+def test_a_page_begins_with_its_reader(page: Path) -> None:
+    title, empty, first = text_of(page).splitlines()[:3]
+    assert (title[:2], empty) == ("# ", "")
+    assert first.startswith("For those who ")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_path)
+def test_a_page_has_short_lines_and_links_that_lead_somewhere(page: Path) -> None:
+    text = text_of(page)
+    plain = [line for line in GENERATED.sub("", text).splitlines() if not line.startswith("|")]
+    assert not [line for line in plain if len(line) > 120]
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("https://"):
+            assert (page.parent / link).exists(), link
+
+
+def test_each_page_is_reached_from_the_readme() -> None:
+    """By a link there, or in a page that it links to."""
+    seen, ahead = {README}, [README]
+    while ahead:
+        page = ahead.pop()
+        for link in re.findall(r"\]\(([^)\s#]+\.md)\)", text_of(page)):
+            found = (page.parent / link).resolve()
+            if found not in seen:
+                seen.add(found)
+                ahead.append(found)
+    assert set(PAGES) <= seen
+
+
+def test_each_committed_picture_is_shown() -> None:
+    """What git ignores, such as a picture that was just drawn, does not count."""
+    shown = {
+        (page.parent / link).resolve() for page in PAGES for link in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text_of(page))
+    }
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "benchmarks/results/*.png"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no checkout of git")
+    assert {ROOT / name for name in listed.stdout.split() if (ROOT / name).exists()} == shown
+    assert text_of(README).count("![") <= 2
+
+
+@pytest.mark.parametrize("path", [*PAGES, *FOR_CONTRIBUTORS], ids=by_path)
+def test_a_page_names_no_machine_and_no_registry(path: Path) -> None:
+    text = text_of(path)
+    assert not re.findall(r"(?:^|[\s\"'(=])/(?:work|home|root|tmp|mnt|Users|opt|var)/", text), "a path of one machine"
+    known = ("arxiv.org", "keepachangelog.com", "semver.org")
+    assert not [host for host in re.findall(r"https?://([^\s/\"'<>)]+)", text) if host not in known]
+
+
+@pytest.mark.parametrize("name", ["route", "KMeansRouter", "attach"])
+def test_the_page_of_the_api_names_every_argument(name: str) -> None:
+    page = text_of(ROOT / "docs" / "api.md")
+    arguments = [p for p in inspect.signature(getattr(kmeans_route, name)).parameters if p != "self"]
+    assert not [argument for argument in arguments if not re.search(rf"\b{argument}\b", page)]
+
+
+def test_a_page_names_everything_that_is_public() -> None:
+    text = "".join(map(text_of, [README, *DOCS]))
+    assert not [name for name in PUBLIC if not re.search(rf"`{name}\b", text)]
+
+
+@pytest.mark.parametrize("top", ["kmeans_route", "tests", "benchmarks"])
+def test_the_tree_in_contributing_has_every_folder(top: str) -> None:
+    lines = re.search(rf"^{top}/.*\n(?: .*\n)*", text_of(ROOT / "CONTRIBUTING.md"), re.MULTILINE)
+    assert lines
+    folders = [folder.name for folder in (ROOT / top).iterdir() if list(folder.glob("*.py"))]
+    assert folders
+    assert not [name for name in folders if f" {name}/" not in lines[0]]
+
+
+def test_ruff_is_the_same_before_a_commit_and_in_ci() -> None:
+    versions = re.findall(r"ruff==([\d.]+)", text_of(ROOT / ".pre-commit-config.yaml"))
+    assert versions == 2 * re.findall(r"^ruff==([\d.]+)$", text_of(ROOT / "constraints.txt"), re.MULTILINE)
+
+
+def test_contributors_files_are_read_and_ci_runs_what_make_runs() -> None:
+    yaml = pytest.importorskip("yaml")
+    files = {path.name: yaml.safe_load(text_of(path)) for path in FOR_CONTRIBUTORS if path.suffix in (".yml", ".yaml")}
+    steps = files["ci.yml"]["jobs"]["ci"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    assert next(step["with"] for step in steps if "with" in step) == {"python-version": "3.11"}
+    for form in ("fault.yml", "kernel.yml"):
+        fields = files[form]["body"]
+        assert files[form]["name"]
+        assert files[form]["description"]
+        assert len({field["id"] for field in fields}) == len(fields)
+        assert all(field["attributes"]["label"] for field in fields)
+
+
+EXAMPLES = [
+    pytest.param(page, code, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE))
+]
 FRAMEWORKS = ("transformers", "torchtitan", "megatron", "lightning")
 
 
-def test_the_readme_has_an_example_of_each_framework() -> None:
+def test_ten_lines_are_ten_and_each_framework_has_an_example() -> None:
+    codes: list[tuple[Path, str]] = [(example.values[0], example.values[1]) for example in EXAMPLES]  # type: ignore
+    (ten_lines,) = [code for page, code in codes if page == README]
+    assert len([line for line in ten_lines.splitlines() if line.strip()]) == 10
     for framework in FRAMEWORKS:
-        found = [each for each in EXAMPLES if f"kmeans_route.integrations.{framework}" in each]
+        found = [code for _, code in codes if f"kmeans_route.integrations.{framework}" in code]
         assert len(found) == 1, framework
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_the_examples_of_the_readme_run(
-    number: int, plain_empty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_the_examples_of_the_pages_run(
+    page: Path, code: str, plain_empty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for framework in FRAMEWORKS:
-        if f"kmeans_route.integrations.{framework}" in EXAMPLES[number]:
+        if f"kmeans_route.integrations.{framework}" in code:
             module = "torchtitan.models.deepseek_v3" if framework == "torchtitan" else framework
             pytest.importorskip(module, exc_type=ImportError)
     monkeypatch.chdir(tmp_path)  # Lightning writes a checkpoint
     names: dict[str, Any] = {"__name__": "example"}
-    exec(compile(EXAMPLES[number], "README.md", "exec"), names)
+    exec(compile(code, page.name, "exec"), names)
     if "spec" in names and hasattr(names["spec"], "submodules"):
         from kmeans_route.integrations.megatron import KMeansTopKRouter
 

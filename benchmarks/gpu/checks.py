@@ -11,25 +11,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from benchmarks.gpu.cells import Cell
-from kmeans_route import KMeansRouter, centroid_sums, combine, dispatch, reference
-from kmeans_route.bench import truth
-from kmeans_route.bench.clock import Outcome, reason
+from benchmarks.gpu.measure import Outcome
+from benchmarks.harness.commits import gathered
+from kmeans_route import KMeansRouter, backends, centroid_sums, combine, dispatch, reference
+from kmeans_route.bench import problem, truth
+from kmeans_route.bench.clock import reason
 from kmeans_route.bench.truth import CHUNK, assert_near, chunks, cosines
 from kmeans_route.checks import DEFAULT_TAU as TAU
-from kmeans_route.functional import directions_for
-from kmeans_route.testing import make_centroids
+from kmeans_route.testing import BenchShape
 from kmeans_route.types import Dispatch, Routing
 
 HOT_STRIDE = 64
 
 
-class Problem:
-    """Inputs of a cell, drawn on the device, and the two routers: this package's kernels and its eager backend.
+class Problem(problem.Problem):
+    """Inputs of a cell, drawn on the device, and two routers: `ours` by this package's kernels, and the `eager` one.
 
-    x (T, D). rows (T*K, D): the gradient of x_sorted, and expert outputs. dy (T, D). d_weights (T, K), scaled by D so
-    that both ways back to x weigh about the same.
+    To what any benchmark gets come rows (T*K, D), the gradient of x_sorted, and expert outputs; and dy (T, D).
+    d_weights are scaled by D, so that both ways back to x weigh about the same.
 
     hot: the rows of x overlap, each starts HOT_STRIDE elements after the one before; so x lies in L2 at any T, where
     loads return early and what is refilled too early shows. common: length of a direction that all tokens share, in
@@ -37,26 +39,24 @@ class Problem:
     """
 
     def __init__(self, cell: Cell, device: torch.device, *, hot: bool = False, common: float = 0.0) -> None:
-        (self.cell, self.device), dtype = (cell, device), getattr(torch, cell.dtype)
+        self.cell, dtype = cell, getattr(torch, cell.dtype)
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=kind)
 
-        num_tokens, width, num_experts, top_k = cell[1:5]
+        num_tokens, width, num_experts, top_k = shape = BenchShape(*cell[1:5])
         if hot:
             x = normal((num_tokens - 1) * HOT_STRIDE + width).as_strided((num_tokens, width), (HOT_STRIDE, 1))
         else:
             x = normal(num_tokens, width)
             if common:
                 x += common * normal(width)
-        self.x = x.requires_grad_()
         self.rows, self.dy = normal(num_tokens * top_k, width), normal(num_tokens, width)
-        self.d_weights = normal(num_tokens, top_k, kind=torch.float32) * width
-        self.centroids = make_centroids(num_experts, width, device=device)
-        self.bias = normal(num_experts, kind=torch.float32) * 0.1 * width**-0.5
-        self.learned_weight = self.centroids.to(dtype).requires_grad_()
-        self.ours, self.eager = self._router("triton"), self._router("torch")
+        d_weights = normal(num_tokens, top_k, kind=torch.float32) * width
+        bias = normal(num_experts, kind=torch.float32) * 0.1 * width**-0.5
+        super().__init__(shape, dtype, device, x=x, bias=bias, d_weights=d_weights)
+        self.ours, self.eager = self.router("triton"), self.router("torch")
         self.directions = reference.directions_reference(self.centroids, dtype)
 
     def draw(self, seed: int) -> None:
@@ -64,20 +64,10 @@ class Problem:
         generator = torch.Generator(self.device).manual_seed(seed)
         self.x.detach().normal_(generator=generator)
 
-    def _router(self, backend: str) -> KMeansRouter:
-        cell = self.cell
-        router = KMeansRouter(
-            cell.hidden_size, cell.num_experts, cell.top_k, tau=TAU, backend=backend, device=self.device
-        )
-        router.set_centroids(self.centroids)
-        router.expert_bias.copy_(self.bias)
-        router.commit()  # nothing is pending: it only says that commits are made by hand
-        return router.train()
-
     def forward(self, router: KMeansRouter) -> tuple[Routing, Dispatch]:
         """A training forward, with the directions made anew as after every commit."""
-        router._cached = None
-        return router(self.x, with_dispatch=True)
+        increment_version(router.weight)  # as after any write: the router makes its directions anew
+        return router.route_dispatch(self.x, gather=True)
 
     def backward(self, outputs: tuple[Tensor, Tensor], wrt: tuple[Tensor, ...], *, keep: bool = False) -> Any:
         """Gradients of gates and sorted copies in `wrt`. keep: the outputs serve again."""
@@ -87,7 +77,7 @@ class Problem:
 
 def routing_alone(p: Problem) -> Routing:
     """Routing as for inference, directions included."""
-    p.ours._cached = None
+    increment_version(p.ours.weight)
     with torch.no_grad():
         return p.ours.route(p.x)
 
@@ -195,25 +185,22 @@ def gate_leaf(p: Problem, routing: Routing) -> tuple[Tensor, Routing]:
 
 def check_commit(p: Problem) -> Outcome:
     """Centroids, bias and score scale after a commit against the reference; the state is put back."""
-    r, pending = p.ours, p.ours.pending
-    old = reference.State(*(t.clone() for t in (r.weight, r.expert_bias, r.score_std, r.steps)), None)
-    gathered = [t.clone() for t in (pending.sums, pending.counts, pending.std_sum, pending.num_tokens)]
-    new = reference.commit_reference(old, *gathered, pending.margin_hist, r.commit_options)
+    r, pending, given = p.ours, p.ours.pending, gathered(p.ours)
+    new = reference.commit_reference(*given.arguments())
     r.commit()
     for name, actual in (("weight", r.weight), ("expert_bias", r.expert_bias), ("score_std", r.score_std)):
         assert_near(name, actual, getattr(new, name))
     assert int(r.steps) == int(new.steps), "steps differ"
     assert not bool(pending.counts.any()), "pending counts were not emptied"
     assert not bool(pending.sums.any()), "pending sums were not emptied"
-    for buffer, value in zip((r.weight, r.expert_bias, r.score_std, r.steps), old, strict=False):
+    for buffer, value in zip((r.weight, r.expert_bias, r.score_std, r.steps), given.state, strict=False):
         buffer.copy_(value)
-    r._cached = None
     return {}
 
 
 def check_directions(p: Problem) -> Outcome:
     """The kernel's directions, within a rounding of the definition; the definition serves as truth where they agree."""
-    made = directions_for("triton", p.ours.weight, p.x.dtype)
+    made = backends.get("triton").directions(p.ours.weight, p.x.dtype)
     assert_near("directions", made, p.directions)
     p.directions = made  # so that a rounding that went the other way does not count as an error of a score
     return {}

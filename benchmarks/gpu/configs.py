@@ -5,9 +5,10 @@ import torch
 from benchmarks.gpu.cells import Trial
 from benchmarks.gpu.checks import TAU, Problem
 from benchmarks.gpu.launches import sorted_copies
+from benchmarks.gpu.measure import Outcome, measure
 from benchmarks.gpu.timing import clear
 from kmeans_route.bench import truth
-from kmeans_route.bench.clock import Clock, Outcome, reason
+from kmeans_route.bench.clock import Clock, reason
 from kmeans_route.kernels.route import RouteResult, route_fwd
 from kmeans_route.types import Routing
 
@@ -43,9 +44,9 @@ def try_config(trial: Trial, clock: Clock) -> Outcome:
     try:
         with torch.no_grad():
             check()
-            record |= clock.measure(run)
+            record |= measure(clock, run)
     except AssertionError as error:
-        record |= {"ok": False, "wrong": reason(error), **clock.measure(run)}
+        record |= {"ok": False, "wrong": reason(error), **measure(clock, run)}
     except Exception as error:  # a configuration that does not fit the device fails to launch
         record["skipped"] = reason(error)
     clear()

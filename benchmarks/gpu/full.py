@@ -97,9 +97,7 @@ def reference_forward(
 
 def checked_learned(p: Problem, made: Run) -> Run:
     """`made` with a check of gates and ids of its first rows."""
-    return made._replace(
-        check=lambda: truth.check_learned(p.x, p.learned_weight, *made.run()[:2], num_rows=num_checked(p))
-    )
+    return made._replace(check=lambda: truth.check_learned(p.x, p.weight, *made.run()[:2], num_rows=num_checked(p)))
 
 
 def assignment_runs(p: Problem) -> dict[str, Maker]:
@@ -148,8 +146,8 @@ def all_contestants(compiler: Compiler, p: Problem) -> Parts:
     """Part -> contestant -> maker."""
     compiler.start(p.cell.shape)
     x, top_k, parts = p.x.detach(), p.cell.top_k, contestants(p)
-    learned, fixed = (p.x, p.learned_weight, top_k), (p.centroids, p.bias)
-    alone = (x, p.learned_weight.detach(), top_k)
+    fixed, alone = (p.centroids, p.bias), (x, p.weight, top_k)
+    learned = (p.x, p.weight.detach().requires_grad_(), top_k)
     more: dict[str, Maker] = {
         "compiled reference": lambda: checked(p, compiler(reference_route, x, *fixed, p.directions, top_k)),
         "learned eager": lambda: checked_learned(p, Run(partial(learned_route, *alone))),

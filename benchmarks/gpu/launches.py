@@ -27,7 +27,7 @@ def parts_of(cell: Cell) -> dict[str, list[Launch]]:
     x, d, bias = _inputs(cell)
     with recorded() as pieces:
         r = route.route_fwd(x, d, bias, None, None, _options(cell))
-        ranks = dispatch.rank_of_ids(r.indices, r.valid, cell.num_experts)
+        ranks = dispatch.rank(r.indices, r.valid, cell.num_experts)
         dispatch.dispatch_fwd(x, r.indices, r.valid, cell.num_experts, ranks)
         dispatch.dispatch_fwd(x, r.indices, r.valid, cell.num_experts, None, r.inv_norm, want_sums=True)
     training = training_launches(shape, cell.num_tokens, dtype)

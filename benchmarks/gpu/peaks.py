@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.gpu.measure import measure
 from kmeans_route.bench.clock import Clock
 
 PIECE = 1024
@@ -38,7 +39,7 @@ def l2_bytes_per_s(clock: Clock) -> float:
         pieces = max(1, (clock.l2_bytes or 16 << 20) // 4 // (num_programs * PIECE * 4))
     x = torch.ones(num_programs * pieces * PIECE, device=device)
     out = torch.empty(num_programs, PIECE, device=device)
-    median_us = clock.measure(lambda: read_again(x, out, num_programs))["median_us"]
+    median_us = measure(clock, lambda: read_again(x, out, num_programs))["median_us"]
     assert bool((out == pieces * L2_READS).all()), "the kernel that reads from L2 did not read all"
     return 1e6 * x.numel() * 4 * L2_READS / median_us
 
@@ -50,13 +51,13 @@ def peaks(clock: Clock) -> dict[str, float]:
     size = 8192 if clock.on_gpu else 64
     with clock.scope():
         source, target = (torch.zeros(large, dtype=torch.uint8, device=device) for _ in range(2))
-        copy = clock.measure(lambda: target.copy_(source))["median_us"]
+        copy = measure(clock, lambda: target.copy_(source))["median_us"]
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        product = clock.measure(lambda: a @ b)["median_us"]
+        product = measure(clock, lambda: a @ b)["median_us"]
         one = torch.zeros(1, device=device)
         return {
             "copy_bytes_per_s": 2e6 * large / copy,
             "l2_bytes_per_s": l2_bytes_per_s(clock),
             "bf16_flop_per_s": 2e6 * size**3 / product,
-            "empty_graph_us": clock.measure(lambda: one.add_(1))["median_us"],
+            "empty_graph_us": measure(clock, lambda: one.add_(1))["median_us"],
         }

@@ -124,10 +124,11 @@ def measured(
     import torch
 
     from benchmarks.gpu import ncu
+    from benchmarks.gpu.measure import measure
     from benchmarks.offline import work_of
 
     seen = find(kernel, p, training=training)
-    events = clock.measure(seen.again, seen.restore)
+    events = measure(clock, seen.again, seen.restore)
     torch.cuda.empty_cache()
     words = ["--kernel", kernel, "--shape", p.cell.shape, "--tokens", str(p.cell.num_tokens), "--dtype", p.cell.dtype]
     command = [sys.executable, "-m", "benchmarks.gpu.profile", "--launch-only", *words] + ["--training"] * training

@@ -1,7 +1,7 @@
 """Races and determinism: what only a GPU can show. Each function raises AssertionError, or returns figures.
 
-`tests/test_gpu.py` and the GPU run call the same functions. On a CPU they take the same path without streams, graphs
-and the device's own order of things, so that a dry run can execute them.
+`tests/kernels/test_gpu.py` and the GPU run call the same functions. On a CPU they take the same path without streams,
+graphs and the device's own order of things, so that a dry run can execute them.
 
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.checks import TAU, Problem, check_dispatch, check_routing
+from benchmarks.gpu.measure import Outcome
 from kmeans_route import KMeansRouter, MoE, attach, dispatch, route
-from kmeans_route.bench.clock import Clock, Outcome
+from kmeans_route.bench.clock import Clock
 from kmeans_route.bench.truth import score_tolerance
 from kmeans_route.kernels.route import route_fwd
 from kmeans_route.testing import assert_close_to_truth

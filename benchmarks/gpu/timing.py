@@ -23,11 +23,13 @@ from torch import Tensor
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.checks import Problem, check_routing, gate_leaf, verify
 from benchmarks.gpu.launches import parts_of
+from benchmarks.gpu.measure import Outcome, measure
 from benchmarks.gpu.race import route_at
+from benchmarks.harness.commits import gathered
 from benchmarks.offline import Launch, work_of
 from kmeans_route import KMeansRouter, combine
 from kmeans_route.bench import truth
-from kmeans_route.bench.clock import Clock, Outcome, Runner, nothing, reason
+from kmeans_route.bench.clock import Clock, Runner, nothing, reason
 from kmeans_route.bench.truth import CHUNK
 from kmeans_route.types import Routing
 
@@ -124,9 +126,7 @@ def commit_run(p: Problem, router: KMeansRouter) -> Run:
     """A commit of one batch; what it empties is filled again before each sample."""
     router.pending.clear_()
     p.forward(router)
-    pending = [router.pending.sums, router.pending.counts, router.pending.std_sum, router.pending.num_tokens]
-    kept = [tensor.clone() for tensor in pending]
-    return Run(router.commit, lambda: [a.copy_(b) for a, b in zip(pending, kept, strict=True)])
+    return Run(router.commit, gathered(router).restore)
 
 
 def step_run(p: Problem, router: KMeansRouter) -> Run:
@@ -242,7 +242,7 @@ def time_one(p: Problem, clock: Clock, make: Maker, left: Callable[[], float]) -
         except AssertionError as error:
             wrong = reason(error)
         small = p.cell.num_tokens <= SMALL_T and made.prepare is nothing
-        timing = clock.measure(made.run, made.prepare, back_to_back=small)
+        timing = measure(clock, made.run, made.prepare, back_to_back=small)
         timing |= {"note": made.note} if made.note else {}
         timing |= {"wrong": wrong} if wrong else {}
     except Exception as error:

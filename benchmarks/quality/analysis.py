@@ -19,7 +19,7 @@ from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, OFFSET, SIZ
 from benchmarks.quality.sweep import ROOT, Record, read_results
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "quality.md"
+README, SUMMARY, APPENDIX = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "quality-appendix.md"
 BEGIN, END = "<!-- make quality -->", "<!-- end of make quality -->"
 LEARNED = ("softmax", "sigmoid")
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -118,8 +118,8 @@ def table(contestants: Group, columns: Sequence[Column]) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """The README's table: a row a contestant, for each size bits per byte; MaxVio on held-out / training text; how many
-    seeds, where not as many as most have."""
+    """All contestants: for each size bits per byte; MaxVio on held-out / training text; how many seeds, where not as
+    many as most have."""
     found = with_seeds(records)
     usual = Counter(len(runs) for contestants in found.values() for runs in contestants.values()).most_common(1)[0][0]
     rows = [
@@ -132,7 +132,11 @@ def summary(records: Sequence[Record]) -> str:
 def with_seeds(records: Sequence[Record]) -> dict[tuple[str, int], Group]:
     """The main study at its usual length, without the sizes of which nothing has a second seed, unless all are so."""
     found = groups(usual_length(records), ["main"])
-    return {where: runs for where, runs in found.items() if max(map(len, runs.values())) > 1} or found
+    return _repeated(found) or found
+
+
+def _repeated(found: dict[tuple[str, int], Group]) -> dict[tuple[str, int], Group]:
+    return {where: contestants for where, contestants in found.items() if max(map(len, contestants.values())) > 1}
 
 
 def _brief(runs: Sequence[Record], usual: int) -> str:
@@ -353,8 +357,27 @@ def report(records: Sequence[Record]) -> str:
 
 
 def front_page(records: Sequence[Record]) -> str:
-    """What the README shows of them."""
-    return f"{summary(records)}\n\n{GOALS}\n\n{goals(usual_length(records))}"
+    """What the README shows of them, a row a size: the default beside the best and beside the most even learned router,
+    each of these the best in its column."""
+    rows = []
+    for (size, _), contestants in with_seeds(records).items():
+        rival, even = best(contestants, LEARNED, bits), best(contestants, LEARNED, max_vio_trained)
+        if rival is None or even is None or DEFAULT not in contestants:
+            continue
+        quality = [cell(values(contestants[name], bits), 3) for name in (DEFAULT, rival)]
+        balance = [mean_text(values(contestants[name], max_vio_trained), 3) for name in (DEFAULT, even)]
+        shape = f"{SIZES[size]['experts']} experts, top {SIZES[size]['top_k']}"
+        rows.append([shape, *quality, " / ".join(balance)])
+    return markdown(["layer", "K-Means", "best learned router", "MaxVio: K-Means / most even learned"], rows)
+
+
+def pages(records: Sequence[Record]) -> dict[Path, str]:
+    """Page -> the tables between its two marks."""
+    return {
+        README: front_page(records),
+        SUMMARY: f"{GOALS}\n\n{goals(records)}",
+        APPENDIX: report(records),
+    }
 
 
 LINES, MARKERS = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), "osD^P"
@@ -451,15 +474,15 @@ def draw_changes(title: str, change: str, contestants: Group, path: Path) -> Non
 
 
 def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw them all."""
+    """Draw all sizes together, and each size and change of which something has a second seed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "quality.png"]
     draw_all(records, paths[0])
-    for (size, steps), contestants in groups(records, ["main"]).items():
+    for (size, steps), contestants in _repeated(groups(records, ["main"])).items():
         paths.append(folder / f"quality-{size}-{steps}.png")
         draw(f"{size}, {steps} steps", contestants, paths[-1])
     for change in CHANGES:
-        for (size, steps), contestants in groups(records, [change]).items():
+        for (size, steps), contestants in _repeated(groups(records, [change])).items():
             paths.append(folder / f"quality-{size}-{steps}-{change}.png")
             draw_changes(f"{size}: {CHANGES[change]}", change, contestants, paths[-1])
     return paths
@@ -484,7 +507,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, help="folder of the pictures (beside the results)")
     parser.add_argument("--json", action="store_true", help="each run's figures as JSON, no pictures")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/quality.md too")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/quality*.md too")
     args = parser.parse_args(argv)
     records = read_results(args.results)
     if not records:
@@ -504,7 +527,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in pictures(records, args.out or args.results.parent):
         print(f"\npicture: {path.name}")
     if args.write:
-        for page, text in ((README, front_page(records)), (PAGE, report(records))):
+        for page, text in pages(records).items():
             page.write_text(with_tables(page.read_text(encoding="utf-8"), text), encoding="utf-8")
             print(f"\nwritten: {page.name}")
     return 0

@@ -19,12 +19,12 @@ from torch import Tensor
 from benchmarks.quality.texts import code_and_prose
 from benchmarks.quality.trials import TRIALS
 from kmeans_route import MoE, metrics
-from kmeans_route.cli import checkpoint as checkpoints
-from kmeans_route.cli.config import TrainConfig
-from kmeans_route.cli.data import BatchSampler, Corpus, load_corpus, validation_windows
-from kmeans_route.cli.results import summarize
-from kmeans_route.cli.training import Trainer, run_steps, stop_on_signal
-from kmeans_route.experts import grouped_linear
+from kmeans_route.lm import checkpoint as checkpoints
+from kmeans_route.lm.config import TrainConfig
+from kmeans_route.lm.data import BatchSampler, Corpus, load_corpus, validation_windows
+from kmeans_route.lm.results import summarize
+from kmeans_route.lm.trainer import Trainer, run_steps, stop_on_signal
+from kmeans_route.routing.experts import grouped_linear
 
 SAVE_EVERY, WINDOW, CHANGE_WINDOW, TRAINING_BYTES = 100, 50, 10, 262144
 

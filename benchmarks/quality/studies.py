@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.quality.trials import TRIALS
-from kmeans_route.cli.config import TrainConfig
+from kmeans_route.lm.config import TrainConfig
 
 STEPS = 2400
 PINNED = {"tau": 0.05, "decay": 0.999, "aux_loss_coef": 0.01, "balance": ""}

@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.quality.studies import SIZES, STEPS, STUDIES, TINY, Job, jobs
 from kmeans_route.bench.results import environment
-from kmeans_route.cli.config import TrainConfig
 from kmeans_route.cli.output import Output
+from kmeans_route.lm.config import TrainConfig
 
 SHOWN = [size for size in SIZES if size != TINY]
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kmeans_route.cli.data import Corpus, split_documents, standard_library_files
+from kmeans_route.lm.data import Corpus, split_documents, standard_library_files
 
 PROSE_SUFFIXES = (".txt", ".rst")
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kmeans_route import KMeansRouter, MoE
-from kmeans_route.cli.training import Trainer, learning_rate
 from kmeans_route.functional import dispatch
-from kmeans_route.types import Dispatch, Routing
+from kmeans_route.lm.trainer import Trainer, learning_rate
+from kmeans_route.types import Dispatch, Routing, Tokens
 
 AfterStep = Callable[[], None] | None
 Answer = tuple[Routing, Dispatch]
@@ -39,7 +39,7 @@ def learnable_tau(trainer: Trainer, *, per_expert: bool) -> AfterStep:
         log_tau = nn.Parameter(router.weight.new_full((size,), router.options.tau).log())
         layer.register_parameter("trial_log_tau", log_tau)
         parameters.append(log_tau)
-        plain = router.forward
+        plain = router.route_dispatch
 
         def forward(*args: Any, plain: Any = plain, log_tau: Tensor = log_tau, **kwargs: Any) -> Answer:
             routing, sent = plain(*args, **kwargs)
@@ -47,7 +47,7 @@ def learnable_tau(trainer: Trainer, *, per_expert: bool) -> AfterStep:
             weights = torch.softmax(routing.selected_scores / tau, 1)
             return routing._replace(weights=weights * routing.valid[:, None]), sent
 
-        router.forward = forward  # type: ignore[method-assign]
+        router.route_dispatch = forward  # type: ignore[method-assign]
     _train(trainer, parameters)
     return None
 
@@ -60,23 +60,23 @@ def learned_offset(trainer: Trainer) -> AfterStep:
         offset = nn.Parameter(torch.zeros_like(router.weight))
         layer.register_parameter("trial_offset", offset)
         parameters.append(offset)
-        plain = router.forward
+        plain = router.route_dispatch
 
         def forward(
-            x: Tensor, *args: Any, plain: Any = plain, offset: Tensor = offset, router: Any = router, **kwargs: Any
+            tokens: Tokens, *args: Any, plain: Any = plain, offset: Tensor = offset, router: Any = router, **kwargs: Any
         ) -> Answer:
             rows = F.normalize(router.weight, dim=1) + offset
             kept = router.weight.clone()
             with torch.no_grad():
                 router.weight.copy_(rows)
-            routing, sent = plain(x, *args, **kwargs)
+            routing, sent = plain(tokens, *args, **kwargs)
             with torch.no_grad():
                 router.weight.copy_(kept)
-            scores = F.normalize(x, dim=1) @ F.normalize(rows, dim=1).T
+            scores = F.normalize(tokens.x, dim=1) @ F.normalize(rows, dim=1).T
             weights = torch.softmax(scores.gather(1, routing.indices) / router.options.tau, 1)
             return routing._replace(weights=weights * routing.valid[:, None]), sent
 
-        router.forward = forward  # type: ignore[method-assign]
+        router.route_dispatch = forward  # type: ignore[method-assign]
     _train(trainer, parameters)
     return None
 
@@ -85,13 +85,13 @@ def weighted_tokens(trainer: Trainer, *, by: str) -> AfterStep:
     """A token counts in an expert's mean by its gate there, by the size of the loss's gradient on that gate, or by
     benefit: by how much the loss would fall if its score there rose, 0 where it would not."""
     for _, router in _routers(trainer):
-        plain = router.forward
+        plain = router.route_dispatch
 
-        def forward(x: Tensor, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
-            routing, sent = plain(x, *args, **kwargs)
+        def forward(tokens: Tokens, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
+            routing, sent = plain(tokens, *args, **kwargs)
             if router.training and torch.is_grad_enabled():
                 # Without routing itself: its weights would keep the hook that keeps them.
-                gates, unit = routing.weights.detach(), x.detach() * routing.inv_norm[:, None]
+                gates, unit = routing.weights.detach(), tokens.x.detach() * routing.inv_norm[:, None]
                 gather = partial(_add_weighted, router, unit, routing.indices)
                 if by == "gate":
                     gather(gates)
@@ -101,7 +101,7 @@ def weighted_tokens(trainer: Trainer, *, by: str) -> AfterStep:
                     routing.weights.register_hook(lambda grad: gather(_benefit(gates, grad)))
             return routing, sent
 
-        router.forward = forward  # type: ignore[method-assign]
+        router.route_dispatch = forward  # type: ignore[method-assign]
     return None
 
 
@@ -124,12 +124,12 @@ def by_rank(trainer: Trainer, *, share: float, residual: bool = False) -> AfterS
     directions in turn (matching pursuit, Mallat and Zhang 1993), so that experts that are chosen together part ways.
     For one forward a step."""
     for _, router in _routers(trainer):
-        plain = router.forward
+        plain = router.route_dispatch
 
-        def forward(x: Tensor, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
-            routing, sent = plain(x, *args, **kwargs)
+        def forward(tokens: Tokens, *args: Any, plain: Any = plain, router: Any = router, **kwargs: Any) -> Answer:
+            routing, sent = plain(tokens, *args, **kwargs)
             if router.counts_now() and bool(router.initialized):
-                rows = x.detach() * routing.inv_norm[:, None]
+                rows = tokens.x.detach() * routing.inv_norm[:, None]
                 sums, total = torch.zeros_like(router.weight), torch.zeros_like(router.expert_bias)
                 unit = F.normalize(router.weight, dim=1)
                 for k, chosen in enumerate(routing.indices.T):
@@ -141,7 +141,7 @@ def by_rank(trainer: Trainer, *, share: float, residual: bool = False) -> AfterS
                 router.pending.sums.copy_(mean * router.pending.counts[:, None])  # a commit divides by the counts
             return routing, sent
 
-        router.forward = forward  # type: ignore[method-assign]
+        router.route_dispatch = forward  # type: ignore[method-assign]
     return None
 
 
@@ -151,13 +151,14 @@ def centred(trainer: Trainer) -> AfterStep:
         layer.register_buffer("trial_mean", router.weight.new_zeros(router.hidden_size))
         mean = layer.get_buffer("trial_mean")
 
-        def forward(x: Tensor, *_: Any, mean: Tensor = mean, router: Any = router, **__: Any) -> Answer:
-            routing = router._route(x - mean, None, None, gather=router.counts_now())
+        def forward(tokens: Tokens, *_: Any, mean: Tensor = mean, router: Any = router, **__: Any) -> Answer:
+            x = tokens.x
+            routing = router.route(tokens._replace(x=x - mean), gather=True)
             if router.training and torch.is_grad_enabled():
                 mean.lerp_(x.detach().mean(0), 0.01)
             return routing, dispatch(x, routing)
 
-        router.forward = forward  # type: ignore[method-assign]
+        router.route_dispatch = forward  # type: ignore[method-assign]
     return None
 
 
@@ -198,11 +199,11 @@ def routed_by_embedding(trainer: Trainer) -> AfterStep:
     trainer.model.embedding.register_forward_hook(lambda _, __, rows: seen.__setitem__(slice(None), [rows]))
     for _, router in _routers(trainer):
 
-        def forward(x: Tensor, *_: Any, router: Any = router, **__: Any) -> Answer:
-            routing = router._route(seen[0].flatten(0, -2), None, None, gather=router.counts_now())
-            return routing, dispatch(x, routing)
+        def forward(tokens: Tokens, *_: Any, router: Any = router, **__: Any) -> Answer:
+            routing = router.route(tokens._replace(x=seen[0].flatten(0, -2)), gather=True)
+            return routing, dispatch(tokens.x, routing)
 
-        router.forward = forward  # type: ignore[method-assign]
+        router.route_dispatch = forward  # type: ignore[method-assign]
     return None
 
 

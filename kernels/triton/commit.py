@@ -1,4 +1,4 @@
-"""The state of a router: directions of its centroids, and the commit of one optimizer step in one launch.
+"""The commit of one optimizer step, in one launch.
 
     c_e = beta c_e + (1 - beta) sums_e / counts_e;  beta = min(decay, steps / (steps + 1));  b_e by its balance rule
 
@@ -14,82 +14,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kmeans_route.kernels.common import MARGIN_RANGE, MIN_CENTROID_NORM, NUM_MARGIN_BINS
 from kmeans_route.kernels.configs import padded_experts
 from kmeans_route.kernels.workspace import counters
 
 BLOCK = 1024
-MIN_CENTROID_NORM: tl.constexpr = tl.constexpr(1.0e-12)
-
-
-@triton.jit
-def _directions_kernel(weight_ptr, weight_stride_e, d_ptr, D, BD: tl.constexpr):
-    """Unit rows of weight (E, D), 0 where a row is shorter than 1e-12 or not finite. Grid (E,)."""
-    expert = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BD)
-    row = weight_ptr + expert * weight_stride_e
-    largest = tl.zeros([BD], dtype=tl.float32)
-    for start in range(0, D, BD):
-        column = start + columns
-        largest = tl.maximum(largest, tl.abs(tl.load(row + column, mask=column < D, other=0.0)))
-    scale = tl.max(largest, axis=0)
-    scale = tl.where(scale > 0, scale, 1.0)  # so that squares neither overflow nor vanish
-    squares = tl.zeros([BD], dtype=tl.float32)
-    for start in range(0, D, BD):
-        column = start + columns
-        c = tl.load(row + column, mask=column < D, other=0.0) / scale
-        squares += c * c
-    norm = tl.sqrt(tl.sum(squares, axis=0))
-    usable = (norm * scale >= MIN_CENTROID_NORM) & (norm < float("inf"))  # NaN fails both
-    for start in range(0, D, BD):
-        column = start + columns
-        c = tl.load(row + column, mask=column < D, other=0.0) / scale
-        d = tl.where(usable, c / tl.where(usable, norm, 1.0), 0.0)
-        tl.store(d_ptr + expert * D + column, d.to(d_ptr.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
 def _order_statistic(below, own, place, bins):
-    """The value at `place` of a histogram of [-2, 2], at its even place inside its bin. fp64 throughout."""
-    index = tl.minimum(tl.sum((below <= place).to(tl.int32), axis=0), 1023)
+    """The value at `place` of a margin histogram, at its even place inside its bin. fp64 throughout."""
+    index = tl.minimum(tl.sum((below <= place).to(tl.int32), axis=0), NUM_MARGIN_BINS - 1)
     inside = tl.sum(tl.where(bins == index, own, 0), axis=0).to(tl.float64)
     through = tl.sum(tl.where(bins == index, below, 0), axis=0).to(tl.float64)
     inside = tl.maximum(inside, 1.0)
     fraction = (place - (through - inside) + 0.5) / inside
     fraction = tl.minimum(tl.maximum(fraction, 0.0), 1.0)
-    return (index.to(tl.float64) + fraction) * 0.00390625 - 2.0
+    return (index.to(tl.float64) + fraction) * (2 * MARGIN_RANGE / NUM_MARGIN_BINS) - MARGIN_RANGE
 
 
 @triton.jit
-def _commit_kernel(
-    weight_ptr, sums_ptr, counts_ptr, seen_ptr, hist_ptr, quantile_ptr,
-    bias_ptr, score_std_ptr, steps_ptr, dropped_total_ptr,
-    std_sum_ptr, num_tokens_ptr, num_dropped_ptr,
-    load_ptr, turn_ptr, skip_ptr, ticket_ptr,
-    D, decay, bias_rate,
-    E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Grid (E,). seen None: EMA, else cumulative means. turn (2, E): ||u - v|| and ||u + v||, old and new direction."""
-    expert = tl.program_id(0)
-    columns = tl.arange(0, BD)
-    bins = tl.arange(0, 1024)
-    num_tokens = tl.load(num_tokens_ptr)
-    keep = num_tokens < 0
-    if skip_ptr is not None:
-        keep = tl.load(skip_ptr) != 0
-    go = (num_tokens > 0) & (keep == 0)
-    steps = tl.load(steps_ptr)
-    count = tl.load(counts_ptr + expert)
-    if seen_ptr is not None:
-        seen = tl.load(seen_ptr + expert)
-        beta = seen.to(tl.float32) / tl.maximum(seen + count, 1).to(tl.float32)
-        tl.store(seen_ptr + expert, tl.where(go, seen + count, seen))
-    else:
-        beta = tl.minimum(steps.to(tl.float32) / (steps + 1).to(tl.float32), decay)
-    move = go & (count > 0)
-    share = tl.maximum(count, 1).to(tl.float32)
+def _take_quantile(hist_row, keep, E: tl.constexpr, K: tl.constexpr):
+    """The K/E quantile of an expert's margins, linear between order statistics; the row is emptied unless `keep`."""
+    bins = tl.arange(0, NUM_MARGIN_BINS)
+    own = tl.load(hist_row + bins)
+    below = tl.cumsum(own.to(tl.int64), axis=0)
+    num_margins = tl.sum(own.to(tl.int64), axis=0).to(tl.float64)
+    rank = tl.maximum(num_margins - 1.0, 0.0) * K / E
+    low = _order_statistic(below, own, tl.floor(rank), bins)
+    high = _order_statistic(below, own, tl.ceil(rank), bins)
+    tl.store(hist_row + bins, tl.where(keep, own, 0))
+    return (low + (high - low) * (rank - tl.floor(rank))).to(tl.float32)
 
-    c_row = weight_ptr + expert.to(tl.int64) * D
-    s_row = sums_ptr + expert.to(tl.int64) * D
+
+@triton.jit
+def _move_centroid(c_row, s_row, count, beta, move, keep, D, BD: tl.constexpr):
+    """c = beta c + (1 - beta) s / count where `move`; s is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the
+    old and the new direction."""
+    columns = tl.arange(0, BD)
+    share = tl.maximum(count, 1).to(tl.float32)
     before = tl.zeros([BD], dtype=tl.float32)
     after = tl.zeros([BD], dtype=tl.float32)
     for start in range(0, D, BD):
@@ -115,44 +78,73 @@ def _commit_kernel(
         along += (u + v) * (u + v)
         tl.store(c_row + column, new, mask=column < D)
         tl.store(s_row + column, tl.where(keep, s, 0.0), mask=column < D)
-    tl.store(turn_ptr + expert, tl.sqrt(tl.sum(apart, axis=0)), mask=go)
-    tl.store(turn_ptr + E + expert, tl.sqrt(tl.sum(along, axis=0)), mask=go)
+    return tl.sqrt(tl.sum(apart, axis=0)), tl.sqrt(tl.sum(along, axis=0))
+
+
+@triton.jit
+def _moved_bias(bias, counts, quantile, sigma, bias_rate, real, E: tl.constexpr, RULE: tl.constexpr):
+    """The bias after one step of its rule, centred and clamped: `reference.balance_bias`."""
+    total = tl.sum(counts, axis=0)
+    if RULE == "proportional":
+        load = counts.to(tl.float32) * (E / tl.maximum(total, 1).to(tl.float32))
+        moved = bias + bias_rate * sigma * tl.minimum(tl.maximum(1.0 - load, -1.0), 1.0)
+    elif RULE == "sign":
+        excess = total - counts * E
+        moved = bias + bias_rate * ((excess > 0).to(tl.float32) - (excess < 0).to(tl.float32))
+    else:
+        moved = (1.0 - bias_rate) * bias + bias_rate * (bias + quantile)
+    mean = tl.sum(tl.where(real, moved, 0.0), axis=0) / E
+    return tl.minimum(tl.maximum(moved - mean, -2.0), 2.0)
+
+
+@triton.jit
+def _commit_kernel(
+    weight_ptr, sums_ptr, counts_ptr, seen_ptr, hist_ptr, quantile_ptr,
+    bias_ptr, score_std_ptr, steps_ptr, dropped_total_ptr,
+    std_sum_ptr, num_tokens_ptr, num_dropped_ptr,
+    load_ptr, turn_ptr, skip_ptr, ticket_ptr,
+    D, decay, bias_rate,
+    E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+):
+    """Grid (E,). seen None: EMA, else cumulative means. turn (2, E): ||u - v|| and ||u + v||, old and new direction."""
+    expert = tl.program_id(0)
+    num_tokens = tl.load(num_tokens_ptr)
+    keep = num_tokens < 0
+    if skip_ptr is not None:
+        keep = tl.load(skip_ptr) != 0
+    go = (num_tokens > 0) & (keep == 0)
+    steps = tl.load(steps_ptr)
+    count = tl.load(counts_ptr + expert)
+    if seen_ptr is not None:
+        seen = tl.load(seen_ptr + expert)
+        beta = seen.to(tl.float32) / tl.maximum(seen + count, 1).to(tl.float32)
+        tl.store(seen_ptr + expert, tl.where(go, seen + count, seen))
+    else:
+        beta = tl.minimum(steps.to(tl.float32) / (steps + 1).to(tl.float32), decay)
+    row = expert.to(tl.int64) * D
+    apart, along = _move_centroid(weight_ptr + row, sums_ptr + row, count, beta, go & (count > 0), keep, D, BD)
+    tl.store(turn_ptr + expert, apart, mask=go)
+    tl.store(turn_ptr + E + expert, along, mask=go)
     if RULE == "quantile":
-        own = tl.load(hist_ptr + expert.to(tl.int64) * 1024 + bins)
-        below = tl.cumsum(own.to(tl.int64), axis=0)
-        num_margins = tl.sum(own.to(tl.int64), axis=0).to(tl.float64)
-        rank = tl.maximum(num_margins - 1.0, 0.0) * K / E
-        low = _order_statistic(below, own, tl.floor(rank), bins)
-        high = _order_statistic(below, own, tl.ceil(rank), bins)
-        tl.store(quantile_ptr + expert, (low + (high - low) * (rank - tl.floor(rank))).to(tl.float32))
-        tl.store(hist_ptr + expert.to(tl.int64) * 1024 + bins, tl.where(keep, own, 0))
+        hist_row = hist_ptr + expert.to(tl.int64) * NUM_MARGIN_BINS
+        tl.store(quantile_ptr + expert, _take_quantile(hist_row, keep, E, K))
 
     tl.debug_barrier()  # every thread's loads of the counters come before this program's arrival
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == E - 1:
         experts = tl.arange(0, BE)
         real = experts < E
         counts = tl.load(counts_ptr + experts, mask=real, other=0)
-        bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
         std = tl.load(std_sum_ptr)
         scale = tl.load(score_std_ptr)
         sd = std / tl.maximum(num_tokens, 1).to(tl.float32)
         sigma = tl.where(scale == 0, sd, 0.99 * scale + 0.01 * sd)
         tl.store(score_std_ptr, tl.where(go, sigma, scale))
-        total = tl.sum(counts, axis=0)
-        if RULE == "proportional":
-            load = counts.to(tl.float32) * (E / tl.maximum(total, 1).to(tl.float32))
-            moved = bias + bias_rate * sigma * tl.minimum(tl.maximum(1.0 - load, -1.0), 1.0)
-        elif RULE == "sign":
-            excess = total - counts * E
-            moved = bias + bias_rate * ((excess > 0).to(tl.float32) - (excess < 0).to(tl.float32))
-        elif RULE == "quantile":
-            target = bias + tl.load(quantile_ptr + experts, mask=real, other=0.0, cache_modifier=".cg")
-            moved = (1.0 - bias_rate) * bias + bias_rate * target
-        else:
-            moved = bias
         if RULE != "none":
-            mean = tl.sum(tl.where(real, moved, 0.0), axis=0) / E
-            moved = tl.minimum(tl.maximum(moved - mean, -2.0), 2.0)
+            bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
+            quantile = bias
+            if RULE == "quantile":
+                quantile = tl.load(quantile_ptr + experts, mask=real, other=0.0, cache_modifier=".cg")
+            moved = _moved_bias(bias, counts, quantile, sigma, bias_rate, real, E, RULE)
             tl.store(bias_ptr + experts, tl.where(go, moved, bias), mask=real)
         tl.store(steps_ptr, tl.where(go, steps + 1, steps))
         tl.store(load_ptr + experts, counts, mask=real & go)
@@ -163,16 +155,6 @@ def _commit_kernel(
         tl.store(num_tokens_ptr, tl.where(keep, num_tokens, 0))
         tl.store(num_dropped_ptr, tl.where(keep, dropped, 0))
         tl.atomic_and(ticket_ptr, 0, sem="relaxed")
-
-
-def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit rows of weight (E, D) fp32, rounded to `dtype`. One launch."""
-    weight = weight.detach()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    d = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    if d.numel():
-        _directions_kernel[(weight.shape[0],)](weight, weight.stride(0), d, weight.shape[1], BD=BLOCK, num_warps=4)
-    return d
 
 
 def commit(
@@ -209,4 +191,4 @@ def commit(
         expert_bias, score_std, steps, dropped_total, std_sum, num_tokens, num_dropped,
         tokens_per_expert, turn, skip, *counters(weight.device, 1), hidden_size, decay, bias_rate,
         E=num_experts, K=top_k, RULE=rule, BE=padded_experts(num_experts), BD=BLOCK, num_warps=4,
-    )  # fmt: skip
+    )

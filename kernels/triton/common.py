@@ -1,4 +1,4 @@
-"""Small device helpers shared by the kernels.
+"""Small helpers shared by the kernels.
 
 Legend: BT tokens a block, BE experts and KP top_k padded to a power of two. Program ids become int64 before they meet
 a stride: T*K*D passes 2^31 at T=65536, K=8, D=7168. An absent tensor is passed as None, which compiles its code away.
@@ -6,13 +6,22 @@ a stride: T*K*D passes 2^31 at T=65536, K=8, D=7168. An absent tensor is passed 
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# Below every s + b (a cosine plus a bias in [-2, 2]), above the -inf that marks an expert already taken.
+# As in `reference`; a test compares them. NOT_A_CANDIDATE: below every s + b, above the -inf of experts that are taken.
 NOT_A_CANDIDATE: tl.constexpr = tl.constexpr(-1.0e30)
 MIN_SQUARED_NORM: tl.constexpr = tl.constexpr(1.0e-30)
 MAX_SQUARED_NORM: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+MIN_CENTROID_NORM: tl.constexpr = tl.constexpr(1.0e-12)
 MIN_COSINE_GATE: tl.constexpr = tl.constexpr(1.0e-3)
 MAX_BIAS: tl.constexpr = tl.constexpr(1024.0)
+NUM_MARGIN_BINS: tl.constexpr = tl.constexpr(1024)  # over [-MARGIN_RANGE, MARGIN_RANGE]
+MARGIN_RANGE: tl.constexpr = tl.constexpr(2.0)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x itself when its rows are contiguous, else a contiguous copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def count_and_rank(
     ids, valid, dropped, in_batch, tokens, block,
     rank_ptr, block_counts_ptr, totals_ptr,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr, DISTINCT: tl.constexpr,
-):  # fmt: skip
+):
     """Count the tokens of a block at each expert, from ids (BT, KP) in [0, E), and rank each copy among those.
 
     Adds to the running totals (E+2,): tokens at each expert, K times the tokens that are not valid, and the dropped
@@ -111,7 +120,7 @@ def publish_totals(
     totals_ptr, ticket_ptr, num_arrivals,
     counts_ptr, offsets_ptr, dropped_ptr,
     E: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
+):
     """The last program to arrive writes counts (E,) int64, offsets (E+1,) int32 and the dropped tokens () int64, and
     leaves totals and ticket at zero for the next launch."""
     tl.debug_barrier()  # every thread's adds come before this program's arrival

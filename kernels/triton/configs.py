@@ -92,7 +92,7 @@ def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: st
     if not aligned or (dtype == torch.float32 and be > 256):
         columns = 16
     if be > 512:
-        return Config(16, columns, 16 if dtype == torch.float32 else 8, 2)
+        return Config(16, columns, 8, 2)
     if num_tokens <= 256:
         warps = 4 if be < 64 or (arch == "gfx942" and be <= 128) else 8
         if arch == "gfx942" and be == 16:  # 64 lanes a warp: more would read x in smaller pieces

@@ -6,7 +6,7 @@ route_fwd (or `_rank_kernel`, from given ids) leaves the counts of each block an
 `_prefix_kernel` turns the counts into the first row of each (block, expert). `_dispatch_fwd_kernel` then reads each
 tile of x once: it writes the tile's K copies to their rows and multiplies the tile by its one-hot expert matrix on the
 tensor cores; that product is its share of the centroid sums. Partial sums, one a token split, are added in the order of
-the splits by `_accumulate_kernel`: no float atomics anywhere, the same bits every time.
+the splits by `accumulate`: no float atomics anywhere, the same bits every time.
 
 The one-hot factor is exact in 16 bits. The unit vectors are not, so each goes in as a high and a low part, which keeps
 the sums at 16 bits of mantissa (22 in fp16, and in fp32, whose parts are TF32) for two products instead of one. Each
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmeans_route.kernels.common import count_and_rank, publish_totals
+from kmeans_route.kernels.common import count_and_rank, publish_totals, rows_of
 from kmeans_route.kernels.configs import (
     Config,
     all_registers,
@@ -37,14 +37,12 @@ from kmeans_route.kernels.configs import (
     power_of_2,
     waits_for_products,
 )
-from kmeans_route.kernels.route import rows_of
 from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
 MAX_PARTIAL_BYTES = 64 << 20
 PREFIX_COLUMNS, PREFIX_ROWS = 16, 64
 RANK_BLOCK = 64
-SUM_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -53,7 +51,7 @@ def _rank_kernel(
     counts_ptr, offsets_ptr, dropped_ptr,
     T,
     E: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
+):
     """Ranks and block counts of given ids (T, K), as route_fwd leaves them. Grid (NB,)."""
     block = tl.program_id(0).to(tl.int64)
     tokens = block * BT + tl.arange(0, BT)
@@ -66,7 +64,7 @@ def _rank_kernel(
     count_and_rank(
         ids, valid, in_batch & (valid == 0), in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
         E, K, BT, BE, KP, False,
-    )  # fmt: skip
+    )
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
@@ -75,7 +73,7 @@ def _prefix_kernel(
     block_counts_ptr, offsets_ptr, first_row_ptr,
     NB,
     E: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+):
     """first_row (NB, E+1) int32: offsets_e plus the rows of expert e in earlier blocks; column E is the tail.
     Grid (ceil((E+1) / BC),)."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -110,7 +108,7 @@ def _dispatch_fwd_kernel(
     T, D, tiles_per_split,
     E: tl.constexpr, K: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr, TWO_PARTS: tl.constexpr,
     WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EB: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (BE / EB ceil(D / BD) S,): EB experts a program; neighbours read the same x, the first of them copies it.
 
     One axis, since the others stop at 65535 programs.
@@ -171,46 +169,6 @@ def _dispatch_fwd_kernel(
         tl.store(partials_ptr + where, sums, mask=(experts < E)[:, None] & in_row[None, :])
 
 
-@triton.jit(do_not_specialize=["num_splits", "num_std"])
-def _accumulate_kernel(
-    partials_ptr, sums_ptr,
-    batch_counts_ptr, counts_ptr,
-    batch_std_ptr, std_sum_ptr,
-    num_tokens_ptr,
-    dropped_ptr, num_dropped_ptr,
-    batch_hist_ptr, hist_ptr,
-    size, num_splits, num_std, hist_size, K,
-    E: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """pending += batch: sums in split order; program 0 adds the counts and scalars. Grid (ceil(max size / BLOCK),)."""
-    block = tl.program_id(0).to(tl.int64)
-    where = block * BLOCK + tl.arange(0, BLOCK)
-    if partials_ptr is not None:
-        total = tl.load(sums_ptr + where, mask=where < size, other=0.0)
-        partial = partials_ptr + where
-        for _ in range(num_splits):
-            total += tl.load(partial, mask=where < size, other=0.0)
-            partial += size
-        tl.store(sums_ptr + where, total, mask=where < size)
-    if batch_hist_ptr is not None:
-        in_hist = where < hist_size
-        bins = tl.load(hist_ptr + where, mask=in_hist, other=0) + tl.load(batch_hist_ptr + where, mask=in_hist, other=0)
-        tl.store(hist_ptr + where, bins, mask=in_hist)
-    if block == 0:
-        experts = tl.arange(0, BE)
-        batch = tl.load(batch_counts_ptr + experts, mask=experts < E, other=0)
-        counts = batch + tl.load(counts_ptr + experts, mask=experts < E, other=0)
-        tl.store(counts_ptr + experts, counts, mask=experts < E)
-        std = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, num_std, BLOCK):
-            part = start + tl.arange(0, BLOCK)
-            std += tl.load(batch_std_ptr + part, mask=part < num_std, other=0.0)
-        tl.store(std_sum_ptr, tl.load(std_sum_ptr) + tl.sum(std, axis=0))
-        num_valid = tl.sum(batch, axis=0) // K
-        tl.store(num_tokens_ptr, tl.load(num_tokens_ptr) + num_valid)
-        tl.store(num_dropped_ptr, tl.load(num_dropped_ptr) + tl.load(dropped_ptr))
-
-
 class Ranks(NamedTuple):
     """Where copies stand in blocks of `block` tokens, int32: rank (T, K), block_counts (NB, E+2), offsets (E+1,)."""
 
@@ -229,23 +187,23 @@ class DispatchResult(NamedTuple):
     partials: Tensor
 
 
-def rank_of_ids(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
+def rank(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
     """One launch of `_rank_kernel`: what route_fwd would have left for these ids (T, K)."""
     (num_tokens, top_k), be = indices.shape, padded_experts(num_experts)
     block = RANK_BLOCK
     num_blocks = ceil_div(num_tokens, block)
-    rank = indices.new_empty(num_tokens, top_k, dtype=torch.int32)
+    place = indices.new_empty(num_tokens, top_k, dtype=torch.int32)
     block_counts = indices.new_empty(num_blocks, num_experts + 2, dtype=torch.int32)
     offsets = indices.new_zeros(num_experts + 1, dtype=torch.int32)
     counts, dropped = indices.new_empty(num_experts), indices.new_empty(())
     if num_tokens:
         totals, ticket = counters(indices.device, num_experts + 2, 1)
         _rank_kernel[(num_blocks,)](
-            indices.contiguous(), valid, rank, block_counts, totals, ticket, counts, offsets, dropped, num_tokens,
+            indices.contiguous(), valid, place, block_counts, totals, ticket, counts, offsets, dropped, num_tokens,
             E=num_experts, K=top_k, BT=block, BE=be, KP=power_of_2(top_k),
             num_warps=8, **all_registers(8, architecture(indices.device)),
-        )  # fmt: skip
-    return Ranks(rank, block_counts, offsets, block)
+        )
+    return Ranks(place, block_counts, offsets, block)
 
 
 def token_splits(num_tokens: int, hidden_size: int, num_experts: int, config: Config) -> tuple[int, int]:
@@ -276,7 +234,7 @@ def dispatch_fwd(
 
     Args:
         x: (T, D). indices: (T, K). valid: (T,).
-        ranks: from route_fwd or `rank_of_ids`; None for the centroid sums alone, in one launch.
+        ranks: from route_fwd or `rank`; None for the centroid sums alone, in one launch.
         inv_norm: (T,) for sums of unit vectors; None for raw sums.
         copies: write x_sorted. want_sums: give the partial centroid sums.
     """
@@ -288,7 +246,7 @@ def dispatch_fwd(
         lambda c: dispatch_fwd(
             x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=c
         ),
-    )  # fmt: skip
+    )
     num_rows = num_tokens * top_k if ranks is not None else 0
     splits, per_split = token_splits(num_tokens, hidden_size, num_experts, c)
     if not want_sums:  # nothing to add up: one tile a program
@@ -308,7 +266,7 @@ def dispatch_fwd(
         _prefix_kernel[(ceil_div(num_experts + 1, PREFIX_COLUMNS),)](
             ranks.block_counts, ranks.offsets, first_row, num_blocks,
             E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
-        )  # fmt: skip
+        )
     x = rows_of(x)
     eb = dispatch_experts(num_experts) if want_sums else be
     _dispatch_fwd_kernel[(be // eb * ceil_div(hidden_size, c.BD) * splits,)](
@@ -320,32 +278,5 @@ def dispatch_fwd(
         E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=one_hot_precision(x.dtype, arch),
         TWO_PARTS=inv_norm is not None or x.dtype == torch.float32, WAIT=waits_for_products(arch),
         BT=c.BT, BD=c.BD, BE=be, EB=eb, **c.launch,
-    )  # fmt: skip
+    )
     return out
-
-
-def accumulate(
-    partials: Tensor,
-    batch_counts: Tensor,
-    batch_std: Tensor,
-    dropped: Tensor,
-    batch_hist: Tensor,
-    top_k: int,
-    sums: Tensor,
-    counts: Tensor,
-    std_sum: Tensor,
-    num_tokens: Tensor,
-    num_dropped: Tensor,
-    margin_hist: Tensor,
-) -> None:
-    """One launch of `_accumulate_kernel`: add a batch to the pending state, in place."""
-    num_experts = counts.shape[0]
-    size = sums.numel() if partials.numel() else 0
-    hist_size = margin_hist.numel()
-    _accumulate_kernel[(max(1, ceil_div(max(size, hist_size), SUM_BLOCK)),)](
-        partials if size else None, sums,
-        batch_counts, counts, batch_std, std_sum, num_tokens, dropped, num_dropped,
-        batch_hist if hist_size else None, margin_hist,
-        size, partials.shape[0], batch_std.numel(), hist_size, top_k,
-        E=num_experts, BE=padded_experts(num_experts), BLOCK=SUM_BLOCK, num_warps=4,
-    )  # fmt: skip

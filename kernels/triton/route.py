@@ -16,14 +16,14 @@ Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of BT tokens, S s
 for, and ranked, together.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmeans_route.kernels.common import publish_totals
+from kmeans_route.kernels.common import NUM_MARGIN_BINS, publish_totals, rows_of
 from kmeans_route.kernels.configs import (
     Config,
     all_registers,
@@ -41,15 +41,15 @@ from kmeans_route.kernels.select import select_and_store
 from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
+Options = tuple[int, str, float, bool, float, int, int, str]
 PROGRAMS = 128  # wanted at least: about the multiprocessors of one GPU
-NUM_MARGIN_BINS = 1024
 
 
 @triton.jit
 def _dots_and_squares(
     x_rows, d_rows, in_batch, first, size, end,
     E: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
+):
     """x . d (BT, BE) and the squared norms of x (BT,) over `size` columns from `first`, those below `end`, in fp32.
 
     One stream over D. Squares are kept by column and summed at the end: a sum across threads in every step would cost
@@ -77,7 +77,7 @@ def _dots_and_squares(
 def _route_fwd_kernel(
     x_ptr, x_stride_t,
     d_ptr,
-    bias_ptr, mask_ptr, given_ptr,
+    bias_ptr, mask_ptr, count_mask_ptr, given_ptr,
     ids_ptr, weights_ptr, selected_ptr,
     scores_ptr, candidates_ptr,
     inv_norm_ptr, valid_ptr,
@@ -88,7 +88,7 @@ def _route_fwd_kernel(
     E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
     NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
     PRECISION: tl.constexpr, WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (ceil(T / BT),)."""
     block = tl.program_id(0).to(tl.int64)
     tokens = block * BT + tl.arange(0, BT)
@@ -97,10 +97,10 @@ def _route_fwd_kernel(
     dots, squares = _dots_and_squares(x_rows, d_rows, tokens < T, 0, D, D, E, PRECISION, WAIT, BT, BD, BE)
     select_and_store(
         dots, squares, block, T,
-        bias_ptr, mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
+        bias_ptr, mask_ptr, count_mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
         inv_norm_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, std_ptr, hist_ptr,
         tau, scaling, E, K, GATE, NORMALIZE, NG, KG, NGP, TOP2, BT, BE, KP,
-    )  # fmt: skip
+    )
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
@@ -109,7 +109,7 @@ def _route_split_kernel(
     x_ptr, x_stride_t,
     d_ptr,
     dots_ptr, squares_ptr, block_tickets_ptr,
-    bias_ptr, mask_ptr, given_ptr,
+    bias_ptr, mask_ptr, count_mask_ptr, given_ptr,
     ids_ptr, weights_ptr, selected_ptr,
     scores_ptr, candidates_ptr,
     inv_norm_ptr, valid_ptr,
@@ -121,7 +121,7 @@ def _route_split_kernel(
     NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
     PRECISION: tl.constexpr, WAIT: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr, RT: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (S NB,), the splits of a block together. dots (S, NB BT, BE) and squares (S, NB BT) hold their partial
     results. One axis, since the others stop at 65535 programs.
 
@@ -161,10 +161,11 @@ def _route_split_kernel(
                 all_squares += tl.load(squares_ptr + first_row + rows, cache_modifier=".cg")
             select_and_store(
                 all_dots, all_squares, group, T,
-                bias_ptr, mask_ptr, given_ptr, ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
+                bias_ptr, mask_ptr, count_mask_ptr, given_ptr,
+                ids_ptr, weights_ptr, selected_ptr, scores_ptr, candidates_ptr,
                 inv_norm_ptr, valid_ptr, rank_ptr, block_counts_ptr, totals_ptr, std_ptr, hist_ptr,
                 tau, scaling, E, K, GATE, NORMALIZE, NG, KG, NGP, TOP2, RT, BE, KP,
-            )  # fmt: skip
+            )
         tl.atomic_and(block_tickets_ptr + block, 0, sem="relaxed")
         publish_totals(totals_ptr, ticket_ptr, num_blocks, counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
@@ -194,19 +195,15 @@ class RouteResult(NamedTuple):
     block: int
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x itself when its rows are contiguous, else a contiguous copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def route_fwd(
     x: Tensor,
     directions: Tensor,
     expert_bias: Tensor | None,
     mask: Tensor | None,
     indices: Tensor | None,
-    options: tuple[int, str, float, bool, float, int, int, str],
+    options: Options,
     *,
+    count_mask: Tensor | None = None,
     want_scores: bool = False,
     want_std: bool = False,
     want_hist: bool = False,
@@ -218,84 +215,105 @@ def route_fwd(
     Args:
         x: (T, D) fp32, fp16 or bf16. directions: (E, D) in x's dtype.
         expert_bias: (E,) or None. mask: (T,) bool or None. indices: (T, K) int64 to replay, or None.
-        options: the fields of `checks.RouteOptions`.
+        options: the fields of `kmeans_route.types.RouteOptions`.
+        count_mask: (T,) bool or None; tokens outside have no part in score_std, margin_hist and dropped.
         want_scores, want_std, want_hist: fill scores, score_std, margin_hist. want_rank: fill rank and block_counts.
         config: instead of the table's.
     """
     top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score = options
     (num_tokens, hidden_size), num_experts = x.shape, directions.shape[0]
-    arch = architecture(x.device)
-    c = config or tuned(
-        "route_config", (num_tokens, num_experts, x.dtype), x.device,
-        route_config(num_tokens, num_experts, x.dtype, arch, hidden_size % 16 == 0),
-        lambda c: route_fwd(
-            x, directions, expert_bias, mask, indices, options,
-            want_scores=want_scores, want_std=want_std, want_hist=want_hist, want_rank=want_rank, config=c,
-        ),
-    )  # fmt: skip
-    num_blocks, be = ceil_div(num_tokens, c.BT), padded_experts(num_experts)
+    arch, be = architecture(x.device), padded_experts(num_experts)
+    c = config or _config(x, directions, expert_bias, mask, indices, options, arch, {
+        "count_mask": count_mask, "want_scores": want_scores, "want_std": want_std, "want_hist": want_hist,
+        "want_rank": want_rank,
+    })
+    num_blocks = ceil_div(num_tokens, c.BT)
     num_splits, split_size = column_splits(hidden_size, max(1, num_blocks), c.BD)
     over_all = gate == "softmax" and not normalize
     long = over_all or want_hist or indices is not None or topk_group < n_group
     stream = num_splits == 1 and selects_at_once(c, num_experts, long=long)
     block = c.BT if stream else min(c.BT, selected_rows(num_experts, long=long))
-    num_ranked = num_blocks * (c.BT // block)
-    by_expert, by_slot = (num_tokens, num_experts), (num_tokens, top_k)
-
-    def fp32(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
-    out = RouteResult(
-        indices=x.new_empty(by_slot, dtype=torch.int64),
-        weights=fp32(*by_slot),
-        selected=fp32(*by_slot),
-        scores=fp32(*by_expert) if want_scores or over_all else fp32(0, num_experts),
-        candidates=x.new_empty(by_expert if over_all else (0, num_experts), dtype=torch.bool),
-        counts=x.new_empty(num_experts, dtype=torch.int64),
-        inv_norm=fp32(num_tokens),
-        valid=x.new_empty(num_tokens, dtype=torch.bool),
-        offsets=x.new_empty(num_experts + 1, dtype=torch.int32),
-        dropped=x.new_empty((), dtype=torch.int64),
-        rank=x.new_empty(by_slot if want_rank else (0, top_k), dtype=torch.int32),
-        block_counts=x.new_empty(num_ranked if want_rank else 0, num_experts + 2, dtype=torch.int32),
-        score_std=fp32(num_tokens if want_std else 0),
-        margin_hist=x.new_zeros(num_experts if want_hist else 0, NUM_MARGIN_BINS, dtype=torch.int32),
-        block=block,
+    out = _empty_result(
+        x, num_experts, top_k, block, num_blocks * (c.BT // block),
+        want_scores or over_all, over_all, want_std, want_hist, want_rank,
     )
     if num_tokens == 0:
         for empty in (out.counts, out.offsets, out.dropped):
             empty.zero_()
         return out
-    x = rows_of(x)
-    bias = None if expert_bias is None else expert_bias.float().contiguous()
+    x, directions = rows_of(x), directions.contiguous()
     totals, ticket, block_tickets = counters(x.device, num_experts + 2, 1, num_blocks)
-    results = (
-        bias, None if mask is None else mask.contiguous(), None if indices is None else indices.contiguous(),
+    pointers = (
+        None if expert_bias is None else expert_bias.float().contiguous(),
+        *(None if each is None else each.contiguous() for each in (mask, count_mask, indices)),
         out.indices, out.weights, out.selected,
         out.scores if out.scores.numel() else None, out.candidates if over_all else None,
         out.inv_norm, out.valid,
         out.rank if want_rank else None, out.block_counts if want_rank else None, totals, ticket,
         out.counts, out.offsets, out.dropped,
         out.score_std if want_std else None, out.margin_hist if want_hist else None,
-    )  # fmt: skip
+    )
     constants = {
-        "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize, "NG": n_group, "KG": topk_group,
-        "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
-        "PRECISION": dot_precision(x.dtype, arch), "WAIT": waits_for_products(arch), "BT": c.BT, "BD": c.BD, "BE": be,
-        "KP": power_of_2(top_k),
-    }  # fmt: skip
-    directions, launch = directions.contiguous(), c.launch | all_registers(c.num_warps, arch)
+        "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
+        "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
+        "PRECISION": dot_precision(x.dtype, arch), "WAIT": waits_for_products(arch),
+        "BT": c.BT, "BD": c.BD, "BE": be, "KP": power_of_2(top_k),
+        **c.launch, **all_registers(c.num_warps, arch),
+    }
     if stream:
         _route_fwd_kernel[(num_blocks,)](
-            x, x.stride(0), directions, *results, num_tokens, hidden_size, tau, scaling, **constants, **launch
+            x, x.stride(0), directions, *pointers, num_tokens, hidden_size, tau, scaling, **constants
         )
         return out
-    partial_dots, partial_squares = fp32(num_splits, num_blocks * c.BT, be), fp32(num_splits, num_blocks * c.BT)
+    partial_dots = x.new_empty(num_splits, num_blocks * c.BT, be, dtype=torch.float32)
     _route_split_kernel[(num_splits * num_blocks,)](
-        x, x.stride(0), directions, partial_dots, partial_squares, block_tickets, *results,
-        num_tokens, hidden_size, num_splits, split_size, tau, scaling, **constants, RT=block, **launch,
-    )  # fmt: skip
+        x, x.stride(0), directions, partial_dots, torch.empty_like(partial_dots[:, :, 0]), block_tickets, *pointers,
+        num_tokens, hidden_size, num_splits, split_size, tau, scaling, **constants, RT=block,
+    )
     return out
+
+
+def _config(
+    x: Tensor, directions: Tensor, expert_bias: Tensor | None, mask: Tensor | None, indices: Tensor | None,
+    options: Options, arch: str, wanted: dict[str, Any],
+) -> Config:
+    """The table's, or the fastest where a search is on."""
+    (num_tokens, hidden_size), num_experts = x.shape, directions.shape[0]
+    default = route_config(num_tokens, num_experts, x.dtype, arch, hidden_size % 16 == 0)
+
+    def launch(config: Config) -> RouteResult:
+        return route_fwd(x, directions, expert_bias, mask, indices, options, **wanted, config=config)
+
+    return tuned("route_config", (num_tokens, num_experts, x.dtype), x.device, default, launch)
+
+
+def _empty_result(
+    x: Tensor, num_experts: int, top_k: int, block: int, num_ranked: int,
+    want_scores: bool, want_candidates: bool, want_std: bool, want_hist: bool, want_rank: bool,
+) -> RouteResult:
+    """What a launch fills, every tensor that is not wanted being empty."""
+    num_tokens = x.shape[0]
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    return RouteResult(
+        indices=made(num_tokens, top_k, dtype=torch.int64),
+        weights=made(num_tokens, top_k),
+        selected=made(num_tokens, top_k),
+        scores=made(num_tokens if want_scores else 0, num_experts),
+        candidates=made(num_tokens if want_candidates else 0, num_experts, dtype=torch.bool),
+        counts=made(num_experts, dtype=torch.int64),
+        inv_norm=made(num_tokens),
+        valid=made(num_tokens, dtype=torch.bool),
+        offsets=made(num_experts + 1, dtype=torch.int32),
+        dropped=made(dtype=torch.int64),
+        rank=made(num_tokens if want_rank else 0, top_k, dtype=torch.int32),
+        block_counts=made(num_ranked if want_rank else 0, num_experts + 2, dtype=torch.int32),
+        score_std=made(num_tokens if want_std else 0),
+        margin_hist=x.new_zeros(num_experts if want_hist else 0, NUM_MARGIN_BINS.value, dtype=torch.int32),
+        block=block,
+    )
 
 
 def column_splits(hidden_size: int, num_blocks: int, columns: int) -> tuple[int, int]:

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 
 from kmeans_route.kernels.common import (
+    MARGIN_RANGE,
     MAX_SQUARED_NORM,
     MIN_COSINE_GATE,
     MIN_SQUARED_NORM,
     NOT_A_CANDIDATE,
+    NUM_MARGIN_BINS,
     at_expert,
     at_slot,
     count_and_rank,
@@ -31,7 +33,7 @@ from kmeans_route.kernels.common import (
 def _keep_best_groups(
     ranking, experts, E: tl.constexpr, BE: tl.constexpr,
     NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
-):  # fmt: skip
+):
     """`ranking` with the experts outside the KG best of NG groups at NOT_A_CANDIDATE; ties to the lower group."""
     SIZE: tl.constexpr = E // NG
     groups = tl.arange(0, NGP)
@@ -90,19 +92,69 @@ def _gates(selected, scores, left, inside, tau, GATE: tl.constexpr, NORMALIZE: t
 
 
 @triton.jit
+def _scores(dots, squares, tokens, in_batch, mask_ptr, count_mask_ptr):
+    """s (BT, BE), 1 / ||x|| (BT,), and which tokens are valid, which of them count, and which count as dropped."""
+    wanted = in_batch
+    if mask_ptr is not None:
+        wanted = wanted & (tl.load(mask_ptr + tokens, mask=in_batch, other=0) != 0)
+    # NaN fails both comparisons, Inf and overflow the second, zero and subnormal rows the first.
+    valid = wanted & (squares >= MIN_SQUARED_NORM) & (squares <= MAX_SQUARED_NORM)
+    inv_norm = tl.where(valid, 1.0 / tl.sqrt(tl.where(valid, squares, 1.0)), 0.0)
+    counted, dropped = valid, wanted & (valid == 0)
+    if count_mask_ptr is not None:
+        counts = tl.load(count_mask_ptr + tokens, mask=in_batch, other=0) != 0
+        counted, dropped = valid & counts, dropped & counts
+    scores = dots * inv_norm[:, None]
+    scores = tl.where(valid[:, None] & (tl.abs(scores) < float("inf")), scores, 0.0)  # NaN fails the comparison
+    return scores, inv_norm, valid, counted, dropped
+
+
+@triton.jit
+def _take_top_k(
+    left, given, replayed, valid, experts, slots,
+    K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
+):
+    """ids (BT, KP) and their s + b, and `left` (BT, BE) with what was taken at -inf. given None: no replay."""
+    ids = tl.zeros([BT, KP], dtype=tl.int32) + slots[None, :]
+    ranked = tl.zeros([BT, KP], dtype=tl.float32)
+    for k in range(K):
+        best, best_id = take_best(left, experts, BE)
+        if given is not None:
+            best_id = tl.where(replayed, at_slot(given, slots, k), best_id)
+            best = at_expert(left, experts, best_id)
+        best_id = tl.where(valid, best_id, k)
+        left = tl.where(experts[None, :] == best_id[:, None], float("-inf"), left)
+        ids = tl.where((slots == k)[None, :], best_id[:, None], ids)
+        ranked = tl.where((slots == k)[None, :], best[:, None], ranked)
+    return ids, ranked, left
+
+
+@triton.jit
+def _add_margins(hist_ptr, ranking, rest, counted, experts, E: tl.constexpr):
+    """Histogram of alpha_t - (s_te + b_e), alpha_t the largest of `rest`; who is no candidate goes to the last bin.
+
+    Integer adds commute, so it has the same bits every time: T E adds over E x NUM_MARGIN_BINS addresses.
+    """
+    alpha = tl.max(rest, axis=1)
+    margin = tl.where(ranking > NOT_A_CANDIDATE, alpha[:, None] - ranking, 2 * MARGIN_RANGE)
+    bins = tl.floor((margin + MARGIN_RANGE) * (NUM_MARGIN_BINS / (2 * MARGIN_RANGE)))
+    bins = tl.minimum(tl.maximum(bins, 0.0), NUM_MARGIN_BINS - 1.0).to(tl.int32)
+    inside = counted[:, None] & (experts < E)[None, :]
+    tl.atomic_add(hist_ptr + experts[None, :] * NUM_MARGIN_BINS + bins, 1, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def select_and_store(
     dots, squares, block, T,
-    bias_ptr, mask_ptr, given_ptr,
+    bias_ptr, mask_ptr, count_mask_ptr, given_ptr,
     ids_ptr, weights_ptr, selected_ptr,
-    scores_ptr, candidates_ptr,
-    inv_norm_ptr, valid_ptr,
+    scores_ptr, candidates_ptr, inv_norm_ptr, valid_ptr,
     rank_ptr, block_counts_ptr, totals_ptr,
-    std_ptr, hist_ptr,
-    tau, scaling,
+    std_ptr, hist_ptr, tau, scaling,
     E: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, NORMALIZE: tl.constexpr,
     NG: tl.constexpr, KG: tl.constexpr, NGP: tl.constexpr, TOP2: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, KP: tl.constexpr,
-):  # fmt: skip
+):
     """Finish block `block` of BT tokens from dots (BT, BE) and squared norms (BT,), both fp32.
 
     Whatever bias, directions and given ids hold, the ids of a row are distinct and in [0, E): every value that is
@@ -113,24 +165,23 @@ def select_and_store(
     slots = tl.arange(0, KP)
     in_batch = tokens < T
     real = (experts < E)[None, :]
+    inside = (slots < K)[None, :]
     tile_TE = tl.arange(0, BT)[:, None] * E + experts[None, :]  # 32 bits, from the block's own base
+    out = tokens[:, None] * K + slots[None, :]
+    write = in_batch[:, None] & inside
 
-    # NaN fails both comparisons, Inf and overflow the second, zero and subnormal rows the first.
-    wanted = in_batch
-    if mask_ptr is not None:
-        wanted = wanted & (tl.load(mask_ptr + tokens, mask=in_batch, other=0) != 0)
-    valid = wanted & (squares >= MIN_SQUARED_NORM) & (squares <= MAX_SQUARED_NORM)
-    inv_norm = tl.where(valid, 1.0 / tl.sqrt(tl.where(valid, squares, 1.0)), 0.0)
+    scores, inv_norm, valid, counted, dropped = _scores(dots, squares, tokens, in_batch, mask_ptr, count_mask_ptr)
     tl.store(inv_norm_ptr + tokens, inv_norm, mask=in_batch)
     tl.store(valid_ptr + tokens, valid, mask=in_batch)
-    scores = dots * inv_norm[:, None]
-    scores = tl.where(valid[:, None] & (tl.abs(scores) < float("inf")), scores, 0.0)  # NaN fails the comparison
     if scores_ptr is not None:
         tl.store(scores_ptr + block * BT * E + tile_TE, scores, mask=in_batch[:, None] & real)
     if std_ptr is not None:
         mean = tl.sum(scores, axis=1) / E  # padded columns are 0: their directions were loaded as 0
         centered = tl.where(real, scores - mean[:, None], 0.0)
-        tl.store(std_ptr + tokens, tl.sqrt(tl.sum(centered * centered, axis=1) / E), mask=in_batch)
+        std = tl.sqrt(tl.sum(centered * centered, axis=1) / E)
+        if count_mask_ptr is not None:
+            std = tl.where(counted, std, 0.0)
+        tl.store(std_ptr + tokens, std, mask=in_batch)
 
     left = scores
     if bias_ptr is not None or E < BE:
@@ -142,28 +193,14 @@ def select_and_store(
     ranking = left
     if KG < NG:
         ranking = _keep_best_groups(left, experts, E, BE, NG, KG, NGP, TOP2)
-        if given_ptr is None:
-            left = ranking
-    inside = (slots < K)[None, :]
-    out = tokens[:, None] * K + slots[None, :]
-    write = in_batch[:, None] & inside
-    if given_ptr is not None:
+    given, replayed = None, None
+    if given_ptr is None:
+        left = ranking
+    else:
         given, replayed = _may_replay(tl.load(given_ptr + out, mask=write, other=0), slots, E, K)
         if KG < NG:  # replayed ids may lie outside of the groups: their scores are still needed
             left = tl.where(replayed[:, None], left, ranking)
-
-    ids = tl.zeros([BT, KP], dtype=tl.int32) + slots[None, :]
-    ranked = tl.zeros([BT, KP], dtype=tl.float32)  # s + b of what was taken
-    for k in range(K):
-        best, best_id = take_best(left, experts, BE)
-        if given_ptr is not None:
-            best_id = tl.where(replayed, at_slot(given, slots, k), best_id)
-            best = at_expert(left, experts, best_id)
-        best_id = tl.where(valid, best_id, k)
-        left = tl.where(experts[None, :] == best_id[:, None], float("-inf"), left)
-        ids = tl.where((slots == k)[None, :], best_id[:, None], ids)
-        ranked = tl.where((slots == k)[None, :], best[:, None], ranked)
-    selected = ranked
+    ids, selected, left = _take_top_k(left, given, replayed, valid, experts, slots, K, BT, BE, KP)
     if bias_ptr is not None:
         selected -= finite_bias(tl.load(bias_ptr + ids, mask=inside & (ids < E), other=0.0))
     selected = tl.where(valid[:, None] & inside, selected, 0.0)
@@ -179,19 +216,11 @@ def select_and_store(
         tl.store(candidates_ptr + block * BT * E + tile_TE, (left != NOT_A_CANDIDATE), mask=in_batch[:, None] & real)
 
     count_and_rank(
-        ids, valid, wanted & (valid == 0), in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
+        ids, valid, dropped, in_batch, tokens, block, rank_ptr, block_counts_ptr, totals_ptr,
         E, K, BT, BE, KP, True,
-    )  # fmt: skip
-
+    )
     if hist_ptr is not None:
-        # Integer adds commute, so the histogram has the same bits every time: T E adds over E x 1024 addresses.
         rest = left
         if given_ptr is not None:  # what was replayed is not what the scores would have taken
-            rest = ranking
-            for _ in range(K):
-                best, best_id = take_best(rest, experts, BE)
-                rest = tl.where(experts[None, :] == best_id[:, None], float("-inf"), rest)
-        alpha = tl.max(rest, axis=1)
-        margin = tl.where(ranking > NOT_A_CANDIDATE, alpha[:, None] - ranking, 3.0)
-        bins = tl.minimum(tl.maximum(tl.floor((margin + 2.0) * 256.0), 0.0), 1023.0).to(tl.int32)
-        tl.atomic_add(hist_ptr + experts[None, :] * 1024 + bins, 1, mask=valid[:, None] & real, sem="relaxed")
+            rest = _take_top_k(ranking, None, None, in_batch, experts, slots, K, BT, BE, KP)[2]
+        _add_margins(hist_ptr, ranking, rest, counted, experts, E)

@@ -1,1 +1,1 @@
-"""Contests between ways to route: what `kmeans-route bench` and the suites in benchmarks/ time, check and print."""
+"""Contests between ways to route: what `kmeans-route bench` makes, checks and times."""

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-REPEATS_BACK_TO_BACK = 20
-Outcome = dict[str, Any]
 Runner = Callable[[], object]
 
 
@@ -56,29 +54,6 @@ class Clock:
         finally:
             if self.on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-
-    def measure(self, run: Runner, prepare: Runner = nothing, *, back_to_back: bool = False) -> Outcome:
-        """Median and quartiles of `run` in microseconds, and the peak of what it allocates in bytes.
-
-        prepare: called before each sample, outside of its time. back_to_back: also the mean of 20 calls in one graph,
-        with whatever they leave in L2.
-        """
-        with self.scope():
-            peak = self.warm_up(run, prepare)
-            timed, method = self.captured(run)
-            count = 2
-            if self.on_gpu:  # at least 20 samples, of about a second in all; fewer where one takes more than 50 ms
-                count = max(5, min(50, int(1e6 / max(self.samples_us(timed, prepare, 1)[0], 1.0))))
-            samples = torch.tensor(self.samples_us(timed, prepare, count), dtype=torch.float64)
-            q1, median, q3 = samples.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-            result = {"median_us": median, "q1_us": q1, "q3_us": q3, "samples": count}
-            result |= {"peak_bytes": peak, "method": method}
-            if back_to_back and method == "graph":
-                many = self.captured(lambda: [run() for _ in range(REPEATS_BACK_TO_BACK)])
-                if many[1] == "graph":
-                    times = torch.tensor(self.samples_us(many[0], prepare, 20))
-                    result["back_to_back_us"] = float(times.median()) / REPEATS_BACK_TO_BACK
-            return result
 
     def warm_up(self, run: Runner, prepare: Runner = nothing) -> int | None:
         """Run it until everything is compiled; the peak of what one call allocates in bytes, on a GPU."""

@@ -1,17 +1,14 @@
 """Contestants timed in turn within one run, so that whatever else the machine does falls on all of them alike.
 
-No time is shown unless correctness was asserted first: a contest that was not verified refuses to run and to print.
+No time is shown unless correctness was asserted first: a contest that was not verified refuses to run and to tell.
 """
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-
-def nothing() -> None:
-    """The reset of a contestant that has nothing to clear."""
+from kmeans_route.bench.clock import Clock, nothing
 
 
 class Contestant(NamedTuple):
@@ -37,61 +34,28 @@ class Timing(NamedTuple):
     repeats: int
 
 
-class Goal(NamedTuple):
-    """A ratio that one run is read for: the median of `name` over the sum of the medians of `over`, at most `at_most`.
-
-    aim: what is striven for beyond the goal, or None.
-    """
-
-    name: str
-    over: tuple[str, ...]
-    at_most: float
-    aim: float | None = None
-
-
 class NotVerifiedError(RuntimeError):
-    """A contest was run or printed though correctness was not asserted, or the assertion failed."""
+    """A contest was run or asked for times though correctness was not asserted, or the assertion failed."""
 
 
-class Contest:
-    """Several ways to do one thing.
+class ClockedContest:
+    """Several ways to do one thing, timed by a `Clock`.
 
     Args:
+        clock: of the device that they run on.
         title: heads the table.
         contestants: in the order of the rows; names must differ.
         baselines: names of those the ratio refers to; the one with the least median counts.
-        note: a line under the table.
-        goals: ratios to show and to keep beside the times.
-        not_run: name of each contestant that cannot run here -> why; a line of the table and a record each.
-        versions: name of a contestant or of one not run -> the package it comes from, with its version.
 
-    Raises:
-        ValueError: names are not all different, or a baseline, a goal or a version names nobody.
+    method: contestant -> how it was timed. peak_bytes: contestant -> most memory that a call allocates, on a GPU.
     """
 
-    def __init__(
-        self,
-        title: str,
-        contestants: list[Contestant],
-        baselines: list[str],
-        note: str = "",
-        *,
-        goals: Sequence[Goal] = (),
-        not_run: Mapping[str, str] | None = None,
-        versions: Mapping[str, str] | None = None,
-    ) -> None:
-        self.goals, self.not_run, self.versions = list(goals), dict(not_run or {}), dict(versions or {})
-        names = [contestant.name for contestant in contestants]
-        if len({*names, *self.not_run}) != len(names) + len(self.not_run):
-            raise ValueError(f"contestants must have different names, got {[*names, *self.not_run]}")
-        if not baselines or not set(baselines) <= set(names):
-            raise ValueError(f"baselines must be among {names}, got {baselines}")
-        unknown = {name for goal in self.goals for name in (goal.name, *goal.over)} - set(names)
-        unknown |= set(self.versions) - {*names, *self.not_run}
-        if unknown:
-            raise ValueError(f"goals and versions must name contestants, got {sorted(unknown)}")
-        self.title, self.contestants, self.baselines, self.note = title, contestants, baselines, note
-        self.times_ms: dict[str, list[float]] = {name: [] for name in names}
+    def __init__(self, clock: Clock, title: str, contestants: list[Contestant], baselines: list[str]) -> None:
+        self.clock, self.title, self.contestants, self.baselines = clock, title, contestants, baselines
+        self.times_ms: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+        self.method: dict[str, str] = {}
+        self.peak_bytes: dict[str, int | None] = {}
+        self._timed: dict[str, Callable[[], object]] = {}
         self._verified = False
 
     def verify(self, check: Callable[[], object]) -> None:
@@ -100,28 +64,24 @@ class Contest:
         check()
         self._verified = True
 
-    def run(self, repeats: int, warm_up: int = 2) -> None:
-        """`warm_up` rounds that are not counted, then `repeats` that are."""
-        self.warm_up(warm_up)
-        for _ in range(repeats):
-            self.round()
-
-    def warm_up(self, rounds: int) -> None:
-        """Rounds that are not counted."""
+    def warm_up(self, rounds: int = 1) -> None:
+        """Call everyone until all is compiled, and make the graphs."""
         self._check_verified()
-        for _ in range(rounds):
-            for contestant in self.contestants:
-                contestant.reset()
-                contestant.step()
+        with self.clock.scope():
+            for name, step, reset in self.contestants:
+                for _ in range(rounds):
+                    self.peak_bytes[name] = self.clock.warm_up(step, reset)
+                self._timed[name], self.method[name] = self.clock.captured(step)
 
     def round(self) -> None:
         """One step of each contestant, timed, in the order of this round."""
         self._check_verified()
-        for contestant in self.order():
-            contestant.reset()
-            start = time.perf_counter()
-            contestant.step()
-            self.times_ms[contestant.name].append((time.perf_counter() - start) * 1e3)
+        if not self._timed:
+            raise NotVerifiedError(f"{self.title}: call warm_up() before the first round")
+        with self.clock.scope():
+            for name, _, reset in self.order():
+                (time_us,) = self.clock.samples_us(self._timed[name], reset)
+                self.times_ms[name].append(time_us / 1e3)
 
     def order(self) -> list[Contestant]:
         """Drawn anew for each round, the same in every run: a step costs 10% more or less by what ran before it."""
@@ -133,72 +93,13 @@ class Contest:
         """Name of the quickest of the baselines, by median."""
         self._check_verified()
         if not self.times_ms[self.baselines[0]]:
-            raise ValueError(f"{self.title}: no round has been run: call run() first")
+            raise ValueError(f"{self.title}: no round has been run: call round() first")
         return min(self.baselines, key=lambda name: statistics.median(self.times_ms[name]))
 
     def timings(self) -> dict[str, Timing]:
         """Statistics of every contestant."""
         base_ms = self.times_ms[self.baseline()]
         return {name: _timing(times_ms, base_ms) for name, times_ms in self.times_ms.items()}
-
-    def ratio(self, name: str) -> float:
-        """Median time of `name` over that of the quickest baseline."""
-        return self.timings()[name].ratio
-
-    def outcomes(self) -> list[dict[str, Any]]:
-        """Of each goal, in order: its fields, over_ms, ratio, and met, whether ratio <= at_most."""
-        timings = self.timings()
-        found = []
-        for goal in self.goals:
-            over_ms = sum(timings[name].median_ms for name in goal.over)
-            ratio = timings[goal.name].median_ms / over_ms
-            found.append({**goal._asdict(), "over_ms": over_ms, "ratio": ratio, "met": ratio <= goal.at_most})
-        return found
-
-    def table(self) -> str:
-        """The result for people.
-
-        Raises:
-            NotVerifiedError: correctness was not asserted, or the assertion failed.
-        """
-        timings = self.timings()
-        baseline = self.baseline()
-        width = max(len("contestant"), *(len(name) + 2 for name in [*timings, *self.not_run]))
-        repeats = timings[baseline].repeats
-        lines = [
-            f"{self.title} ({repeats} rounds)",
-            f"{'contestant':{width}}  median ms  q1..q3 ms         min ms  ratio",
-        ]
-        for name, t in timings.items():
-            label = f"{name} *" if name == baseline else name
-            quartiles = f"{t.q1_ms:.2f}..{t.q3_ms:.2f}"
-            lines.append(f"{label:{width}}  {t.median_ms:9.2f}  {quartiles:16}  {t.min_ms:7.2f}  {t.ratio:5.2f}")
-        lines += [f"{name:{width}}  not run: {reason}" for name, reason in self.not_run.items()]
-        lines.append("* the baseline of the ratios")
-        for outcome in self.outcomes():
-            over = " + ".join(outcome["over"])
-            aim = "" if outcome["aim"] is None else f", aim {outcome['aim']:g}"
-            lines.append(
-                f"{outcome['name']} / ({over}, {outcome['over_ms']:.2f} ms) = {outcome['ratio']:.2f} "
-                f"(goal at most {outcome['at_most']:g}{aim}: {'met' if outcome['met'] else 'not met'})"
-            )
-        if self.note:
-            lines.append(self.note)
-        return "\n".join(lines)
-
-    def record(self) -> dict[str, object]:
-        """The result for JSON."""
-        return {
-            "title": self.title,
-            "baseline": self.baseline(),
-            "note": self.note,
-            "contestants": {name: timing._asdict() for name, timing in self.timings().items()},
-            "not_run": [
-                {"contestant": name, "status": "not run", "reason": reason} for name, reason in self.not_run.items()
-            ],
-            "versions": self.versions,
-            "goals": self.outcomes(),
-        }
 
     def _check_verified(self) -> None:
         if not self._verified:

@@ -1,7 +1,6 @@
-"""Where and when a result was measured, and the file that keeps it."""
+"""Where and when a result was measured."""
 
 import datetime
-import json
 import os
 import platform
 from pathlib import Path
@@ -37,10 +36,3 @@ def environment(command: str) -> dict[str, object]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
-
-
-def write_results(path: Path, command: str, records: list[dict[str, object]]) -> None:
-    """Write one JSON file: the environment and a record for each contest."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment(command), "results": records}
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from kmeans_route.bench.routing_contest import MODES, RIVALS
-from kmeans_route.cli import checkpoint as checkpoints
 from kmeans_route.cli import info as machine
-from kmeans_route.cli.bench import DTYPES, SHAPE_NAMES, BenchOptions, bench
-from kmeans_route.cli.config import BALANCES, TrainConfig
-from kmeans_route.cli.conversion import convert, export
-from kmeans_route.cli.data import load_corpus
+from kmeans_route.cli.bench import DTYPES, SHAPE_NAMES, bench, parse_options
+from kmeans_route.cli.convert import convert
 from kmeans_route.cli.demo import DEMO_STEPS, demo
-from kmeans_route.cli.inspection import inspect
+from kmeans_route.cli.export import export
+from kmeans_route.cli.inspect import inspect
 from kmeans_route.cli.output import Output
-from kmeans_route.cli.pretrained import convert_pretrained, export_pretrained, is_pretrained
-from kmeans_route.cli.run import resumed, train
+from kmeans_route.cli.pretrained import Pretrained, is_pretrained
 from kmeans_route.cli.selftest import selftest
-from kmeans_route.cli.training import NotFiniteError, set_threads
+from kmeans_route.cli.train import Stopped, resumed, train
+from kmeans_route.cli.trained import Trained
+from kmeans_route.lm import checkpoint as checkpoints
+from kmeans_route.lm.config import BALANCES, TrainConfig
+from kmeans_route.lm.data import load_corpus
+from kmeans_route.lm.trainer import NotFiniteError
 
 app = typer.Typer(
     name="kmeans-route",
@@ -42,24 +46,21 @@ Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="File or folder to train on, repeatable [default: this Python's standard library]."),
 ]
-Threads = Annotated[
-    int,
-    typer.Option(
-        "--threads",
-        min=1,
-        help="CPU threads. On a busy machine set OMP_WAIT_POLICY=passive: waiting threads then sleep.",
-    ),
-]
+_THREADS = "CPU threads. On a busy machine set OMP_WAIT_POLICY=passive: waiting threads then sleep."
+Threads = Annotated[int, typer.Option("--threads", min=1, help=_THREADS)]
 
 
-def _leave(output: Output, work: Callable[[], int]) -> None:
-    """Run a command's work; errors that a user can mend become one line and exit code 1."""
+@contextmanager
+def _speaking(json_mode: bool, plain: bool) -> Iterator[Output]:
+    """Where a command speaks; errors that a user can mend become one line and exit code 1."""
+    output = Output(json_mode=json_mode, plain=plain)
     try:
-        code = work()
+        yield output
     except (ValueError, OSError, ModuleNotFoundError, checkpoints.CheckpointError, NotFiniteError) as error:
         output.fail(" ".join(str(error).split()))
-        code = 1
-    raise typer.Exit(code)
+        raise typer.Exit(1) from None
+    except Stopped as stopped:
+        raise typer.Exit(stopped.tell(output)) from None
 
 
 @app.command("train")
@@ -67,8 +68,7 @@ def train_command(
     context: typer.Context,
     router: Annotated[str, typer.Option(help=f"One of {', '.join(BALANCES)}.")] = _DEFAULT.router,
     balance: Annotated[
-        str,
-        typer.Option(help="Balance rule: proportional, sign, quantile, aux or none [default: the router's]."),
+        str, typer.Option(help="Balance rule: proportional, sign, quantile, aux or none [default: the router's].")
     ] = "",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _DEFAULT.steps,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the text.")] = _DEFAULT.seed,
@@ -108,23 +108,19 @@ def train_command(
     plain: Plain = False,
 ) -> None:
     """Train a small byte-level language model and report its routing."""
-    output = Output(json_mode=json_mode, plain=plain)
-    values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
-    paths = text or []
-
-    def work() -> int:
+    with _speaking(json_mode, plain) as output:
+        values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
         values["router_options"] = dict(map(_named_value, router_options or []))
-        given = {name: value for name, value in values.items() if _was_given(context, name)}
-        folder = out or Path("runs") / f"{router}-seed{seed}"
+        folder, paths = out or Path("runs") / f"{router}-seed{seed}", text or []
         if resume:
+            given = {name: value for name, value in values.items() if _was_given(context, name)}
             config, corpus, checkpoint = resumed(folder, given, paths)
-            return train(config, corpus, folder, output, checkpoint=checkpoint, save_every=save_every)
-        config = TrainConfig(**values)
-        if checkpoints.exists(folder) and not overwrite:
-            raise ValueError(f"{folder} already holds a run: add --resume, add --overwrite, or name another --out")
-        return train(config, load_corpus(paths), folder, output, save_every=save_every)
-
-    _leave(output, work)
+        else:
+            config, checkpoint = TrainConfig(**values), None
+            if checkpoints.exists(folder) and not overwrite:
+                raise ValueError(f"{folder} already holds a run: add --resume, add --overwrite, or name another --out")
+            corpus = load_corpus(paths)
+        train(config, corpus, folder, output, checkpoint=checkpoint, save_every=save_every)
 
 
 def _named_value(text: str) -> tuple[str, Any]:
@@ -154,21 +150,17 @@ def demo_command(
     plain: Plain = False,
 ) -> None:
     """Train K-Means and two learned routers side by side, print the table, write the report."""
-    output = Output(json_mode=json_mode, plain=plain)
-
-    def work() -> int:
+    with _speaking(json_mode, plain) as output:
         config = TrainConfig(steps=steps, threads=threads, eval_every=-(-steps // 4), eval_bytes=32768)
-        return demo(config, load_corpus(text or []), _seeds(seeds), out, output)
-
-    _leave(output, work)
+        demo(config, load_corpus(text or []), _seeds(seeds), out, output)
 
 
 def _seeds(text: str) -> list[int]:
     words = text.replace(",", " ").split()
     if not words or not all(word.isdigit() for word in words):
         raise ValueError(f'--seeds must be whole numbers such as "0 1 2", got {text!r}')
-    seeds = [int(word) for word in words]
-    if len(set(seeds)) < len(seeds):
+    seeds = list(dict.fromkeys(map(int, words)))
+    if len(seeds) < len(words):
         raise ValueError(f"--seeds must differ from each other, got {text!r}")
     return seeds
 
@@ -183,15 +175,11 @@ def info_command(json_mode: Json = False, plain: Plain = False) -> None:
 
 
 @app.command("selftest")
-def selftest_command(
-    threads: Threads = _DEFAULT.threads,
-    json_mode: Json = False,
-    plain: Plain = False,
-) -> None:
+def selftest_command(threads: Threads = _DEFAULT.threads, json_mode: Json = False, plain: Plain = False) -> None:
     """Check in seconds that routing on this machine agrees with its fp64 definition."""
-    set_threads(threads)
-    output = Output(json_mode=json_mode, plain=plain)
-    _leave(output, lambda: selftest(output))
+    torch.set_num_threads(threads)
+    with _speaking(json_mode, plain) as output:
+        raise typer.Exit(selftest(output))
 
 
 @app.command("bench")
@@ -221,18 +209,14 @@ def bench_command(
     plain: Plain = False,
 ) -> None:
     """Time routing against other ways to do it, after checking that all are right."""
-    output = Output(json_mode=json_mode, plain=plain)
-
-    def work() -> int:
-        options = BenchOptions.parsed(
-            shape or ["olmoe"], tokens, against, mode=mode, dtype=dtype, device=device, repeats=repeats, csv=csv
+    with _speaking(json_mode, plain) as output:
+        options = parse_options(
+            shape or ["olmoe"], tokens, against or [], mode=mode, dtype=dtype, device=device, repeats=repeats, csv=csv
         )
-        if options.csv == "-" and json_mode:
+        if csv == "-" and json_mode:
             raise ValueError("--csv - and --json both want stdout: name a file for --csv")
-        set_threads(threads)
-        return bench(options, output)
-
-    _leave(output, work)
+        torch.set_num_threads(threads)
+        raise typer.Exit(bench(options, output))
 
 
 Source = Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train, or of save_pretrained.")]
@@ -248,20 +232,22 @@ CalibrationBytes = Annotated[int, typer.Option(min=1, help="Bytes of training te
 MoreSteps = Annotated[int, typer.Option(min=0, help="Steps to add, so that train --resume goes on.")]
 
 
-def _check_folders(source: Path, out: Path, overwrite: bool) -> None:
+def _opened(
+    context: typer.Context, source: Path, out: Path, overwrite: bool, text: list[Path] | None, *only_runs: str
+) -> Trained | Pretrained:
+    """The checkpoint to convert or export. Only runs of `kmeans-route train` take the options `only_runs`."""
     if not (checkpoints.exists(source) or is_pretrained(source)):
         raise checkpoints.CheckpointError(
             f"{source} holds no checkpoint: name the --out folder of kmeans-route train, or one of save_pretrained"
         )
     if (checkpoints.exists(out) or is_pretrained(out)) and (not overwrite or out.resolve() == source.resolve()):
         raise ValueError(f"{out} already holds a run: name another --out" + ("" if overwrite else ", or --overwrite"))
-
-
-def _refuse_given(context: typer.Context, *names: str) -> None:
-    """What only runs of `kmeans-route train` know."""
-    for name in names:
+    if not is_pretrained(source):
+        return Trained(source, text or [])
+    for name in only_runs:
         if _was_given(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is for runs of kmeans-route train, got a model: leave it out")
+    return Pretrained(source, text or [])
 
 
 @app.command("inspect")
@@ -274,8 +260,8 @@ def inspect_command(
     plain: Plain = False,
 ) -> None:
     """Show a checkpoint's routers: experts, load, bias, drift, dead experts."""
-    output = Output(json_mode=json_mode, plain=plain)
-    _leave(output, lambda: inspect(checkpoint, out, output, text=text or [], against=against))
+    with _speaking(json_mode, plain) as output:
+        inspect(checkpoint, out, output, text=text or [], against=against)
 
 
 @app.command("convert")
@@ -297,22 +283,9 @@ def convert_command(
     plain: Plain = False,
 ) -> None:
     """Put K-Means routers in place of learned ones: a warm start, with agreement and loss."""
-    output = Output(json_mode=json_mode, plain=plain)
-
-    def work() -> int:
-        _check_folders(source, out, overwrite)
-        if is_pretrained(source):
-            _refuse_given(context, "more_steps")
-            return convert_pretrained(
-                source, out, output, text=text or [], balance=balance, start=start, tau=tau,
-                balance_steps=balance_steps, calibration_bytes=calibration_bytes,
-            )  # fmt: skip
-        return convert(
-            source, out, output, text=text or [], balance=balance, start=start, tau=tau, balance_steps=balance_steps,
-            calibration_bytes=calibration_bytes, more_steps=more_steps,
-        )  # fmt: skip
-
-    _leave(output, work)
+    with _speaking(json_mode, plain) as output:
+        old = _opened(context, source, out, overwrite, text, "more_steps")
+        convert(old, out, output, start, balance, balance_steps, tau, calibration_bytes, more_steps)
 
 
 @app.command("export")
@@ -334,18 +307,6 @@ def export_command(
     plain: Plain = False,
 ) -> None:
     """Put ordinary gates in place of K-Means routers, with agreement, load and loss."""
-    output = Output(json_mode=json_mode, plain=plain)
-
-    def work() -> int:
-        _check_folders(source, out, overwrite)
-        if is_pretrained(source):
-            _refuse_given(context, "more_steps", "router", "balance")
-            return export_pretrained(
-                source, out, output, text=text or [], bias=bias, calibration_bytes=calibration_bytes
-            )
-        return export(
-            source, out, output, text=text or [], router=router, balance=balance, bias=bias,
-            calibration_bytes=calibration_bytes, more_steps=more_steps,
-        )  # fmt: skip
-
-    _leave(output, work)
+    with _speaking(json_mode, plain) as output:
+        old = _opened(context, source, out, overwrite, text, "more_steps", "router", "balance")
+        export(old, out, output, router, balance, bias, calibration_bytes, more_steps)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,8 +44,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 Facts = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(NamedTuple):
     """What is asked for. shapes: (name as given, shape). csv: a file, "-" for stdout, or ""."""
 
     shapes: list[tuple[str, BenchShape]]
@@ -59,44 +56,27 @@ class BenchOptions:
     csv: str
     command: str
 
-    @classmethod
-    def parsed(
-        cls,
-        shapes: Sequence[str],
-        tokens: int,
-        against: Sequence[str] | None,
-        *,
-        mode: str,
-        dtype: str,
-        device: str,
-        repeats: int,
-        csv: str,
-    ) -> Self:
-        """From the words of the command line.
 
-        Raises:
-            ValueError: one of them is not known.
-        """
-        check_choice("--mode", mode, MODES)
-        for name in against or ():
-            check_choice("--against", name, RIVALS)
-        place = _device(device)
-        dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-        check_choice("--dtype", dtype, DTYPES)
-        named = [(text, parse_shape(text, tokens)) for text in dict.fromkeys(shapes)]
-        words = ["kmeans-route bench", *(f"--shape {text}" for text, _ in named), f"--tokens {tokens}"]
-        words += [f'--against "{name}"' for name in against or ()]
-        words += [f"--mode {mode} --dtype {dtype} --device {place} --repeats {repeats}"]
-        rivals = list(dict.fromkeys(against or QUICK_RIVALS))
-        return cls(named, rivals, mode, getattr(torch, dtype), place, repeats, csv, " ".join(words))
+def parse_options(
+    shapes: list[str], tokens: int, against: list[str], *, mode: str, dtype: str, device: str, repeats: int, csv: str
+) -> BenchOptions:
+    """From the words of the command line; one that is not known is a ValueError."""
+    check_choice("--mode", mode, MODES)
+    for name in against:
+        check_choice("--against", name, RIVALS)
+    place = _device(device)
+    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    check_choice("--dtype", dtype, DTYPES)
+    named = [(text, parse_shape(text, tokens)) for text in dict.fromkeys(shapes)]
+    words = ["kmeans-route bench", *(f"--shape {text}" for text, _ in named), f"--tokens {tokens}"]
+    words += [f'--against "{name}"' for name in against]
+    words += [f"--mode {mode} --dtype {dtype} --device {place} --repeats {repeats}"]
+    rivals = list(dict.fromkeys(against or QUICK_RIVALS))
+    return BenchOptions(named, rivals, mode, getattr(torch, dtype), place, repeats, csv, " ".join(words))
 
 
 def parse_shape(text: str, tokens: int) -> BenchShape:
-    """A named shape at T = tokens, or T,D,E,K.
-
-    Raises:
-        ValueError: neither, or a shape that no router can have.
-    """
+    """A named shape at T = tokens, or T,D,E,K; what no router can have is a ValueError."""
     name = SHAPE_NAMES.get(text.lower())
     if name is not None:
         return BenchShape(tokens, *MODEL_SHAPES[name])
@@ -138,11 +118,7 @@ def bytes_needed(shape: BenchShape, dtype: torch.dtype, mode: str) -> int:
 
 
 def check_memory(name: str, shape: BenchShape, options: BenchOptions) -> None:
-    """Refuse what would not fit, before anything is made.
-
-    Raises:
-        ValueError: it would not.
-    """
+    """Refuse with a ValueError what would not fit, before anything is made."""
     needed, free = bytes_needed(shape, options.dtype, options.mode), free_bytes(options.device)
     if free is not None and needed > free:
         raise ValueError(
@@ -152,10 +128,7 @@ def check_memory(name: str, shape: BenchShape, options: BenchOptions) -> None:
 
 
 def bench(options: BenchOptions, output: Output) -> int:
-    """The command `bench`.
-
-    Returns:
-        The exit code: 1 where a contestant of some shape was wrong; of that shape no time is shown.
+    """The command `bench`. Returns: the exit code, 1 where a contestant of some shape was wrong; it gets no times.
 
     Raises:
         ValueError: a shape would not fit in memory. OSError: the CSV file cannot be written.
@@ -182,21 +155,13 @@ def bench(options: BenchOptions, output: Output) -> int:
 
 
 def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock, output: Output) -> Facts:
-    facts: Facts = {
-        "shape": name,
-        **shape._asdict(),
-        "mode": options.mode,
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "device": str(options.device),
-    }
-    title = (
-        f"{name}: T={shape.num_tokens} D={shape.hidden_size} E={shape.num_experts} K={shape.top_k}, {facts['dtype']} "
-        f"on {facts['device']}, {options.mode}"
-    )
-    seen = sys.stderr.isatty()
-    progress = output.progress(f"timing {name}", options.repeats, thread=False) if seen else nullcontext(_quiet)
+    dtype, device, mode = str(options.dtype).removeprefix("torch."), str(options.device), options.mode
+    facts: Facts = {"shape": name, **shape._asdict(), "mode": mode, "dtype": dtype, "device": device}
+    sizes = " ".join(f"{letter}={size}" for letter, size in zip("TDEK", shape, strict=True))
+    title = f"{name}: {sizes}, {dtype} on {device}, {mode}"
+    bar = output.progress(f"timing {name}", options.repeats, thread=False)
     try:
-        with progress as update:
+        with bar if sys.stderr.isatty() else nullcontext(lambda done, note: None) as update:
             update(0, "making the input, checking everyone")
             with clock.scope():
                 setting = Setting(shape, options.dtype, options.device, options.mode)
@@ -211,10 +176,6 @@ def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock
     except (RuntimeError, MemoryError) as error:
         return {**facts, "correct": None, "error": f"{title}: {reason(error)}"}
     return {**facts, "title": title, "correct": True, "contestants": _rows(contest, setting), "skipped": skipped}
-
-
-def _quiet(done: int, note: str) -> None:
-    """Progress that nobody sees."""
 
 
 def _rows(contest: ClockedContest, setting: Setting) -> dict[str, Facts]:

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kmeans_route.cli.config import TrainConfig
-from kmeans_route.cli.data import Corpus
 from kmeans_route.cli.info import environment
 from kmeans_route.cli.output import Output, duration
-from kmeans_route.cli.report import write_report
-from kmeans_route.cli.results import Run, means, table_rows, verdicts
-from kmeans_route.cli.run import Stopped, train_run
+from kmeans_route.cli.train import train_run
+from kmeans_route.lm.config import TrainConfig
+from kmeans_route.lm.data import Corpus
+from kmeans_route.lm.report import write_report
+from kmeans_route.lm.results import Run, means, table_rows, verdicts
 
 DEMO_STEPS = 250
 CONTESTANTS: tuple[dict[str, Any], ...] = (
@@ -25,49 +25,35 @@ CONTESTANTS: tuple[dict[str, Any], ...] = (
 """What is compared, each with its default settings."""
 
 
-def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output: Output) -> int:
-    """Train every contestant with every seed, print the table, write the report.
-
-    Args:
-        base: options common to all.
-        corpus: the text.
-        seeds: at least one.
-        out: folder of the report.
-        output: where to speak.
-
-    Returns:
-        The exit code: 0, or 128 + the signal that stopped a run.
+def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output: Output) -> None:
+    """The command `demo`: train every contestant with every seed and the options `base`, write the report to `out`.
 
     Raises:
-        ModuleNotFoundError: matplotlib is absent; said before anything is trained.
+        ModuleNotFoundError: matplotlib is absent; said before anything is trained. Stopped: by a signal.
     """
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError('the demo draws pictures: pip install "kmeans_route[cli,viz]"', name="matplotlib")
     start = time.monotonic()
     output.note(
         f"{len(CONTESTANTS)} routers, seeds {', '.join(map(str, seeds))}, {base.steps} steps of "
-        f"{base.batch * base.seq_len} bytes on {corpus.name} ({len(corpus.train_files)} files, "
-        f"{corpus.train.numel() / 1e6:.1f} MB; held out: {len(corpus.validation_files)} files)"
+        f"{base.batch * base.seq_len} bytes on {corpus.label}"
     )
     runs: list[Run] = []
     for seed in seeds:
         for contestant in CONTESTANTS:
             config = replace(base, seed=seed, **contestant)
             folder = out / "interrupted" / f"{config.router}-seed{seed}"
-            result = train_run(config, corpus, output, folder, save_final=False)
-            if isinstance(result, Stopped):
-                return result.tell(output)
-            runs.append(result)
+            runs.append(train_run(config, corpus, output, folder, save_final=False))
     paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=environment())
     _tell(runs, paths, time.monotonic() - start, output)
-    return 0
 
 
 def _tell(runs: list[Run], paths: list[Path], time_s: float, output: Output) -> None:
-    spread = ", mean ± standard deviation over seeds" if len({run["config"]["seed"] for run in runs}) > 1 else ""
+    several = len({run["config"]["seed"] for run in runs}) > 1
+    spread = ", mean ± standard deviation over seeds" if several else ""
     output.table(f"Same weights, same text, three routers{spread}", *table_rows(runs))
     checks = verdicts(runs)
-    if len({run["config"]["seed"] for run in runs}) == 1:
+    if not several:
         output.note("one seed decides neither of these; `make demo-seeds` asks them of three, at 800 steps:")
     for check in checks:
         output.note(f"check {'passed' if check['passed'] else 'FAILED'}: {check['text']}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
+import itertools
 import os
 import sys
 import time
@@ -14,8 +13,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from kmeans_route.lm.results import to_json
 
 Update = Callable[[int, str], None]
 """(done, note) -> None: how a loop reports where it is."""
@@ -89,29 +90,18 @@ class Output:
     @contextmanager
     def batches(self, description: str, total: int) -> Iterator[Callable[[], None]]:
         """The same for what is called without arguments after each batch."""
-        done = 0
+        done = itertools.count(1)
         with self.progress(description, total) as update:
-
-            def tick() -> None:
-                nonlocal done
-                done += 1
-                update(done, "batches")
-
-            yield tick
+            yield lambda: update(next(done), "batches")
 
     def _bar(self, description: str, total: int, done: int, *, thread: bool) -> Iterator[Update]:
-        bar = Progress(
+        columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._stderr,
-            transient=True,
-            auto_refresh=thread,
-        )
-        with bar:
+        ]
+        columns += [TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+        with Progress(*columns, console=self._stderr, transient=True, auto_refresh=thread) as bar:
             task = bar.add_task(escape(description), total=total, completed=done, note="")
             yield lambda now, note: bar.update(task, completed=now, note=escape(note), refresh=not thread)
 
@@ -125,22 +115,18 @@ class Output:
                 return
             last = now
             left_s = (time.monotonic() - start) / max(1, now - done) * (total - now)
-            self._stderr.print(
-                escape(f"{description}: {now}/{total}, {note}, {duration(left_s)} left"),
-                soft_wrap=True,
-                highlight=False,
-            )
+            line = f"{description}: {now}/{total}, {note}, {duration(left_s)} left"
+            self._stderr.print(escape(line), soft_wrap=True, highlight=False)
 
         return update
 
 
 def _console(*, plain: bool, stderr: bool) -> Console:
-    if plain:
-        return Console(stderr=stderr, color_system=None, no_color=True, force_terminal=False, highlight=False)
     # Rich keeps bold and dim under NO_COLOR; without a colour system it writes no escape codes for text at all.
-    if os.environ.get("NO_COLOR"):
-        return Console(stderr=stderr, color_system=None, no_color=True, highlight=False)
-    return Console(stderr=stderr, highlight=False)
+    if not plain and not os.environ.get("NO_COLOR"):
+        return Console(stderr=stderr, highlight=False)
+    terminal = False if plain else None
+    return Console(stderr=stderr, color_system=None, no_color=True, force_terminal=terminal, highlight=False)
 
 
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool) -> list[str]:
@@ -154,21 +140,6 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
         for row in cells
     ]
     return ["", title, *lines, ""]
-
-
-def to_json(document: Any) -> str:
-    """Strict JSON, indented; NaN and infinity become null."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`inspect`, `convert` and `export` on a folder of transformers' save_pretrained."""
+"""A folder of transformers' save_pretrained, as `inspect`, `convert` and `export` work on it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmeans_route import Comparison, calibrate
-from kmeans_route.cli.checkpoint import CheckpointError, exists
-from kmeans_route.cli.conversion import comparison_table
-from kmeans_route.cli.data import load_corpus
+from kmeans_route import Comparison, KMeansRouter
 from kmeans_route.cli.output import Output
+from kmeans_route.cli.trained import comparison_table
+from kmeans_route.lm.checkpoint import CheckpointError, exists
+from kmeans_route.lm.data import load_corpus
 
 WINDOW, ROWS = 512, 4  # tokens of a window, windows of a batch
-Batch = dict[str, Tensor]
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -25,105 +24,96 @@ def is_pretrained(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not exists(folder)
 
 
-def convert_pretrained(
-    source: Path,
-    out: Path,
-    output: Output,
-    *,
-    text: Sequence[Path],
-    balance: str,
-    start: str,
-    tau: float | None,
-    balance_steps: int,
-    calibration_bytes: int,
-) -> int:
-    """The command `convert`: see `kmeans_route.cli.conversion.convert`.
+class Pretrained:
+    """A causal language model with its tokenizer, on the text named or the standard library; does what `Trained` does.
+
+    Without `needs_tokenizer`, `tokenizer` may be None, and then nothing but the state can be had.
 
     Raises:
-        CheckpointError: no readable model, or no tokenizer beside it. ValueError: it has K-Means routers already, or
-        none that can be swapped.
+        ModuleNotFoundError: no transformers. CheckpointError: no readable model, or no tokenizer beside it.
     """
-    from kmeans_route.integrations.transformers import apply_kmeans_routing
 
-    old, tokenizer = _load(source), _tokenizer(source)
-    if getattr(old.config, "kmeans_route", None):
-        raise ValueError(f"{source} must hold learned routers, got K-Means: convert a model that has none yet")
-    new = copy.deepcopy(old)
-    options: dict[str, Any] = ({"balance": balance} if balance else {}) | ({} if tau is None else {"tau": tau})
-    swaps = apply_kmeans_routing(new, from_gate=True, **options)
-    batches, held_out = token_batches(old, tokenizer, text, calibration_bytes)
-    passes = (start == "means") + (tau is None or balance_steps > 0)
-    with output.batches("calibrating", passes * len(batches) + 2 * len(held_out)) as tick:
-        comparison = calibrate(
-            old, new, batches, held_out=held_out, start=start, balance_steps=balance_steps, fit_tau=tau is None,
-            progress=tick,
-        )  # fmt: skip
-    fitted = swaps[0].router.options.tau
-    _save(new, tokenizer, out)
-    facts = {"tau": fitted, "calibration_tokens": _count(batches)}
-    _tell("convert", source, out, new.config.model_type, swaps[0].router.top_k, comparison, facts, output)
-    return 0
+    forward = None
 
+    def __init__(self, folder: Path, text: Sequence[Path], *, needs_tokenizer: bool = True) -> None:
+        self.folder, self.text = folder, text
+        self.model = _load(folder)
+        self.state: Mapping[str, Tensor] = self.model.state_dict()
+        self.tokenizer: Any = None
+        try:
+            self.tokenizer = _tokenizer(folder)
+        except CheckpointError:
+            if needs_tokenizer:
+                raise
 
-def export_pretrained(
-    source: Path, out: Path, output: Output, *, text: Sequence[Path], bias: str, calibration_bytes: int
-) -> int:
-    """The command `export`: see `kmeans_route.integrations.transformers.export_vanilla`.
+    def windows(self, num_bytes: int) -> tuple[list[Any], list[Any]]:
+        """(training, held-out) windows of text as the model's batches, about `num_bytes` each; too few are refused."""
+        corpus = load_corpus(self.text)
+        length = min(WINDOW, int(getattr(self.model.config.get_text_config(), "max_position_embeddings", WINDOW)))
+        sides = []
+        for name, side in (("training", corpus.train), ("held-out", corpus.validation)):
+            words = bytes(side[:num_bytes].tolist()).decode("utf-8", errors="replace").replace("\0", "\n")
+            ids = torch.tensor(self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+            if len(ids) < length:
+                raise ValueError(
+                    f"--text and --calibration-bytes must give at least {length} {name} tokens, got {len(ids)}: "
+                    "raise them"
+                )
+            windows = ids[: len(ids) // length * length].view(-1, length).to(self.model.device)
+            sides.append([{"input_ids": rows, "labels": rows} for rows in torch.split(windows, ROWS)])
+        return sides[0], sides[1]
 
-    Raises:
-        CheckpointError: no readable model, or no tokenizer beside it. ValueError: it has no K-Means routers.
-    """
-    from kmeans_route.integrations.transformers import export_vanilla
+    def counted(self, batches: Sequence[Any]) -> dict[str, int]:
+        """How much text that is."""
+        return {"calibration_tokens": sum(batch["input_ids"].numel() for batch in batches)}
 
-    model, tokenizer = _load(source), _tokenizer(source)
-    if not getattr(model.config, "kmeans_route", None):
-        raise ValueError(f"{source} must hold K-Means routers, got a model without: nothing to export")
-    batches, held_out = token_batches(model, tokenizer, text, calibration_bytes)
-    with output.batches("exporting", len(batches) + 2 * len(held_out)) as tick:
-        export = export_vanilla(model, batches, held_out=held_out, bias=bias or None, progress=tick)
-    _save(export.model, tokenizer, out)
-    facts = {"bias": bias or "the architecture's", "calibration_tokens": _count(batches)}
-    top_k = next(iter(export.gates.values())).options.top_k
-    _tell("export", source, out, model.config.model_type, top_k, export.comparison, facts, output)
-    return 0
+    def with_kmeans(self, balance: str, tau: float | None, _more_steps: int) -> Any:
+        """A copy with K-Means routers in place of its own, which must be learned: their rows are the directions."""
+        from kmeans_route.integrations.transformers import apply_kmeans_routing
 
+        if getattr(self.model.config, "kmeans_route", None):
+            raise ValueError(f"{self.folder} must hold learned routers, got K-Means: convert a model that has none yet")
+        new = copy.deepcopy(self.model)
+        options: dict[str, Any] = ({"balance": balance} if balance else {}) | ({} if tau is None else {"tau": tau})
+        apply_kmeans_routing(new, from_gate=True, **options)
+        return new
 
-def token_batches(model: Any, tokenizer: Any, text: Sequence[Path], num_bytes: int) -> tuple[list[Batch], list[Batch]]:
-    """(training, held-out) windows of text as the model's batches, about `num_bytes` bytes each.
+    def with_gates(self, _router: str, _balance: str, _more_steps: int) -> Any:
+        """The model itself, whose routers must be K-Means; `fit_gates` makes another of it."""
+        if not getattr(self.model.config, "kmeans_route", None):
+            raise ValueError(f"{self.folder} must hold K-Means routers, got a model without: nothing to export")
+        return self.model
 
-    Raises:
-        ValueError: the text is too short for one window.
-    """
-    corpus = load_corpus(text)
-    length = min(WINDOW, int(getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW)))
-    sides = []
-    for name, side in (("training", corpus.train), ("held-out", corpus.validation)):
-        words = bytes(side[:num_bytes].tolist()).decode("utf-8", errors="replace").replace("\0", "\n")
-        ids = torch.tensor(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(ids) < length:
-            raise ValueError(
-                f"--text and --calibration-bytes must give at least {length} {name} tokens, got {len(ids)}: raise them"
-            )
-        windows = ids[: len(ids) // length * length].view(-1, length).to(model.device)
-        sides.append([{"input_ids": rows, "labels": rows} for rows in torch.split(windows, ROWS)])
-    return sides[0], sides[1]
+    def fit_gates(
+        self, new: Any, batches: list[Any], held_out: list[Any], bias: str, tick: Any
+    ) -> tuple[Any, Comparison, dict[str, Any]]:
+        """Give a copy of `new` the routers of its architecture: (copy, comparison, what to tell)."""
+        from kmeans_route.integrations.transformers import export_vanilla
 
+        export = export_vanilla(new, batches, held_out=held_out, bias=bias or None, progress=tick)
+        return export.model, export.comparison, {"bias": bias or "the architecture's", **self.counted(batches)}
 
-def load_for_inspection(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer or None) of a folder, for its state and, where there is a tokenizer, its loads."""
-    model = _load(folder)
-    try:
-        return model, _tokenizer(folder)
-    except CheckpointError:
-        return model, None
+    def save(self, new: Any, out: Path) -> None:
+        """Write a model, and the tokenizer beside it."""
+        new.save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
+
+    def tell(
+        self, command: str, new: Any, out: Path, comparison: Comparison, facts: dict[str, Any], output: Output
+    ) -> None:
+        """Say what a conversion has come to."""
+        top_k = next(m.top_k for model in (new, self.model) for m in model.modules() if isinstance(m, KMeansRouter))
+        title = f"{command}: {self.model.config.model_type}, held-out text"
+        figures = comparison_table(title, top_k, comparison, output)
+        before, after = figures["loss_before"], figures["loss_after"]
+        output.note(f"loss a token: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
+        output.note(", ".join(f"{name} {value}" for name, value in facts.items()))
+        output.note(f"model: {out}")
+        output.document({"command": command, "source": str(self.folder), "checkpoint": str(out), **facts, **figures})
 
 
 def _load(folder: Path) -> Any:
-    """The model, on the CPU, in the dtype that it was saved in.
-
-    Raises:
-        ModuleNotFoundError: no transformers. CheckpointError: it cannot be read.
-    """
+    """The model, on the CPU, in the dtype that it was saved in."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
@@ -140,7 +130,7 @@ def _load(folder: Path) -> Any:
             return load_kmeans_pretrained(AutoModelForCausalLM, folder, dtype="auto", local_files_only=True).eval()
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     except OSError as error:
-        raise CheckpointError(f"{folder} holds no model that transformers can read: {_first_line(error)}") from None
+        raise CheckpointError(f"{folder} holds no model that transformers can read: {first_line(error)}") from None
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -150,39 +140,11 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
-            f"{folder} must hold a tokenizer beside the model, got none ({_first_line(error)}): save one, or call "
+            f"{folder} must hold a tokenizer beside the model, got none ({first_line(error)}): save one, or call "
             "calibrate and export_vanilla from Python with batches of your own"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message; its class where there is none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def _count(batches: list[Batch]) -> int:
-    return sum(batch["input_ids"].numel() for batch in batches)
-
-
-def _tell(
-    command: str,
-    source: Path,
-    out: Path,
-    model_type: str,
-    top_k: int,
-    comparison: Comparison,
-    facts: Mapping[str, Any],
-    output: Output,
-) -> None:
-    figures = comparison_table(f"{command}: {model_type}, held-out text", top_k, comparison, output)
-    assert comparison.loss_before is not None
-    assert comparison.loss_after is not None
-    change = comparison.loss_after - comparison.loss_before
-    output.note(f"loss a token: {comparison.loss_before:.4f} before, {comparison.loss_after:.4f} after ({change:+.4f})")
-    output.note(", ".join(f"{name} {value}" for name, value in facts.items()))
-    output.note(f"model: {out}")
-    output.document({"command": command, "source": str(source), "checkpoint": str(out), **facts, **figures})

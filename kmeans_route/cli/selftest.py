@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Seeded random inputs of a case."""
+    """Seeded random ones of a case."""
     num_tokens, hidden_size, num_experts, _ = case.shape
     generator = torch.Generator().manual_seed(sum(case.shape))
     x = torch.randn(num_tokens, hidden_size, generator=generator).to(case.dtype)
@@ -67,33 +67,19 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def route_with(case: Case, inputs: Inputs, backend: str, *, wide: bool = False) -> tuple[Routing, Tensor]:
-    """Route a case and differentiate a fixed function of its weights.
+    """Route a case, `wide` in fp64 from the same rounded inputs, and differentiate a fixed function of its weights.
 
-    Args:
-        wide: in fp64, from the same rounded inputs.
-
-    Returns:
-        (routing with all scores, gradient (T, D) with respect to x).
+    Returns: (routing with all scores, gradient (T, D) with respect to x).
     """
     dtype = torch.float64 if wide else case.dtype
     x = inputs.x.to(dtype, copy=True).requires_grad_()
     directions = inputs.directions.to(dtype)
-    routing = kmeans_route.route(
-        x,
-        directions,
-        case.shape[3],
-        inputs.expert_bias,
-        mask=inputs.mask,
-        directions=directions,
-        return_scores=True,
-        backend=backend,
-        **case.options,
-    )
+    options: dict[str, Any] = {"mask": inputs.mask, "directions": directions, "return_scores": True, "backend": backend}
+    routing = kmeans_route.route(x, directions, case.shape[3], inputs.expert_bias, **options, **case.options)
     slope = torch.linspace(-1, 1, routing.weights.numel(), dtype=routing.weights.dtype).view_as(routing.weights)
     if routing.weights.requires_grad:
         torch.autograd.backward((routing.weights * slope).sum())
-    gradient = torch.zeros_like(x) if x.grad is None else x.grad
-    return routing, gradient.detach()
+    return routing, torch.zeros_like(x) if x.grad is None else x.grad
 
 
 def check_route(case: Case) -> str:
@@ -150,7 +136,7 @@ def check_commit() -> str:
     router.commit()  # with nothing pending: it says that this router is committed by hand
     x = torch.randn(512, 32, generator=torch.Generator().manual_seed(1))
     router.initialize(x)
-    routing = router(x, details=True)
+    routing = router.route(x, gather=True)
     counts = routing.tokens_per_expert
     units = (x.double() / x.double().norm(dim=1, keepdim=True)).repeat_interleave(2, 0)
     sums = torch.zeros(8, 32, dtype=torch.float64).index_add_(0, routing.indices.flatten(), units)
@@ -189,11 +175,10 @@ def check_layer() -> str:
     """Every router's layer trains: its output and gradients are finite and its loss falls."""
     falls = []
     for kind in ("kmeans", "softmax", "sigmoid"):
-        torch_state = torch.get_rng_state()
-        torch.manual_seed(0)
-        layer = kmeans_route.MoE(16, 32, 8, 2, kind)
-        x, target = torch.randn(2, 128, 16)
-        torch.set_rng_state(torch_state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = kmeans_route.MoE(16, 32, 8, 2, kind)
+            x, target = torch.randn(2, 128, 16)
         optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
         kmeans_route.attach(layer, optimizer)
         losses = []
@@ -246,9 +231,8 @@ def selftest(output: Output) -> int:
             passed, detail = True, check()
         except Exception as error:
             passed, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        results.append(
-            {"name": name, "passed": passed, "detail": detail, "time_ms": (time.perf_counter() - start) * 1e3}
-        )
+        time_ms = (time.perf_counter() - start) * 1e3
+        results.append({"name": name, "passed": passed, "detail": detail, "time_ms": time_ms})
     failed = [result for result in results if not result["passed"]]
     rows = [[str(r["name"]), "pass" if r["passed"] else "FAIL", str(r["detail"])] for r in results]
     output.table("selftest of backend 'torch' on the CPU", ["check", "result", "detail"], rows, numbers=False)

@@ -9,14 +9,11 @@ Each declares, as plain constants:
 
 import importlib
 import importlib.metadata
+import operator
 import re
 from types import ModuleType
 
-COMPARISONS = {
-    ">=": lambda have, limit: have >= limit,
-    "<": lambda have, limit: have < limit,
-    "==": lambda have, limit: have == limit,
-}
+COMPARISONS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
 
 
 def require(distribution: str, supported: str, module: str | None = None) -> ModuleType:

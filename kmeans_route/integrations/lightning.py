@@ -23,10 +23,10 @@ from typing import Any, cast
 
 import torch
 
-from kmeans_route.attach import Attachment, attach
 from kmeans_route.checks import check_positive_int
 from kmeans_route.integrations import require
-from kmeans_route.state import StatefulRouter
+from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.training.attach import Attachment, attach
 
 SUPPORTED = ">=2.4,<3"
 TRIED = ("2.6.6",)
@@ -107,17 +107,14 @@ class KMeansRouting(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Undo the tie; a later fit makes a new one."""
-        self._detach()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Undo the tie, so that the module can be trained again."""
-        self._detach()
-
-    def _detach(self) -> None:
         if self.attachment is not None:
             self._steps = self.attachment.state_dict()["steps"]
             self.attachment.remove()
             self.attachment = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Undo the tie, so that the module can be trained again."""
+        self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: the steps counted towards the next of `every_n_steps`."""

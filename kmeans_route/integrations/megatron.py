@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kmeans_route.attach import Attachment, attach
 from kmeans_route.integrations import require
-from kmeans_route.router import KMeansRouter
+from kmeans_route.routing.kmeans import KMeansRouter
+from kmeans_route.training.attach import Attachment, attach
 
 SUPPORTED = ">=0.16,<0.17"
 TRIED = ("0.16.1",)
@@ -70,7 +70,7 @@ class KMeansTopKRouter(KMeansRouter):
         """The layer's number gives each router Gaussian directions of its own, until it has its first data."""
         self.layer_number = layer_number
         self.name = f"{self._base_name or 'layer'}.{layer_number}"
-        if not self._initialized:
+        if not self.has_data:
             self.reset_parameters()
 
     def forward(  # type: ignore[override]
@@ -82,11 +82,8 @@ class KMeansTopKRouter(KMeansRouter):
             input: (S, B, H) hidden states.
             padding_mask: (S, B) bool, true for padding, as Megatron's code takes it.
         """
-        gather = self.counts_now()
-        routing = self._route(input, None, None, gather=gather and padding_mask is None)
-        if gather and padding_mask is not None:
-            with torch.no_grad():
-                self._route(input, ~padding_mask.reshape(-1), None, gather=True)
+        counted = None if padding_mask is None else ~padding_mask.reshape(-1)
+        routing = self.route(input, count_mask=counted, gather=True)
         dtype = DTYPES.get(self.config.moe_router_dtype or "", input.dtype)
         by_expert = (routing.indices.shape[0], self.num_experts)
         probs = routing.weights.new_zeros(by_expert).scatter(1, routing.indices, routing.weights)
@@ -157,9 +154,8 @@ class FinalizeModelGrads:
     ) -> None:
         self.finalize = finalize
         self._hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
-        chunks = model if isinstance(model, list) else [model]
         self.attachments: list[Attachment] = []
-        for chunk in chunks:
+        for chunk in model if isinstance(model, list) else [model]:
             if any(isinstance(module, KMeansRouter) for module in chunk.modules()):
                 group = _token_group(get_model_config(chunk)) if process_group is None else process_group
                 # The clock that attach asks for is a step; here it is this function.

@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kmeans_route.attach import Attachment, attach
 from kmeans_route.checks import DEFAULT_TAU, check_choice
 from kmeans_route.integrations import require
-from kmeans_route.router import BALANCES, KMeansRouter
-from kmeans_route.types import Routing
+from kmeans_route.routing.kmeans import BALANCES, KMeansRouter
+from kmeans_route.training.attach import Attachment, attach
 
 SUPPORTED = ">=0.3,<0.4"
 TRIED = ("0.3.0",)
@@ -91,7 +90,7 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
         self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gates (B, L, K), expert ids (B, L, K) and cosines (B, L, E)."""
-        routing: Routing = super().forward(x_BLD, expert_bias=expert_bias_E, details=True)  # type: ignore[assignment]
+        routing = self.route(x_BLD, expert_bias=expert_bias_E, gather=True)
         assert routing.scores is not None
         by_token = x_BLD.shape[:-1]
         return (

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from benchmarks.gpu import cells, checks, launches
 from benchmarks.gpu.ahead import Ahead, NoDevice
 from benchmarks.offline import TARGETS
-from kmeans_route import functional
+from kmeans_route import backends
 
 TARGET = TARGETS["sm_90"]
 CELL = cells.Cell("small", 40, 64, 16, 2)
@@ -68,7 +68,7 @@ def main() -> None:
         entries = set(os.listdir(folder))
         looked_up: list[tuple[str, bool]] = []
         triton.knobs.compilation.listener = lambda src, cache_hit, **_: looked_up.append((src.name, cache_hit))
-        functional.INTERPRETED = True  # lets the kernels take tensors on a CPU
+        backends.INTERPRETED = True  # lets the kernels take tensors on a CPU
         p = checks.Problem(CELL, torch.device("cpu"))
         checks.routing_alone(p)
         checks.training_step(p)

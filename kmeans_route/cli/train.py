@@ -1,0 +1,144 @@
+"""The command `train`, and one training run seen from a command: progress, checkpoints, Ctrl-C, final figures."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kmeans_route.cli.info import environment
+from kmeans_route.cli.output import Output
+from kmeans_route.lm.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from kmeans_route.lm.config import TrainConfig
+from kmeans_route.lm.data import Corpus, load_corpus
+from kmeans_route.lm.report import write_report
+from kmeans_route.lm.results import Run, summarize, table_rows
+from kmeans_route.lm.trainer import Trainer, run_steps, stop_on_signal
+
+
+class Stopped(Exception):
+    """A signal has ended a run after a whole step, and its checkpoint lies in the folder."""
+
+    def __init__(self, trainer: Trainer, folder: Path, signum: int) -> None:
+        super().__init__(f"stopped after step {trainer.step} of {trainer.config.steps}")
+        self.step, self.steps, self.folder, self.signum = trainer.step, trainer.config.steps, folder, signum
+
+    def tell(self, output: Output) -> int:
+        """Say where the checkpoint is and how to go on. Returns: the exit code, 128 + signal number."""
+        resume = f"kmeans-route train --resume --out {shlex.quote(str(self.folder))}"
+        output.note(f"{self}; checkpoint saved in {self.folder}")
+        output.note(f"continue with: {resume}")
+        facts = {"step": self.step, "steps": self.steps, "checkpoint": str(self.folder), "resume": resume}
+        output.document({"interrupted": True, **facts})
+        return 128 + self.signum
+
+
+def train_run(
+    config: TrainConfig,
+    corpus: Corpus,
+    output: Output,
+    folder: Path,
+    *,
+    checkpoint: Checkpoint | None = None,
+    save_every: int = 0,
+    save_final: bool = True,
+) -> Run:
+    """Train to the last step, from a checkpoint if one is given. Returns: the figures of the run.
+
+    Args:
+        folder: of the checkpoints: every `save_every` steps (0: none on the way), with `save_final` at the end, and
+            always where a signal stops the run.
+
+    Raises:
+        CheckpointError: `checkpoint` does not fit. NotFiniteError: the loss broke. ValueError: options or text.
+        Stopped: by a signal.
+    """
+    trainer = Trainer(config, corpus)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+
+    def save() -> None:
+        save_checkpoint(folder, trainer.checkpoint())
+
+    # Short, so that a progress line fits 80 columns.
+    description = f"{config.label.split(',')[0]}, seed {config.seed}"
+    with output.progress(description, config.steps, trainer.step) as update, stop_on_signal() as request:
+
+        def on_step(record: dict[str, Any]) -> None:
+            max_vio = statistics.fmean(record["max_vio"])
+            update(record["step"], f"loss {record['loss_bits']:.3f} bits/byte, MaxVio {max_vio:.2f}")
+
+        done = run_steps(trainer, request, on_step=on_step, save=save, save_every=save_every)
+        if save_final or not done:
+            save()
+    if not done:
+        raise Stopped(trainer, folder, request.signum)
+    trainer.attachment.remove()
+    evaluation = trainer.evaluate()
+    trainer.history[-1]["validation_bits"] = evaluation.bits_per_byte
+    return summarize(trainer, evaluation)
+
+
+def resumed(folder: Path, given: dict[str, Any], text: Sequence[Path]) -> tuple[TrainConfig, Corpus, Checkpoint]:
+    """Options, text and state of the run in a folder, all from its checkpoint.
+
+    Args:
+        given: options named on the command line; they may only repeat the checkpoint's.
+        text: --text as named; none means the checkpoint's.
+
+    Raises:
+        CheckpointError: no usable checkpoint, or one of other options.
+    """
+    checkpoint = load_checkpoint(folder)
+    try:
+        config = TrainConfig.from_dict(checkpoint.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint in {folder} is of another version: {error}") from None
+    stored = config.to_dict()
+    changed = [
+        f"{name} (checkpoint {stored[name]}, asked {value})" for name, value in given.items() if stored[name] != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"a resumed run keeps its options, these differ: {', '.join(changed)}. "
+            "Leave them out, or start a new run with another --out"
+        )
+    paths = list(text) or [Path(path) for path in checkpoint.corpus.get("paths", [])]
+    return config, load_corpus(paths), checkpoint
+
+
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    out: Path,
+    output: Output,
+    *,
+    checkpoint: Checkpoint | None = None,
+    save_every: int = 0,
+) -> None:
+    """The command `train`: one run in the folder `out`, its table, its report; the options are those of `train_run`."""
+    where = f", from step {checkpoint.step}" if checkpoint else ""
+    output.note(
+        f"{config.label}: {config.steps} steps of {config.batch * config.seq_len} bytes on {corpus.label}{where}"
+    )
+    result = train_run(config, corpus, output, out, checkpoint=checkpoint, save_every=save_every)
+    facts, files = environment(), list[Path]()
+    if find_spec("matplotlib") is not None:
+        files = write_report([result], out, title=f"Training with {config.label}", environment=facts)
+    output.table(f"{config.label}, seed {config.seed}", *table_rows([result]))
+    max_vio = ", ".join(f"{value:.3f}" for value in result["layers"]["max_vio"])
+    output.note(f"validation MaxVio by layer: {max_vio}")
+    output.note(f"checkpoint: {out}" + (f"; report: {files[-1]}" if files else ""))
+    output.document(
+        {
+            "command": "train",
+            "completed": True,
+            "checkpoint": str(out),
+            **{key: value for key, value in result.items() if key != "history"},
+            "files": [str(path) for path in files],
+            "environment": facts,
+        }
+    )

@@ -1,0 +1,350 @@
+"""Swap the routers of a model, save, load, go back."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from kmeans_route.integrations.transformers.router import (
+    ROUTERS,
+    Contract,
+    Masks,
+    TransformersRouter,
+    architecture_options,
+    is_known,
+    probe,
+    router_class,
+    zero_bad_rows,
+)
+
+SECTION_VERSION = 1
+SHAPE = ("num_experts", "hidden_size", "top_k")
+DECIDED_BY_MODEL = (*SHAPE, "name", "device", "return_scores")
+Layers = Callable[[str], bool] | Sequence[str | int] | None
+
+
+class Swap(NamedTuple):
+    """One router that was swapped: where, the class it had, and the router that is there now."""
+
+    path: str
+    old_class: str
+    router: TransformersRouter
+
+    def __str__(self) -> str:
+        r, o = self.router, self.router.options
+        groups = f" groups={o.topk_group}/{o.n_group}" if o.grouped else ""
+        scaling = f" scaling={o.scaling:g}" if o.scaling != 1 else ""
+        normalize = "" if o.normalize else " not normalised"
+        return (
+            f"{self.path}  {self.old_class}  E={r.num_experts} D={r.hidden_size} K={r.top_k} gate={o.gate} "
+            f"tau={o.tau:g}{normalize}{scaling}{groups}"
+        )
+
+
+class Summary(tuple[Swap, ...]):
+    """What `apply_kmeans_routing` has swapped, a line a router."""
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self)} router{'s' if len(self) != 1 else ''} swapped", *map(str, self)])
+
+
+def apply_kmeans_routing(
+    model: Any, layers: Layers = None, *, from_gate: bool | None = None, **router_options: Any
+) -> Summary:
+    """Put a K-Means router in the place of every learned router of a model of transformers.
+
+    Args:
+        model: a PreTrainedModel; with PEFT the base model, before or after it is wrapped.
+        layers: which routers: a predicate on the path ("model.layers.0.mlp.gate"), or a list of paths or layer indices;
+            None for all.
+        from_gate: take the gate's rows as first centroids. None: where the gate came from a checkpoint, else the first
+            data set them. A selection bias or a gate's bias is not taken over: it was made for other scores.
+        router_options: of `KMeansRouter`, over those of the architecture.
+
+    Returns:
+        Summary, printable: path, old class, E, D, K, gate and groups of each.
+
+    The auxiliary loss is switched off: it would still push on the hidden states. `output_router_logits=True` in a call
+    gives s / tau. On any error nothing is changed.
+
+    Raises:
+        ValueError: nothing to swap, a filter that names no router, a router that answers otherwise than expected.
+        RuntimeError: a path that bypasses the router. TypeError: no model of transformers.
+    """
+    check_model(model)
+    if getattr(model.config, "kmeans_route", None) and not swapped_routers(model):
+        raise ValueError(
+            "model must not come from a K-Means checkpoint by a plain from_pretrained, got a config with a "
+            "kmeans_route section: use load_kmeans_pretrained, or delete model.config.kmeans_route to start anew"
+        )
+    for option in DECIDED_BY_MODEL:
+        if option in router_options:
+            raise ValueError(f"router_options must not hold {option}, got {router_options[option]!r}: leave it out")
+    made = {}
+    for path, old in _select(model, layers).items():
+        contract = _contract(model, path, old)
+        options = {"name": path, **architecture_options(old, contract), **router_options}
+        made[path] = _make(old, contract, options, from_gate)
+    return _swap(model, made)
+
+
+def revert(model: Any) -> list[str]:
+    """Put the learned routers back as they were, and the auxiliary loss; the K-Means state is lost.
+
+    Returns:
+        The paths of the routers.
+
+    Raises:
+        ValueError: nothing was swapped. RuntimeError: a router is attached, or was never given its weights.
+    """
+    swapped = swapped_routers(model, "revert")
+    for path, router in swapped.items():
+        if router.attached:
+            raise RuntimeError(f"{path} must not be attached, got an attached router: call remove() on the attachment")
+        if any(p.is_meta for p in router.original.parameters()):
+            raise RuntimeError(
+                f"{path} must have been swapped after its weights were loaded, got a router without: a K-Means "
+                "checkpoint holds no learned router; load a checkpoint that does"
+            )
+    for path, router in swapped.items():
+        for handle in router.handles:
+            handle.remove()
+        router.original.train(router.training)
+        model.set_submodule(path, router.original)
+    for module in _pretrained(model):
+        masks: Masks | None = module.__dict__.pop("_kmeans_masks", None)
+        module.__dict__.pop("_init_weights", None)
+        for handle in masks.handles if masks else ():
+            handle.remove()
+    for owner, name, old in model.__dict__.pop("_kmeans_aux_loss", ()):
+        setattr(owner, name, old)
+    del model.config.kmeans_route
+    return list(swapped)
+
+
+def load_kmeans_pretrained(cls: Any, path: Any, **kwargs: Any) -> Any:
+    """`cls.from_pretrained(path, **kwargs)` for a checkpoint of a swapped model.
+
+    Args:
+        cls: a model class of transformers or an Auto class.
+        path: a folder, or whatever `from_pretrained` takes.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: config.json has no `kmeans_route` section, or one that does not fit the model or the weights.
+    """
+    config = kwargs.pop("config", None)
+    if config is None:
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in names if k in kwargs})
+    section = getattr(config, "kmeans_route", None)
+    if not section:
+        raise ValueError(
+            f"{path} must hold a K-Means checkpoint, got a config without kmeans_route section: use from_pretrained, "
+            "then apply_kmeans_routing"
+        )
+    if section.get("version") != SECTION_VERSION:
+        raise ValueError(
+            f"the kmeans_route section of {path} must have version {SECTION_VERSION}, got {section.get('version')!r}: "
+            "install the version of kmeans_route that wrote it"
+        )
+    real = _model_class(cls, config)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = _swapping_class(real, section).from_pretrained(
+        path, config=config, output_loading_info=True, **kwargs
+    )
+    model.__class__ = real
+    swapped = tuple(f"{path}." for path in swapped_routers(model))
+    missing = [key for key in info["missing_keys"] if key.startswith(swapped)]
+    if missing:
+        raise ValueError(
+            f"{path} must hold the state of all its K-Means routers, got none of {sorted(missing)[0]} and "
+            f"{len(missing) - 1} more: load a checkpoint that save_pretrained of the swapped model has written"
+        )
+    return (model, info) if wants_info else model
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless this is a model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a PreTrainedModel, got {type(model).__name__}: pass the model inside, with PEFT "
+            "model.get_base_model()"
+        )
+
+
+def swapped_routers(model: nn.Module, purpose: str = "") -> dict[str, TransformersRouter]:
+    """The routers of a model that are swapped, by path; ValueError where there are none for a purpose."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, TransformersRouter)}
+    if purpose and not found:
+        raise ValueError(f"model must have swapped routers, got {type(model).__name__} without: nothing to {purpose}")
+    return found
+
+
+def _pretrained(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """The routers that the filter takes, by path."""
+    known = {path: module for path, module in model.named_modules() if is_known(module)}
+    if not known:
+        named_so = [(path, type(m).__name__) for path, m in model.named_modules()]
+        others = [f"{name} at {path}" for path, name in named_so if re.search(r"(Router|Gate|Gating)$", name)]
+        already = f", {len(swapped_routers(model))} swapped already" if swapped_routers(model) else ""
+        raise ValueError(
+            f"model must contain a router of {sorted(ROUTERS)}, got {type(model).__name__} with "
+            f"{', '.join(others[:3]) or 'none'}{already}: use a supported model"
+        )
+    if layers is None:
+        return known
+    if callable(layers):
+        chosen = [path for path in known if layers(path)]
+        if not chosen:
+            raise ValueError(f"layers must take at least one router, got none of {list(known)}: mend the predicate")
+        return {path: known[path] for path in chosen}
+    chosen = []
+    for wanted in layers:
+        matches = [path for path in known if wanted in (path, _layer_index(path))]
+        if not matches:
+            raise ValueError(f"layers must name routers, got {wanted!r}: there are {list(known)}")
+        chosen += matches
+    if not chosen:
+        raise ValueError("layers must name at least one router, got none: pass None for all of them")
+    return {path: known[path] for path in chosen}
+
+
+def _layer_index(path: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", f".{path}.")
+    return int(found[1]) if found else None
+
+
+def _contract(model: Any, path: str, router: nn.Module) -> Contract:
+    """What the router promises; refuses what would never call it, or calls it with something in between."""
+    block = model.get_submodule(path.rpartition(".")[0])
+    problem = None
+    if type(block).__name__.startswith("Mxfp4") or type(getattr(block, "experts", None)).__name__.startswith("Mxfp4"):
+        problem = "MXFP4 experts, which compute the routing themselves: load with Mxfp4Config(dequantize=True)"
+    elif "gpt_oss" in type(block).__module__ and any(getattr(m, "use_kernels", False) for m in _pretrained(model)):
+        problem = "use_kernels=True, whose MegaBlocks layer never calls the router: load with use_kernels=False"
+    elif "forward" in block.__dict__ or "forward" in router.__dict__:
+        problem = "a forward that something has replaced (kernels, accelerate): swap before that"
+    elif not hasattr(block, "experts"):
+        problem = f"no experts beside it in {type(block).__name__}: use a supported model"
+    if problem:
+        raise RuntimeError(f"{path} must be called by its block, got {problem}")
+    return probe(path, router)
+
+
+def _make(old: nn.Module, contract: Contract, options: dict[str, Any], from_gate: bool | None) -> TransformersRouter:
+    router = router_class(type(old))(old, contract, **options)
+    router.chosen_options |= options
+    gate = old.get_parameter(contract.gate_key)
+    if from_gate is None:
+        from_gate = bool(getattr(gate, "_is_hf_initialized", False)) and not gate.is_meta
+    if from_gate:
+        try:
+            router.set_centroids(gate)
+        except ValueError as error:
+            raise ValueError(f"{options['name']}: {error}; or pass from_gate=False") from error
+    return router
+
+
+def _swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
+    """Put finished routers in; from here on nothing raises."""
+    swaps = []
+    for path, router in routers.items():
+        model.set_submodule(path, router)
+        experts = model.get_submodule(path.rpartition(".")[0]).experts
+        router.handles = [experts.register_forward_pre_hook(zero_bad_rows)]
+        owner, inner = _owner(model, path)
+        if "_kmeans_masks" not in owner.__dict__:
+            owner.__dict__["_kmeans_masks"] = Masks(owner)
+            owner.__dict__["_init_weights"] = functools.partial(_init_weights, owner)
+        router.masks = owner.__dict__["_kmeans_masks"]
+        for holder, prefix in ((model, path), (owner, inner)):
+            keys = {re.escape(f"{prefix}.{state}") for state in router.FP32_STATE}
+            holder._keep_in_fp32_modules_strict = set(holder._keep_in_fp32_modules_strict or ()) | keys
+        swaps.append(Swap(path, router.original_class.__name__, router))
+    model.__dict__.setdefault("_kmeans_aux_loss", []).extend(_silence_aux_loss(model))
+    model.config.kmeans_route = _section(model)
+    return Summary(swaps)
+
+
+def _init_weights(model: Any, module: nn.Module) -> None:
+    """In the place of a model's own: learned routers' weights are drawn anew, ours are taken as loaded."""
+    if isinstance(module, TransformersRouter):
+        module.take_loaded()
+    else:
+        type(model)._init_weights(model, module)
+
+
+def _owner(model: Any, path: str) -> tuple[Any, str]:
+    """The innermost model around a path: its forward is called also where an outer one's is passed by, as in PEFT."""
+    around = [p for p, m in model.named_modules() if isinstance(m, PreTrainedModel) and path.startswith(f"{p}.")]
+    inner = max(around, key=len, default="")
+    return model.get_submodule(inner), path.removeprefix(f"{inner}.")
+
+
+def _silence_aux_loss(model: Any) -> list[tuple[Any, str, Any]]:
+    """Switch the auxiliary loss off wherever a config or a module holds it; returns what was there."""
+    configs = {id(c): c for m in _pretrained(model) for c in (m.config, m.config.get_text_config())}
+    changed = []
+    for owner in [*configs.values(), *_pretrained(model)]:
+        for name, silent in (("output_router_logits", False), ("router_aux_loss_coef", 0.0)):
+            old = getattr(owner, name, None)
+            if old:
+                changed.append((owner, name, old))
+                setattr(owner, name, silent)
+    return changed
+
+
+def _section(model: Any) -> dict[str, Any]:
+    """What config.json says: all options of every router, by its path in the innermost model."""
+    routers = {}
+    for path, router in swapped_routers(model).items():
+        routers[_owner(model, path)[1]] = {
+            "class": router.original_class.__name__,
+            **{name: getattr(router, name) for name in SHAPE},
+            "options": router.chosen_options,
+        }
+    return {"version": SECTION_VERSION, "routers": routers}
+
+
+def _model_class(cls: Any, config: Any) -> Any:
+    mapping = getattr(cls, "_model_mapping", None)
+    if mapping is None:
+        return cls
+    found = mapping[type(config)]
+    if isinstance(found, list | tuple):
+        named = [c for c in found if c.__name__ in (config.architectures or ())]
+        return named[0] if named else found[0]
+    return found
+
+
+def _swapping_class(real: Any, section: dict[str, Any]) -> Any:
+    """A subclass that swaps its routers as it is made, so that `from_pretrained` fills the swapped ones."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        real.__init__(self, config, *args, **kwargs)
+        known = {_owner(self, p)[1]: (p, m) for p, m in self.named_modules() if is_known(m)}
+        made = {}
+        for inner, entry in section["routers"].items():
+            if inner not in known:
+                raise ValueError(f"the kmeans_route section must name routers of {real.__name__}, got {inner!r}")
+            path, old = known[inner]
+            contract = _contract(self, path, old)
+            for name in SHAPE:
+                if entry[name] != getattr(contract, name):
+                    raise ValueError(
+                        f"{name} of {inner} in the kmeans_route section must be {getattr(contract, name)} as in the "
+                        f"model, got {entry[name]}: the config has been changed since it was saved"
+                    )
+            made[path] = _make(old, contract, entry["options"], False)
+        _swap(self, made)
+
+    names = {"__init__": __init__, "__module__": real.__module__, "__qualname__": real.__qualname__}
+    return type(real)(real.__name__, (real,), names)

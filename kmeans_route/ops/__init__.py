@@ -1,0 +1,18 @@
+"""torch.library operators: schema, body, fake and autograd of each, side by side.
+
+Each wrapper takes the backend as the module that `backends.choose` gave, each operator its name. The bodies are opaque
+to torch.compile, so they may branch on data. The operators that change pending state carry no autograd, and they do
+nothing while a backward pass runs: whatever activation checkpointing recomputes there has been counted already.
+
+Legend: T tokens, D hidden size, E experts, K top_k, S splits. An absent result is an empty tensor.
+"""
+
+from kmeans_route.ops.dispatch import combine, dispatch
+from kmeans_route.ops.route import route, route_dispatch
+from kmeans_route.ops.schema import exporting, in_backward
+from kmeans_route.ops.statistics import accumulate, centroid_sums, reservoir
+
+__all__ = [
+    "accumulate", "centroid_sums", "combine", "dispatch", "exporting", "in_backward", "reservoir",
+    "route", "route_dispatch",
+]  # fmt: skip

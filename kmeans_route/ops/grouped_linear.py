@@ -1,0 +1,72 @@
+"""One product an expert over rows sorted by expert."""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _one_call(rows: Tensor, weight: Tensor) -> bool:
+    """Whether grouped_mm takes these shapes: rows of a multiple of 16 bytes, in a dtype it knows, and some of them."""
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    known = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return hasattr(F, "grouped_mm") and aligned and known and rows.shape[0] > 0
+
+
+def _spans(offsets: Tensor) -> list[slice]:
+    ends = offsets.tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+@torch.library.custom_op("kmeans_route::grouped_linear", mutates_args=())
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """rows[offsets[e] : offsets[e+1]] @ weight[e].T for every e: (M, N) from (M, D), (E, N, D), (E+1,) int32.
+
+    One grouped_mm where it takes the shapes, else a loop over the experts, which reads the offsets back to the host.
+    Rows at offsets[E] and after come out undefined. An operator of its own, because torch.compile knows grouped_mm in
+    bf16 only, and because its own backward refuses expanded gradients.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        if _one_call(rows, weight):
+            return F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets[1:])
+        y = rows.new_zeros(rows.shape[0], weight.shape[1])
+        for e, span in enumerate(_spans(offsets)):
+            torch.mm(rows[span], weight[e].T, out=y[span])
+        return y
+
+
+@grouped_linear.register_fake
+def _(rows: Tensor, weight: Tensor, _offsets: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("kmeans_route::grouped_linear_bwd", mutates_args=())
+def _grouped_linear_bwd(dy: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(rows.device.type, enabled=False):
+        dy = dy.contiguous()
+        if _one_call(rows, weight):
+            d_rows = F.grouped_mm(dy, weight, offs=offsets[1:])
+            return d_rows, F.grouped_mm(dy.T, rows.contiguous(), offs=offsets[1:])
+        d_rows, d_weight = torch.zeros_like(rows), torch.zeros_like(weight)
+        for e, span in enumerate(_spans(offsets)):
+            torch.mm(dy[span], weight[e], out=d_rows[span])
+            torch.mm(dy[span].T, rows[span], out=d_weight[e])
+        return d_rows, d_weight
+
+
+@_grouped_linear_bwd.register_fake
+def _(dy: Tensor, rows: Tensor, weight: Tensor, _offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_grouped_linear_bwd(dy, *ctx.saved_tensors), None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_setup)

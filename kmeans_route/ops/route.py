@@ -1,0 +1,221 @@
+"""route, and route_dispatch: routing and dispatch under one autograd node, for backends that have both in one.
+
+Source of the method: arXiv 2605.12476.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kmeans_route import backends
+from kmeans_route.backends.torch import directions_bwd
+from kmeans_route.checks import check_index_values
+from kmeans_route.ops.dispatch import dispatch
+from kmeans_route.ops.schema import OPTIONS, arguments, no_autocast, recorded, results, take
+from kmeans_route.reference import NUM_MARGIN_BINS, compute_dtype
+from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, RoutingGrads, SavedRouting, Tokens, Wanted
+
+
+def route(
+    tokens: Tokens, directions: Tensor, expert_bias: Tensor | None, options: RouteOptions, wanted: Wanted
+) -> Routed:
+    """The routing of tokens by directions (E, D) in their dtype, differentiable in both."""
+    inputs = RouteInputs(tokens.x, directions, expert_bias, tokens.mask, tokens.count_mask, tokens.indices)
+    if tokens.backend.PLAIN or not recorded(tokens.x):
+        return _route_body(inputs, options, wanted, tokens.backend)
+    return Routed(*_route(*inputs, *options, *wanted, tokens.backend.NAME))
+
+
+def _route_body(inputs: RouteInputs, options: RouteOptions, wanted: Wanted, backend: Any) -> Routed:
+    if inputs.indices is not None:
+        check_index_values(inputs.indices, inputs.directions.shape[0])
+    with no_autocast(inputs.x):
+        routed: Routed = backend.route_fwd(inputs, options, wanted)
+        return routed
+
+
+def _split(flat: tuple[Any, ...]) -> tuple[RouteInputs, RouteOptions, Wanted, list[Any]]:
+    """The arguments of an operator by name, and those after them."""
+    values = iter(flat)
+    return take(RouteInputs, values), take(RouteOptions, values), take(Wanted, values), list(values)
+
+
+def _route_by_name(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, options, wanted, (name,) = _split(flat)
+    return _route_body(inputs, options, wanted, backends.get(name))
+
+
+_route = torch.library.custom_op(
+    "kmeans_route::route",
+    _route_by_name,
+    mutates_args=(),
+    schema=f"({arguments(RouteInputs)}, {OPTIONS}, str backend) -> {results(Routed)}",
+)
+
+
+def _empty(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed:
+    """The shapes and dtypes of a routing."""
+    x, directions, count_mask = inputs.x, inputs.directions, inputs.count_mask
+    (num_tokens, num_experts), top_k, dtype = (x.shape[0], directions.shape[0]), options.top_k, compute_dtype(x.dtype)
+    by_slot = (num_tokens, top_k)
+    scored = num_tokens if wanted.scores or options.over_all else 0
+    return Routed(
+        indices=x.new_empty(by_slot, dtype=torch.int64),
+        weights=x.new_empty(by_slot, dtype=dtype),
+        selected_scores=x.new_empty(by_slot, dtype=dtype),
+        scores=x.new_empty(scored, num_experts, dtype=dtype),
+        candidates=x.new_empty(num_tokens if options.over_all else 0, num_experts, dtype=torch.bool),
+        tokens_per_expert=x.new_empty(num_experts, dtype=torch.int64),
+        inv_norm=x.new_empty(num_tokens, dtype=dtype),
+        valid=x.new_empty(num_tokens, dtype=torch.bool),
+        counted=x.new_empty(0 if count_mask is None else num_experts, dtype=torch.int64),
+        score_std=x.new_empty(num_tokens if wanted.std else 0, dtype=dtype),
+        margin_hist=x.new_empty((num_experts if wanted.hist else 0, NUM_MARGIN_BINS), dtype=torch.int32),
+        num_dropped=x.new_empty((), dtype=torch.int64),
+    )
+
+
+@_route.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, options, wanted, _ = _split(flat)
+    return _empty(inputs, options, wanted)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given, ctx.options, ctx.wanted, (*_, ctx.backend) = _split(inputs)
+    results = iter(output)
+    routed, rest = take(Routed, results), tuple(results)
+    positions = take(Dispatch, iter(rest)).positions if rest else None
+    saved = SavedRouting(*(getattr(routed, name) for name in SavedRouting._fields))
+    ctx.save_for_backward(given.x, given.directions, *saved, positions)
+    ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """dx and the gradient of the directions, each where it is wanted and anything came for it."""
+    x, directions, *saved, positions = ctx.saved_tensors
+    came = iter(grads)
+    routed, rest = take(Routed, came), tuple(came)
+    scores = routed.scores if ctx.wanted.scores else None
+    back = RoutingGrads(routed.weights, routed.selected_scores, scores)
+    d_x_sorted = take(Dispatch, iter(rest)).x_sorted if rest else None
+    through_routing = any(each is not None for each in back)
+    dx = d_directions = None
+    if ctx.needs_input_grad[0] and (through_routing or d_x_sorted is not None):
+        dx = _route_bwd(x, directions, *saved, *back, d_x_sorted, positions, *ctx.options, ctx.backend)
+    if ctx.needs_input_grad[1] and through_routing:
+        d_directions = _directions_bwd(x, directions, *saved, *back, *ctx.options)
+    return dx, d_directions, *(None,) * (ctx.num_inputs - 2)
+
+
+_route.register_autograd(_backward, setup_context=_setup)
+
+BACK = f"Tensor x, Tensor directions, {arguments(SavedRouting)}, {arguments(RoutingGrads, 'd_')}"
+
+
+def _split_back(flat: tuple[Any, ...]) -> tuple[Tensor, Tensor, SavedRouting, RoutingGrads, list[Any]]:
+    values = iter(flat)
+    return next(values), next(values), take(SavedRouting, values), take(RoutingGrads, values), list(values)
+
+
+def _route_bwd_by_name(*flat: Any) -> Tensor:
+    """dx of the routing, plus, where d_x_sorted is given, of the dispatch."""
+    x, directions, saved, grads, (d_x_sorted, positions, *options, name) = _split_back(flat)
+    with no_autocast(x):
+        dx: Tensor = backends.get(name).route_bwd(
+            x, directions, saved, grads, d_x_sorted, positions, RouteOptions(*options)
+        )
+        return dx
+
+
+_route_bwd = torch.library.custom_op(
+    "kmeans_route::route_bwd",
+    _route_bwd_by_name,
+    mutates_args=(),
+    schema=f"({BACK}, Tensor? d_x_sorted, Tensor? positions, {arguments(RouteOptions)}, str backend) -> Tensor",
+)
+
+
+@_route_bwd.register_fake
+def _(x: Tensor, *_flat: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _directions_bwd_by_name(*flat: Any) -> Tensor:
+    """The gradient of the directions (E, D), for those that are learned in part. The same on every backend."""
+    x, directions, saved, grads, options = _split_back(flat)
+    with no_autocast(x):
+        return directions_bwd(x, directions.shape[0], saved, grads, RouteOptions(*options))
+
+
+_directions_bwd = torch.library.custom_op(
+    "kmeans_route::directions_bwd",
+    _directions_bwd_by_name,
+    mutates_args=(),
+    schema=f"({BACK}, {arguments(RouteOptions)}) -> Tensor",
+)
+
+
+@_directions_bwd.register_fake
+def _(x: Tensor, directions: Tensor, *_flat: Any) -> Tensor:
+    return directions.new_empty(directions.shape)
+
+
+def route_dispatch(
+    tokens: Tokens,
+    directions: Tensor,
+    expert_bias: Tensor | None,
+    options: RouteOptions,
+    wanted: Wanted,
+    accumulate: str,
+) -> tuple[Routed, Dispatch, Tensor | None]:
+    """Routing, copies in expert order, and where a backend has both in one pass the centroid sums in parts (S, E, D).
+
+    accumulate: which sums, "unit" or "raw", or "" for none.
+    """
+    backend = tokens.backend
+    if not backend.FUSED:
+        routed = route(tokens, directions, expert_bias, options, wanted)
+        return routed, dispatch(tokens.x, routed.indices, routed.tokens_per_expert, routed.valid, backend), None
+    inputs = RouteInputs(tokens.x, directions, expert_bias, tokens.mask, tokens.count_mask, tokens.indices)
+    out = iter(_route_dispatch(*inputs, *options, *wanted, accumulate, backend.NAME))
+    return take(Routed, out), take(Dispatch, out), next(out)
+
+
+def _route_dispatch_by_name(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, options, wanted, (accumulate, name) = _split(flat)
+    if inputs.indices is not None:
+        check_index_values(inputs.indices, inputs.directions.shape[0])
+    with no_autocast(inputs.x):
+        routed, sent, partials = backends.get(name).route_dispatch_fwd(inputs, options, wanted, accumulate)
+        return *routed, *sent, partials
+
+
+_route_dispatch = torch.library.custom_op(
+    "kmeans_route::route_dispatch",
+    _route_dispatch_by_name,
+    mutates_args=(),
+    schema=f"({arguments(RouteInputs)}, {OPTIONS}, str accumulate, str backend) -> {results(Routed, Dispatch, more=1)}",
+)
+
+
+@_route_dispatch.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, options, wanted, (accumulate, name) = _split(flat)
+    x, num_experts = inputs.x, inputs.directions.shape[0]
+    num_tokens, hidden_size = x.shape
+    rows = num_tokens * options.top_k
+    sent = Dispatch(
+        x_sorted=x.new_empty(rows, hidden_size),
+        positions=x.new_empty(num_tokens, options.top_k, dtype=torch.int64),
+        token_of_row=x.new_empty(rows, dtype=torch.int64),
+        offsets=x.new_empty(num_experts + 1, dtype=torch.int32),
+    )
+    num_partials = backends.get(name).num_partials(x, num_experts) if accumulate else 0
+    partials = x.new_empty(num_partials, num_experts, hidden_size, dtype=torch.float32)
+    return *_empty(inputs, options, wanted), *sent, partials
+
+
+_route_dispatch.register_autograd(_backward, setup_context=_setup)

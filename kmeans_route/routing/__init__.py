@@ -1,0 +1,1 @@
+"""Routers, their state, experts and the whole layer."""

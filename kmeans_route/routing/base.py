@@ -1,0 +1,307 @@
+"""What all routers have in common: the contract, when a forward counts, and fp32 buffers that stay fp32.
+
+Forward only gathers into `Pending`; `commit` folds it into the buffers once per optimizer step. So the state that
+decides routing never changes between a forward and its recomputation.
+"""
+
+import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kmeans_route import ops
+from kmeans_route.functional import enter
+from kmeans_route.routing.pending import CountingScope, Pending
+from kmeans_route.types import Dispatch, RouterOutput, Routing, Tokens
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A seed in [0, 2^63) from (seed, name), equal on every rank and Python version."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+Observer = Callable[[Tokens, Routing], None]
+
+
+class StatefulRouter(nn.Module):
+    """Base of the routers.
+
+    The contract: `route` and `route_dispatch` take hidden states (..., D) and say where each token goes; `forward` is
+    route in the shape that frameworks expect. With gather=True, as forward does, they gather statistics where this
+    forward counts (`counts_now`). `enter` checks what comes in; its answer may be passed in place of x, so that what is
+    checked once is not checked again.
+    """
+
+    weight: Tensor
+    expert_bias: Tensor
+    top_k: int
+    backend = "auto"
+    learns = True  # whether a commit changes anything
+    FP32_STATE: tuple[str, ...] = ("expert_bias",)
+    PLAIN_TENSORS: tuple[str, ...] = ("tokens_per_expert",)
+
+    def __init__(self, hidden_size: int, num_experts: int, *, seed: int, name: str) -> None:
+        nn.Module.__init__(self)  # not super(): adapters put a class of another framework behind this one
+        self.hidden_size, self.num_experts = hidden_size, num_experts
+        self.seed, self.name = seed, name
+        self.frozen = False
+        self.pending: Pending
+        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64)
+        self._scope: CountingScope | None = None
+        self._observers: dict[int, Observer] = OrderedDict()
+        self._commits_by_hand = False
+        self._warned = self._has_gathered = False
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """() the auxiliary loss of the last training forward, already times its coefficient; 0 without one."""
+        return self.expert_bias.new_zeros(())
+
+    def enter(
+        self,
+        x: Tensor | Tokens,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        count_mask: Tensor | None = None,
+    ) -> Tokens:
+        """Check and flatten hidden states (..., D) and what comes with them, and choose the backend, once."""
+        if isinstance(x, Tokens):
+            return x
+        return enter(
+            x, mask, count_mask, indices, centroids=self.weight, owner="the router's state", top_k=self.top_k,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def route(
+        self,
+        x: Tensor | Tokens,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        count_mask: Tensor | None = None,
+        gather: bool = False,
+    ) -> Routing:
+        """Route x with the state as it is.
+
+        Args:
+            x: hidden states (..., D), floating point, or what `enter` made of them and of the masks and ids.
+            mask: bool, x.shape[:-1], false for padding, which gets weight 0.
+            indices: (T, K) ids to replay.
+            count_mask: bool, x.shape[:-1]; tokens outside are routed like any other and count in no statistic.
+            gather: gather statistics too, where this forward counts.
+        """
+        raise NotImplementedError
+
+    def route_dispatch(
+        self,
+        x: Tensor | Tokens,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        count_mask: Tensor | None = None,
+        gather: bool = False,
+    ) -> tuple[Routing, Dispatch]:
+        """`route`, and the hidden states in expert order."""
+        tokens = self.enter(x, mask, indices, count_mask)
+        routing = self.route(tokens, gather=gather)
+        return routing, ops.dispatch(
+            tokens.x, routing.indices, routing.tokens_per_expert, routing.valid, tokens.backend
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        count_mask: Tensor | None = None,
+    ) -> RouterOutput:
+        """Route x, and in training gather its statistics: see `route`."""
+        routing = self.route(x, mask, indices, count_mask=count_mask, gather=True)
+        return RouterOutput(routing.weights, routing.indices, routing.scores)
+
+    def observe(self, see: Observer) -> RemovableHandle:
+        """Call see(tokens, routing) after each routing, by whichever way it came; `remove()` of the answer ends that.
+
+        Forward hooks see `forward` alone, which a layer like `MoE` goes past.
+        """
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = see
+        return handle
+
+    def _tell(self, tokens: Tokens, routing: Routing) -> Routing:
+        for see in self._observers.values():
+            see(tokens, routing)
+        return routing
+
+    @property
+    def attached(self) -> bool:
+        """Whether an attachment says which forwards count, and commits."""
+        return self._scope is not None
+
+    def bind(self, scope: CountingScope | None) -> None:
+        """Let `scope` say from now on which forwards count; None: training mode and gradients, as without one."""
+        self._scope = scope
+
+    def commit(self, skip: Tensor | None = None) -> None:
+        """Fold what forward has gathered into the state, once per optimizer step; `attach` calls it for you.
+
+        Args:
+            skip: () bool on the router's device; true leaves state and pending as they are, for a step that a
+                gradient scaler skipped. Read on the device, without a sync.
+
+        With nothing pending the state does not change, so a second call does nothing. Until a K-Means router has its
+        first data, one value is read back to the host.
+        """
+        self._commits_by_hand = True
+        self.commit_pending(skip)
+
+    def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
+        """`commit` as `attach` calls it: with `batch`, what all ranks have gathered, in place of this rank's own."""
+        raise NotImplementedError
+
+    def before_commit(self) -> None:
+        """Called on every rank before the exchange of a commit: the last moment to change what is pending."""
+
+    def metrics(self) -> dict[str, float]:
+        """Flat scalars of the last committed step. See the subclasses."""
+        raise NotImplementedError
+
+    def freeze(self, frozen: bool = True) -> "StatefulRouter":
+        """Stop (or with False, resume) gathering and committing; routing goes on with the state as it is."""
+        self.frozen = frozen
+        return self
+
+    def counts_now(self) -> bool:
+        """Whether a forward at this moment gathers statistics.
+
+        Under an attached root, the root's training and grad mode at its entry decide; elsewhere the router's own.
+        """
+        if self.frozen:
+            return False
+        if self._scope is not None and self._scope.active is not None:
+            return self._scope.active
+        counting = self.training and torch.is_grad_enabled()
+        if counting and self.learns and self._scope is None and not torch.compiler.is_compiling():
+            self._check_unattached()
+        return counting
+
+    def _check_unattached(self) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            if world > 1:
+                raise RuntimeError(
+                    f"a router that trains on {world} ranks must be attached, got one that is not, so that the ranks "
+                    "would drift apart: call kmeans_route.attach(model, optimizer); if each rank is to learn alone, "
+                    "with a process group of its own"
+                )
+        if ops.in_backward():
+            if not (self._has_gathered or self._warned):
+                self._warned = True
+                warnings.warn(
+                    f"router {self.name!r} gathers nothing: its forward ran without gradients, as reentrant activation "
+                    "checkpointing runs it: call kmeans_route.attach(model, optimizer), or checkpoint with "
+                    "use_reentrant=False",
+                    stacklevel=5,
+                )
+            return
+        self._has_gathered = True
+        remedy = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
+        if not (self._warned or self._commits_by_hand):
+            self._warned = True
+            warnings.warn(f"router {self.name!r} trains but nothing commits its statistics: {remedy}", stacklevel=5)
+
+    def _private_generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_for(self.seed, self.name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulRouter":
+        """Moves go through; casts do not: a bf16 average stalls (99% of the gap is left after 2000 steps)."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = new.to(old.dtype) if old.is_meta else old.to(device=new.device)
+        self._move_plain_tensors()
+        return self
+
+    def _move_plain_tensors(self) -> None:
+        """Bring what is no buffer to the device of the buffers; what was on the meta device starts at zero."""
+        device = self.expert_bias.device
+        self.pending.to(device)
+        for name in self.PLAIN_TENSORS:
+            old: Tensor = getattr(self, name)
+            if old.device != device:
+                setattr(self, name, torch.zeros_like(old, device=device) if old.is_meta else old.detach().to(device))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pending = self.pending.num_tokens
+        if not pending.is_meta and int(pending):
+            warnings.warn(
+                f"router {self.name!r} is saved with {int(pending)} tokens pending, which a state dict does not hold: "
+                "save right after an optimizer step",
+                stacklevel=2,
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load all of this module's state, or none of it: a foreign or non-finite entry refuses the rest by name."""
+        problems = []
+        for name, own in [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]:
+            given = state_dict.get(prefix + name)
+            if given is None:
+                continue
+            if given.shape != own.shape:
+                problems.append(
+                    f"{prefix}{name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}: the checkpoint is "
+                    "of a router with another number of experts or another hidden size"
+                )
+            elif given.is_floating_point() and not given.is_meta and not bool(given.isfinite().all()):
+                problems.append(f"{prefix}{name} must be finite, got NaN or Inf: load a checkpoint from before that")
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in self.FP32_STATE:  # load_state_dict(assign=True) brings the checkpoint's own dtype
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.dtype != torch.float32:
+                self._buffers[name] = buffer.float()
+        if any(prefix + name in state_dict for name in self.FP32_STATE):
+            self._after_load()
+
+    def _after_load(self) -> None:
+        """Called when state of this module has been loaded: what is pending belongs to the state that is gone."""
+        self._move_plain_tensors()
+        pending = self.pending.num_tokens
+        if not pending.is_meta and int(pending):
+            warnings.warn(
+                f"router {self.name!r} drops {int(pending)} pending tokens: they belong to the state that is replaced",
+                stacklevel=2,
+            )
+        if not pending.is_meta:
+            self.pending.clear_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: a copy is not attached, and shares no graph."""
+        state: dict[str, Any] = self.__dict__.copy()
+        state["_scope"], state["_observers"] = None, OrderedDict()
+        for name in self.PLAIN_TENSORS:
+            state[name] = state[name].detach()
+        return state

@@ -1,0 +1,79 @@
+"""The commit of a K-Means router: first data sets the centroids, each step moves them and the bias."""
+
+import torch
+from torch import Tensor
+
+from kmeans_route import backends, metrics
+from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
+from kmeans_route.routing.loading import CentroidState
+from kmeans_route.routing.pending import Pending
+from kmeans_route.types import RouterState
+
+
+class CentroidCommit(CentroidState):
+    """What happens to the state once an optimizer step, and what is told of it."""
+
+    @torch.no_grad()
+    def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
+        """Fold what forward has gathered into centroids and bias; see `commit`."""
+        if self.frozen:
+            return
+        was_initialized = self._initialized
+        self.before_commit()
+        if was_initialized and not self._initialized:
+            return  # nothing pending can set the first centroids
+        batch = self.pending if batch is None else batch
+        if not self._initialized:
+            if int(batch.num_tokens) == 0 or (skip is not None and bool(skip)):
+                return
+            if self.init != "normal":
+                self._commit_first_data(batch)
+                return
+            self._mark_initialized()
+        self._commit_step(skip, batch)
+
+    def _commit_first_data(self, batch: Pending) -> None:
+        """Set the centroids from the reservoir and nothing else: steps, bias and sigma stay 0."""
+        self._set_from_reservoir(batch.hashes, batch.rows)
+        self.dropped_total.add_(batch.num_dropped)
+        self.tokens_per_expert = batch.counts.clone()
+        self.pending.clear_()
+        self._mark_initialized()
+
+    def _commit_step(self, skip: Tensor | None, batch: Pending) -> None:
+        backend = backends.choose(self.backend, self.weight.device, num_experts=self.num_experts)
+        state = RouterState(
+            self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen, self.dropped_total,
+            self.tokens_per_expert, self.centroid_turn,
+        )  # fmt: skip
+        backend.commit(state, batch.statistics, skip, self.commit_options)
+        if batch is not self.pending:
+            self.pending.clear_(skip)
+        self._cached = None  # a kernel's writes leave no trace in the version counter
+
+    def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
+        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian rows stay."""
+        chosen = torch.arange(self.num_experts, device=rows.device)
+        if self.init == "kmeans++":
+            chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
+        found = hashes[chosen] != EMPTY_HASH
+        self.weight.copy_(torch.where(found[:, None], rows[chosen], self.weight))
+
+    def metrics(self) -> dict[str, float]:
+        """Flat scalars of the last committed step, for any logger. Reads values back: not for the routing path."""
+        counts = self.tokens_per_expert
+        bias = self.expert_bias
+        values = {
+            "maxvio": metrics.max_vio(counts),
+            "load_std": metrics.load_std(counts),
+            "load_entropy": metrics.load_entropy(counts),
+            "load_gini": metrics.gini(counts),
+            "dead_experts": metrics.dead_experts(counts),
+            "bias_abs_max": bias.abs().max(),
+            "score_std": self.score_std,
+            "direction_cosine": metrics.mean_pairwise_cosine(self.weight),
+            "centroid_drift": metrics.angle_of_turn(self.centroid_turn).mean(),
+            "steps": self.steps,
+            "dropped_total": self.dropped_total,
+        }
+        return {name: float(value) for name, value in values.items()}

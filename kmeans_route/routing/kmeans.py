@@ -1,0 +1,324 @@
+"""The K-Means router: centroids as buffers, routing in forward, learning in commit.
+
+Source of the method: arXiv 2605.12476 (Ahrac, Hochwald, Geva 2026).
+"""
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from kmeans_route import backends, ops, reference
+from kmeans_route.checks import (
+    ACCUMULATES,
+    DEFAULT_TAU,
+    check_bias,
+    check_choice,
+    check_positive_int,
+    check_range,
+    check_route_options,
+)
+from kmeans_route.routing.base import seed_for
+from kmeans_route.routing.commit import CentroidCommit
+from kmeans_route.types import CommitOptions, Dispatch, Routed, Routing, Statistics, Tokens, Wanted
+
+AVERAGES = ("ema", "cumulative")
+BALANCES = ("proportional", "sign", "quantile", "none")
+INITS = ("tokens", "kmeans++", "normal")
+BIAS_RATES = {"proportional": 0.05, "sign": 0.001, "quantile": 0.1, "none": 0.0}
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class KMeansRouter(CentroidCommit):
+    """Route each hidden state to the top_k experts whose running-average centroids have the largest cosine with it.
+
+    No parameters (but see learned_offset): a training forward gathers statistics, and `commit` (once per optimizer
+    step, see `kmeans_route.attach`) moves the centroids and the balance bias. All state is fp32, however the model is
+    cast.
+
+    Args:
+        hidden_size: D, at least 1.
+        num_experts: E, at least 1.
+        top_k: K, experts a token, in [1, E].
+        decay: of the running average, in [0, 1): beta = min(decay, steps / (steps + 1)), a plain mean at first.
+        average: "ema", or "cumulative", the mean over all tokens ever seen: it stops following a drifting model.
+        accumulate: "unit" averages x_t / ||x_t||, "raw" averages x_t.
+        balance: how the selection bias learns: "proportional" to the excess load in units of the score's spread,
+            "sign" (the paper's), "quantile" (Kimi K3 report 2.3.3), or "none".
+        bias_rate: step of that rule, >= 0; None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile). Where a commit
+            has fewer than about 100 tokens an expert, 0.015 (proportional) leaves half of the imbalance, and takes
+            twice as long to follow a change.
+        gate, tau, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
+        init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
+            "normal" (Gaussian directions, moved by the first averages).
+        detach_gates: stop the gradient from the gates to x.
+        learned_offset: add a parameter `offset` (E, D), zero at first and trained through the gates, to the unit
+            centroids: tokens are scored with unit rows of the sum, averages are gathered as ever. Weight decay pulls
+            a direction back to its centroid. In the optimizer like any other parameter, in the model's dtype.
+        return_scores: fill `scores` in the output.
+        seed, name: seed of the router's private generator; give each layer its own name.
+        backend: "auto", "torch", "triton" or "reference".
+        device: where the state is made; "meta" for a later `to_empty` and `reset_parameters`.
+
+    Shape:
+        x: (..., D). weights, indices: (T, K), T the product of the leading dimensions. scores: (T, E).
+
+    Copies (deepcopy, pickle, AveragedModel) are not attached. `torch.optim.swa_utils.AveragedModel` with its default
+    use_buffers=False takes over the latest state at each update, which is an average in itself: the one to evaluate
+    with. With use_buffers=True it averages averages: an EMA rounds `steps` down, and PyTorch's own SWA rule refuses the
+    bool `initialized`. `torch.export` is for eval mode.
+
+    After the first data no tensor of the state moves in forward, backward, commit or a load of such state, so that CUDA
+    graphs may hold them; resetting and moving the router make new ones.
+
+    Raises:
+        ValueError, TypeError: an option or a tensor is out of its range, see the message.
+
+    Example:
+        >>> import torch, kmeans_route
+        >>> router = kmeans_route.KMeansRouter(hidden_size=16, num_experts=4, top_k=2)
+        >>> weights, indices, _ = router.eval()(torch.randn(2, 5, 16))
+        >>> weights.shape, indices.shape
+        (torch.Size([10, 2]), torch.Size([10, 2]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        decay: float = 0.999,
+        average: str = "ema",
+        accumulate: str = "unit",
+        balance: str = "proportional",
+        bias_rate: float | None = None,
+        gate: str = "softmax",
+        tau: float = DEFAULT_TAU,
+        normalize: bool = True,
+        scaling: float = 1.0,
+        n_group: int | None = None,
+        topk_group: int | None = None,
+        group_score: str = "top2",
+        init: str = "tokens",
+        detach_gates: bool = False,
+        learned_offset: bool = False,
+        return_scores: bool = False,
+        seed: int = 0,
+        name: str = "",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_positive_int("hidden_size", hidden_size)
+        check_positive_int("num_experts", num_experts)
+        check_choice("average", average, AVERAGES)
+        check_choice("accumulate", accumulate, ACCUMULATES)
+        check_choice("balance", balance, BALANCES)
+        check_choice("init", init, INITS)
+        check_range("decay", decay, 0.0, 1.0)
+        bias_rate = BIAS_RATES[balance] if bias_rate is None else bias_rate
+        check_range("bias_rate", bias_rate, 0.0, math.inf)
+        super().__init__(hidden_size, num_experts, seed=seed, name=name)
+        self.options = check_route_options(
+            num_experts,
+            top_k,
+            gate=gate,
+            tau=tau,
+            normalize=normalize,
+            scaling=scaling,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_score=group_score,
+        )
+        self.top_k = top_k
+        self.average, self.accumulate, self.init = average, accumulate, init
+        self.detach_gates, self.return_scores = detach_gates, return_scores
+        self.commit_options = CommitOptions(top_k, decay, average, balance, bias_rate)
+        self._check_together(gate, learned_offset=learned_offset)
+        self.backend = backend
+        self._reservoir_seed = seed_for(seed, "reservoir")
+        # The name, whether Triton is there, the number of experts; the device comes with x.
+        backends.choose(backend, torch.device("cuda"), num_experts=num_experts)
+        self._make_state(device, cumulative=average == "cumulative", learned_offset=learned_offset)
+
+    @classmethod
+    def from_linear(cls, gate: nn.Module | Tensor, top_k: int, /, **options: Any) -> Self:
+        """A router whose first directions are the rows of a learned gate.
+
+        Lengths of rows and biases are left out, since a cosine has no place for them: how often the two then choose
+        alike, `kmeans_route.calibrate` measures.
+
+        Args:
+            gate: nn.Linear, `LearnedRouter`, anything else with a weight (E, D), or that tensor.
+            top_k: K, in [1, E].
+            options: anything else that the router takes; device is the gate's unless named.
+
+        Raises:
+            TypeError: gate has no weight. ValueError: a weight that is no matrix, or a row that is zero or not finite.
+        """
+        weight = gate if isinstance(gate, Tensor) else getattr(gate, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"gate must be an (E, D) tensor or have one as its weight, got {type(gate).__name__}: pass an "
+                "nn.Linear, a LearnedRouter or a tensor"
+            )
+        if weight.dim() != 2:
+            raise ValueError(f"gate must have a weight (E, D), got {tuple(weight.shape)}: one row an expert")
+        router = cls(weight.shape[1], weight.shape[0], top_k, **{"device": weight.device, **options})
+        router.set_centroids(weight)
+        return router
+
+    def extra_repr(self) -> str:
+        """The options that matter, as the constructor names them."""
+        o, c = self.options, self.commit_options
+        groups = f", n_group={o.n_group}, topk_group={o.topk_group}" if o.grouped else ""
+        groups += "" if self.offset is None else ", learned_offset=True"
+        name = f", name={self.name!r}" if self.name else ""
+        return (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, gate={o.gate!r}, "
+            f"tau={o.tau:g}, balance={c.balance!r}, bias_rate={c.bias_rate:g}, decay={c.decay:g}, "
+            f"average={c.average!r}, init={self.init!r}{groups}{name}"
+        )
+
+    def _check_together(self, gate: str, *, learned_offset: bool) -> None:
+        """Options that exclude each other."""
+        candidates = self.options.topk_group * self.num_experts // self.options.n_group
+        if self.want_hist and candidates == self.top_k:
+            raise ValueError(
+                f"balance='quantile' must have more candidates than top_k={self.top_k}, got {candidates}: raise "
+                "topk_group or choose another balance"
+            )
+        if learned_offset and (self.detach_gates or gate == "uniform"):
+            raise ValueError(
+                "learned_offset must have gates that it can learn from, got it with "
+                f"{'detach_gates=True' if self.detach_gates else 'gate=' + repr(gate)}: leave one of the two out"
+            )
+
+    def route(
+        self,
+        x: Tensor | Tokens,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        count_mask: Tensor | None = None,
+        expert_bias: Tensor | None = None,
+        gather: bool = False,
+    ) -> Routing:
+        """Route x with the state as it is: see `StatefulRouter.route`.
+
+        Args:
+            expert_bias: (E,) fp32 selection bias in place of the router's own, of a block that balances by itself.
+        """
+        tokens = self.enter(x, mask, indices, count_mask)
+        gather = gather and self.counts_now()
+        scored = tokens._replace(x=tokens.x.detach()) if self.detach_gates else tokens
+        routed = ops.route(
+            scored, self._directions(tokens), self._bias(expert_bias), self.options, self._wanted(gather)
+        )
+        if gather:
+            self._gather(tokens, routed, None)
+        return self._tell(tokens, routed.routing(want_scores=self.return_scores))
+
+    def route_dispatch(
+        self,
+        x: Tensor | Tokens,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        *,
+        count_mask: Tensor | None = None,
+        expert_bias: Tensor | None = None,
+        gather: bool = False,
+    ) -> tuple[Routing, Dispatch]:
+        """`route`, and the hidden states in expert order; on the Triton backend one operator with one backward pass."""
+        tokens = self.enter(x, mask, indices, count_mask)
+        gather = gather and self.counts_now()
+        routed, sent, partials = ops.route_dispatch(
+            tokens, self._directions(tokens), self._bias(expert_bias), self.options, self._wanted(gather),
+            self.accumulate if gather else "",
+        )  # fmt: skip
+        if gather:
+            self._gather(tokens, routed, partials)
+        routing = routed.routing(want_scores=self.return_scores)
+        if self.detach_gates:
+            routing = routing._replace(
+                weights=routing.weights.detach(),
+                selected_scores=routing.selected_scores.detach(),
+                scores=None if routing.scores is None else routing.scores.detach(),
+            )
+        return self._tell(tokens, routing), sent
+
+    def _wanted(self, gather: bool) -> Wanted:
+        return Wanted(scores=self.return_scores, std=gather, hist=gather and self.want_hist)
+
+    def _bias(self, given: Tensor | None) -> Tensor:
+        if given is None:
+            return self.expert_bias
+        check_bias(given, self.num_experts, self.weight.device, "the router's state")
+        return given
+
+    def _gather(self, tokens: Tokens, routed: Routed, partials: Tensor | None) -> None:
+        if not torch.compiler.is_compiling():
+            self._notice_load(committing=False)
+        x, p, unit = tokens.x.detach(), self.pending, self.accumulate == "unit"
+        counted, loads = routed.valid, routed.tokens_per_expert
+        if tokens.count_mask is not None:
+            counted, loads = counted & tokens.count_mask, routed.counted
+        batch = Statistics(loads, routed.score_std.detach(), routed.margin_hist, routed.num_dropped)
+        inv_norm = routed.inv_norm.detach()
+        ops.accumulate(
+            x, routed.indices, inv_norm if unit else None, counted, None if partials is None else partials.detach(),
+            batch, p.statistics, tokens.backend,
+        )  # fmt: skip
+        if not self._initialized and self.init != "normal":
+            factor = inv_norm if unit else counted.float()
+            ops.reservoir(x, factor, counted, self._reservoir_seed, p.hashes, p.rows)
+
+    def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(E, D): what hidden states of `dtype` are scored with, unit rows of the centroids with the learned offset."""
+        backend = backends.choose("auto", self.weight.device, dtype, self.num_experts)
+        return self._directions_for(dtype, backend).detach()
+
+    def _directions(self, tokens: Tokens) -> Tensor:
+        return self._directions_for(tokens.x.dtype, tokens.backend)
+
+    def _directions_for(self, dtype: torch.dtype, backend: Any) -> Tensor:
+        if self.offset is None:
+            return self._unit_rows(dtype, backend)
+        unit = self._unit_rows(reference.compute_dtype(dtype), backend)
+        return reference.shifted_directions(unit, self.offset, dtype)
+
+    def _unit_rows(self, dtype: torch.dtype, backend: Any) -> Tensor:
+        """Unit rows of the centroids; kept until these change."""
+        # A graph must follow the centroids, and knows no Python; inference tensors have no version to tell a change by.
+        if torch.compiler.is_compiling() or _is_capturing(self.weight.device) or self.weight.is_inference():
+            unit: Tensor = backend.directions(self.weight, dtype)
+            return unit
+        key = (self.weight.data_ptr(), self.weight._version, dtype)
+        if self._cached is None or self._cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # autograd may want what is kept
+                self._cached = (key, backend.directions(self.weight, dtype))
+        return self._cached[1]
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Set the centroids from the tokens of x (..., D) now, instead of at the first commit.
+
+        With init="normal" they come from one step of averaging over x. What was pending is dropped, and steps, bias
+        and score scale start anew.
+
+        Raises:
+            ValueError: no token of x is valid.
+        """
+        tokens = self.enter(x, mask)
+        if not bool(reference.validity_reference(tokens.x, tokens.mask).any()):
+            raise ValueError("x must hold at least one valid token, got none: check the mask and for NaN or zero rows")
+        self.reset_parameters()
+        routed = ops.route(tokens, self._directions(tokens), self._bias(None), self.options, self._wanted(gather=True))
+        self._gather(tokens, routed, None)
+        frozen, self.frozen = self.frozen, False
+        self.commit_pending()
+        self.frozen = frozen

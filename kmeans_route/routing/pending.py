@@ -1,0 +1,74 @@
+"""What forward has gathered since the last commit, and the moment at which a forward counts."""
+
+import torch
+from torch import Tensor
+
+from kmeans_route.backends.reservoir import EMPTY_HASH, TOKENS_PER_EXPERT
+from kmeans_route.reference import NUM_MARGIN_BINS
+from kmeans_route.types import PendingStatistics
+
+
+class Pending:
+    """What forward has gathered since the last commit. Plain tensors, never buffers: no state dict, broadcast or
+    sharding plan touches them.
+
+    sums: (E, D) fp32, sums_e = sum of x_t / ||x_t|| over tokens routed to e; (0, 0) for learned routers.
+    counts: (E,) int64. std_sum: () fp32. num_tokens, num_dropped: () int64.
+    margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
+    hashes, rows: the token reservoir (16 E,), (16 E, D) until the centroids have data, else (0,), (0, D).
+    """
+
+    FIELDS = (*PendingStatistics._fields, "hashes", "rows")
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, with_reservoir: bool
+    ) -> None:
+        places = TOKENS_PER_EXPERT * num_experts if with_reservoir else 0
+        sums_shape = (num_experts, hidden_size) if hidden_size else (0, 0)
+        self.sums = torch.zeros(sums_shape, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.std_sum = torch.zeros((), dtype=torch.float32, device=device)
+        self.num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_dropped = torch.zeros((), dtype=torch.int64, device=device)
+        bins = (num_experts if with_hist else 0, NUM_MARGIN_BINS)
+        self.margin_hist = torch.zeros(bins, dtype=torch.int32, device=device)
+        self.hashes = torch.full((places,), EMPTY_HASH, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(places, hidden_size, dtype=torch.float32, device=device)
+
+    @property
+    def statistics(self) -> PendingStatistics:
+        """What a commit folds into the state."""
+        return PendingStatistics(*(getattr(self, name) for name in PendingStatistics._fields))
+
+    def to(self, device: torch.device) -> None:
+        """Move in place of the old tensors; dtypes stay. Values of a meta device are lost, so they become zero."""
+        for field in self.FIELDS:
+            old: Tensor = getattr(self, field)
+            if old.device != device:
+                empty = EMPTY_HASH if field == "hashes" else 0
+                setattr(self, field, torch.full_like(old, empty, device=device) if old.is_meta else old.to(device))
+
+    def clear_(self, skip: Tensor | None = None) -> None:
+        """Empty everything in place, or nothing where `skip` () bool is true."""
+        for field in self.FIELDS:
+            tensor: Tensor = getattr(self, field)
+            empty = EMPTY_HASH if field == "hashes" else 0
+            if skip is None:
+                tensor.fill_(empty)
+            else:
+                tensor.masked_fill_(~skip, empty)
+
+    def drop_reservoir(self) -> None:
+        """Free the reservoir: the centroids have data."""
+        self.hashes, self.rows = self.hashes[:0].clone(), self.rows[:0].clone()
+
+
+class CountingScope:
+    """Whether the forward of an attached root that is running now counts; None outside of one.
+
+    Reentrant checkpointing runs the first forward of a router with grad disabled, exactly like a user's no_grad; only
+    the root's own entry tells the two apart.
+    """
+
+    def __init__(self) -> None:
+        self.active: bool | None = None

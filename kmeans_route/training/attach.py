@@ -1,0 +1,234 @@
+"""Tie the routers of a model to its optimizer: one commit per optimizer step."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kmeans_route.checks import check_choice, check_positive_int
+from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.pending import CountingScope, Pending
+
+if TYPE_CHECKING:
+    from kmeans_route.training.exchange import Exchange
+
+WIRES = ("fp32", "bf16")
+LEFT_OUT = ("left_of_sums", "left_of_chunk")
+
+
+class Attachment:
+    """The tie that `attach` made. `routers` maps each router's name in the model to it; `remove()` undoes the tie."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        routers: dict[str, StatefulRouter],
+        exchange: "Exchange | None" = None,
+        every_n_steps: int = 1,
+        overlap_after: int = 0,
+    ) -> None:
+        self.routers, self.every_n_steps, self.overlap_after = routers, every_n_steps, overlap_after
+        self._exchange = exchange
+        self._steps = self._forwards = 0
+        self._scope = CountingScope()
+        for router in routers.values():
+            router.bind(self._scope)
+        self._outer: list[bool | None] = []
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        self.watch(model)
+
+    def watch(self, module: nn.Module) -> None:
+        """Take `module` too for a root, whose training mode and gradients as it is entered decide what counts.
+
+        For a part of the model that the training loop calls by itself, past the forward of the whole.
+        """
+        self._handles += [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, root: nn.Module, _args: Any) -> None:
+        self._outer.append(self._scope.active)
+        self._scope.active = root.training and torch.is_grad_enabled()
+        outermost = len(self._outer) == 1
+        if self._scope.active and outermost and self._overlaps():
+            self._exchange.wait()  # type: ignore[union-attr]  # more forwards than said: what is sent is not all
+
+    def _leave(self, _root: nn.Module, _args: Any, output: Any) -> None:
+        counted, self._scope.active = self._scope.active, self._outer.pop() if self._outer else None
+        finished = output is not None and not self._outer  # the output of a forward that raised is None
+        if counted and finished and self._overlaps():
+            self._forwards += 1
+            if self._forwards == self.overlap_after:
+                self._exchange.start(self._learning())  # type: ignore[union-attr]
+
+    def _overlaps(self) -> bool:
+        """Not inside a compiled graph, which has no place for it: there the exchange starts after the step."""
+        return self.overlap_after > 0 and self._exchange is not None and not torch.compiler.is_compiling()
+
+    def _learning(self) -> list[StatefulRouter]:
+        return [router for router in self.routers.values() if not router.frozen]
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        # A fused optimizer runs its hooks on a step that the gradient scaler skips; this flag stays on the device.
+        self._steps += 1
+        if self._steps % self.every_n_steps:
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.commit(None if found_inf is None else found_inf.reshape(()) > 0)
+
+    def commit(self, skip: torch.Tensor | None = None) -> None:
+        """Commit every router now; the optimizer's hook does this after each step. All ranks must call it.
+
+        Args:
+            skip: () bool; true leaves state and pending as they are. Where one rank skips, all do; all or none pass it.
+        """
+        routers, exchange = self._learning(), self._exchange
+        self._forwards = 0
+        for router in routers:
+            router.before_commit()
+        batches: list[Pending | None] = [None] * len(routers)
+        if exchange is not None:
+            if not exchange.under_way(routers):
+                exchange.wait()
+                exchange.start(routers)
+            batches = [*exchange.finish()]
+            skip = exchange.agree(skip)
+        for router, batch in zip(routers, batches, strict=True):
+            router.commit_pending(None if skip is None else skip.to(router.expert_bias.device), batch)
+        if exchange is not None:
+            exchange.settle(skip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-for-bit resume needs beside the model's and the optimizer's state, of this rank alone.
+
+        Only with every_n_steps, wire or shard is there any: the steps counted, and what rounding has left out. Without
+        it a resume goes on from the rounded values.
+        """
+        exchange = self._exchange
+        left_out = {} if exchange is None else {name: getattr(exchange, name).clone() for name in LEFT_OUT}
+        return {"steps": self._steps, **left_out}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave, on the same rank of as many.
+
+        Raises:
+            ValueError: it lacks an entry, and nothing is taken.
+        """
+        wanted = ["steps"] if self._exchange is None else ["steps", *LEFT_OUT]
+        missing = [name for name in wanted if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"state_dict must hold {wanted}, got none of {missing}: load what the attachment of this rank has saved"
+            )
+        self._steps = int(state_dict["steps"])
+        if self._exchange is not None:
+            for name in LEFT_OUT:
+                setattr(self._exchange, name, state_dict[name].clone())
+
+    def metrics(self) -> dict[str, float]:
+        """Flat scalars of all routers, named `<router's name in the model>/<metric>`, as any logger takes them."""
+        return {
+            f"{name}/{key}": value for name, router in self.routers.items() for key, value in router.metrics().items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model, which bring its hooks along: a copy is not attached."""
+        return {**self.__dict__, "routers": {}, "_exchange": None, "_handles": []}
+
+    def remove(self) -> None:
+        """Undo the tie: remove the hooks; the routers keep their state and may be attached again."""
+        if self._exchange is not None:
+            self._exchange.wait()
+        for handle in self._handles:
+            handle.remove()
+        for router in self.routers.values():
+            router.bind(None)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    process_group: Any = None,
+    *,
+    every_n_steps: int = 1,
+    overlap_after: int = 0,
+    wire: str = "fp32",
+    shard: bool = False,
+) -> Attachment:
+    """Commit every router of `model` once after each step of `optimizer`.
+
+    A forward of `model` counts when the model is in training mode and gradients are enabled as it is entered, also
+    under activation checkpointing, where each token counts once however often it is recomputed.
+
+    Args:
+        model: the module whose forward is called in training; its routers are found among its submodules.
+        optimizer: its step commits, after the update of the parameters. A step that a gradient scaler skips does not.
+        process_group: the ranks that see different tokens, which commit their sum: a torch.distributed group, or a
+            DeviceMesh of one dimension; None for all ranks. Ranks that hold replicas of the same tokens (tensor
+            parallel) must be in different groups. Each step exchanges E D + 1 fp32 and E + 2 int64 a router (and
+            E x 1024 int32 for balance="quantile"). Every rank must step as often as the others; one without tokens
+            still takes part.
+        every_n_steps: optimizer steps to a commit, at least 1.
+        overlap_after: start the exchange when this many forwards of the model have counted since the last commit, so
+            that it runs beside the backward pass of the last of them: the micro-batches of a step, times
+            every_n_steps. The same bits as 0, which starts it after the step. All ranks then run as many forwards.
+            With torch.compile, attach to the compiled model: a graph that holds the whole forward starts nothing.
+        wire: how the sums travel: "fp32", or "bf16" with error feedback, which halves the bytes.
+        shard: each rank commits its own part of the centroids in fp32, and the new ones travel in bf16; all ranks
+            route by the rounded ones. A quarter fewer bytes than "fp32" alone, with exact sums.
+
+    Returns:
+        Attachment with `routers`, `metrics()`, `commit()`, `state_dict()` and `remove()`.
+
+    Raises:
+        ValueError: the model has no router, or an option is out of its range. RuntimeError: a router is attached
+            already, or differs between the ranks. TypeError: process_group is none.
+    """
+    routers = {name or "router": m for name, m in model.named_modules() if isinstance(m, StatefulRouter)}
+    if not routers:
+        raise ValueError(
+            f"model must contain at least one router, got none in {type(model).__name__}: add a KMeansRouter or an MoE"
+        )
+    for name, router in routers.items():
+        if router.attached:
+            raise RuntimeError(
+                f"router {name!r} must not be attached twice, got a second attach: it would commit twice a step; call "
+                "remove() on the first attachment"
+            )
+    check_positive_int("every_n_steps", every_n_steps)
+    if overlap_after:
+        check_positive_int("overlap_after", overlap_after)
+    check_choice("wire", wire, WIRES)
+    group = _group_of(process_group)
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return Attachment(model, optimizer, routers, None, every_n_steps)
+    from kmeans_route.training.exchange import Exchange, check_same_routers
+
+    options = f"every_n_steps={every_n_steps}, overlap_after={overlap_after}, wire={wire!r}, shard={shard}"
+    check_same_routers(routers, options, group)
+    return Attachment(model, optimizer, routers, Exchange(group, wire=wire, shard=shard), every_n_steps, overlap_after)
+
+
+def _group_of(process_group: Any) -> Any:
+    """A torch.distributed group, the world's for None; None where nothing is distributed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if process_group is None:
+            return None
+    elif process_group is None:
+        return torch.distributed.group.WORLD
+    elif isinstance(process_group, torch.distributed.ProcessGroup):
+        return process_group
+    else:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(process_group, DeviceMesh) and process_group.ndim == 1:
+            return process_group.get_group()
+    dimensions = f" of {process_group.ndim} dimensions" if hasattr(process_group, "ndim") else ""
+    raise TypeError(
+        f"process_group must be a torch.distributed group, got {type(process_group).__name__}{dimensions}: call "
+        "init_process_group first, and pass the group, or the DeviceMesh of one dimension, of the ranks that see "
+        "different tokens"
+    )

@@ -1,0 +1,264 @@
+"""The exchange between ranks that see different tokens: all pending state of all layers, once per commit.
+
+Every rank ends up with the sums over all ranks, so every rank commits the same. It is one all-reduce a dtype (fp32
+sums; int64 counts; int32 histograms where a balance rule keeps them), all in flight at once. Only before the first
+centroids are there does more travel: the token reservoir, merged to the tokens that one process would have kept.
+
+Two options lay the sums of all layers end to end, cut them into one chunk a rank, and send each chunk to its owner,
+who adds the ranks' parts in fp32 and in a fixed order:
+
+- wire="bf16" rounds what it sends, and returns the sums rounded. What rounding left out stays where it arose and is
+  added to the next exchange (error feedback), so that nothing is lost in the long run.
+- shard=True returns no sums: each owner commits its chunk of the centroids in fp32, and the new centroids travel in
+  bf16. All ranks route by the same rounded centroids; their owner keeps the rest and goes on from the exact ones.
+
+Legend: E experts, D hidden size, R ranks, N elements of all sums.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kmeans_route import metrics
+from kmeans_route.backends.reservoir import EMPTY_HASH
+from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.kmeans import KMeansRouter
+from kmeans_route.routing.pending import Pending
+
+COUNTED = ("std_sum", "counts", "num_tokens", "num_dropped", "margin_hist")
+WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Exchange:
+    """The exchanges of one attachment, one at a time: `start`, `finish`, the commits, `settle`.
+
+    Every rank of the group must call it with the same routers in the same order.
+
+    Args:
+        group: of the ranks that see different tokens.
+        wire: "fp32" or "bf16", how sums travel.
+        shard: each rank commits its own chunk of the centroids.
+    """
+
+    def __init__(self, group: Any, *, wire: str = "fp32", shard: bool = False) -> None:
+        self.group, self.shard, self.dtype = group, shard, WIRE_DTYPES[wire]
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.routers: list[StatefulRouter] = []
+        self._works: list[Any] = []
+        # What rounding left out: of this rank's sums (R, n), and of the chunk that it owns (n,); n = ceil(N / R).
+        self.left_of_sums = self.left_of_chunk = torch.empty(0)
+
+    def start(self, routers: list[StatefulRouter]) -> None:
+        """Copy what is pending and send it; the routers' own stays as it is."""
+        self.routers = routers
+        self._merged = [copy.copy(router.pending) for router in routers]
+        chunked = self.shard or self.dtype != torch.float32
+        self._averaging = [
+            (router, pending)
+            for router, pending in zip(routers, self._merged, strict=True)
+            if chunked and isinstance(router, KMeansRouter)
+        ]
+        places: dict[torch.dtype, list[tuple[Pending, str]]] = {}
+        for pending in self._merged:
+            for field in COUNTED if chunked else ("sums", *COUNTED):
+                places.setdefault(getattr(pending, field).dtype, []).append((pending, field))
+        for those in places.values():
+            own = [getattr(pending, field) for pending, field in those]
+            buffer = torch.cat([tensor.reshape(-1) for tensor in own])
+            for (pending, field), view in zip(those, _views(buffer, own), strict=True):
+                setattr(pending, field, view)
+            if buffer.numel():
+                self._works.append(dist.all_reduce(buffer, group=self.group, async_op=True))
+        if self._averaging:
+            self._send_sums()
+
+    def _send_sums(self) -> None:
+        flat = self._end_to_end([pending.sums for _, pending in self._averaging])
+        if self.left_of_sums.shape != flat.shape:  # the first time, or a router was frozen or thawed
+            self.left_of_sums, self.left_of_chunk = torch.zeros_like(flat), torch.zeros_like(flat[0])
+        self.left_of_sums, self.left_of_chunk = self.left_of_sums.to(flat.device), self.left_of_chunk.to(flat.device)
+        flat += self.left_of_sums
+        sent = flat.to(self.dtype)
+        self._new_left_of_sums = flat - sent
+        self._received = torch.empty_like(sent)
+        work = dist.all_to_all_single(self._received.view(-1), sent.view(-1), group=self.group, async_op=True)
+        self._works.append(work)
+
+    def under_way(self, routers: list[StatefulRouter]) -> bool:
+        """Whether an exchange of just these routers has been started and not finished."""
+        return bool(self._works) and self.routers == routers
+
+    def wait(self) -> None:
+        """Until all that is under way has arrived. Without `finish` it is forgotten: the routers still hold it."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+
+    def finish(self) -> list[Pending]:
+        """What the routers are to commit: their pending state, summed over the ranks."""
+        self.wait()
+        if self._averaging:
+            self._take_sums()
+        for pending in self._merged:
+            if pending.hashes.numel():
+                pending.hashes, pending.rows = merge_reservoirs(pending.hashes, pending.rows, self.group)
+        self._has_tokens = [pending.num_tokens > 0 for _, pending in self._averaging]  # a commit empties them
+        return self._merged
+
+    def _take_sums(self) -> None:
+        # A router without centroids commits its reservoir and leaves the sums alone, and so what they leave out.
+        self._uses_sums = [not pending.hashes.numel() for _, pending in self._averaging]
+        chunk = self._received.float().sum(0)
+        if self.shard:
+            self._before = self._end_to_end([router.weight for router, _ in self._averaging])
+            exact = self._before.clone()
+            exact[self.rank] += self.left_of_chunk
+            self._set_centroids(exact)
+            flat = torch.zeros_like(self._before)
+            flat[self.rank] = chunk
+        else:
+            flat, self._new_left_of_chunk = self._gather(chunk + self.left_of_chunk)
+        sums = [pending.sums for _, pending in self._averaging]
+        for (_, pending), view in zip(self._averaging, _views(flat, sums), strict=True):
+            pending.sums = view
+
+    def agree(self, skip: Tensor | None) -> Tensor | None:
+        """Whether any rank skips; all ranks then do."""
+        if skip is None:
+            return None
+        flag = skip.to(torch.int32).reshape(1)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return flag[0] > 0
+
+    def settle(self, skip: Tensor | None) -> None:
+        """After the commits: gather the centroids where they are sharded, and keep what rounding has left out."""
+        if not self._averaging:
+            return
+        committed = [some if skip is None else some & ~skip for some in self._has_tokens]
+        averaged = [go & uses for go, uses in zip(committed, self._uses_sums, strict=True)]
+        moved = self._where(averaged)
+        self.left_of_sums = torch.where(moved, self._new_left_of_sums, self.left_of_sums)
+        if self.shard:
+            moved = self._where(committed)
+            self._gather_centroids(moved, averaged)
+        self.left_of_chunk = torch.where(moved[self.rank], self._new_left_of_chunk, self.left_of_chunk)
+
+    def _gather_centroids(self, moved: Tensor, averaged: list[Tensor]) -> None:
+        exact = self._end_to_end([router.weight for router, _ in self._averaging])[self.rank]
+        gathered, self._new_left_of_chunk = self._gather(exact)
+        self._set_centroids(torch.where(moved, gathered, self._before))
+        weights = [router.weight for router, _ in self._averaging]
+        for (router, _), old, go in zip(self._averaging, _views(self._before, weights), averaged, strict=True):
+            turn = metrics.centroid_turn(old, router.weight)
+            router.centroid_turn.copy_(torch.where(go, turn, router.centroid_turn))
+
+    def _set_centroids(self, flat: Tensor) -> None:
+        weights = [router.weight for router, _ in self._averaging]
+        for weight, view in zip(weights, _views(flat, weights), strict=True):
+            weight.copy_(view)
+
+    def _gather(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """Every rank's chunk (R, n) fp32, rounded to bf16 on the way, and what rounding left out of one's own (n,)."""
+        sent = chunk.bfloat16()
+        received = sent.new_empty(self.num_ranks, sent.numel())
+        # An old name and a new one for the same call.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(received.view(-1), sent, group=self.group)
+        return received.float(), chunk - sent
+
+    def _end_to_end(self, tensors: list[Tensor]) -> Tensor:
+        """All of them in one (R, n), zeros at the end."""
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        return torch.nn.functional.pad(flat, (0, -flat.numel() % self.num_ranks)).view(self.num_ranks, -1)
+
+    def _where(self, each: list[Tensor]) -> Tensor:
+        """One boolean a router, spread over its elements: (R, n)."""
+        spread = [go.expand(router.weight.shape) for (router, _), go in zip(self._averaging, each, strict=True)]
+        return self._end_to_end(spread)
+
+
+def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The start of flat, cut into views of the tensors' shapes."""
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = torch.split(flat.view(-1)[: sum(sizes)], sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def wire_bytes(num_experts: int, hidden_size: int, num_ranks: int, *, wire: str = "fp32", shard: bool = False) -> float:
+    """Bytes that each rank sends for one router and commit, and receives as many, by a ring.
+
+    An all-reduce sends 2 (R - 1) / R times its buffer, an all-to-all or all-gather half of that. The counts, E + 2
+    int64, are in it; the histograms of balance="quantile" and the first commit's reservoir are not.
+    """
+    elements, counted = num_experts * hidden_size, 4 + 8 * (num_experts + 2)
+    if shard:
+        halves = elements * (WIRE_DTYPES[wire].itemsize + 2)
+    else:
+        halves = 2 * elements * WIRE_DTYPES[wire].itemsize
+    return (halves + 2 * counted) * (num_ranks - 1) / num_ranks
+
+
+def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """The (16 E,) smallest hashes of all ranks, each once, and their rows (16 E, D): what one process would have kept.
+
+    Rows travel once, whatever the number of ranks: each is given by the lowest rank that holds it, and all are summed.
+    """
+    places, num_ranks = hashes.numel(), dist.get_world_size(group)
+    everyone = hashes.new_empty(num_ranks * places)
+    dist.all_gather(list(everyone.view(num_ranks, places).unbind()), hashes, group=group)
+    order = everyone.sort(stable=True).indices  # equal hashes: the lowest rank first
+    values = everyone[order]
+    again = torch.zeros_like(values, dtype=torch.bool)
+    again[1:] = values[1:] == values[:-1]
+    first = again.long().sort(stable=True).indices[:places]
+    chosen, source = values.masked_fill(again, EMPTY_HASH)[first], order[first]
+    mine = (source // places == dist.get_rank(group)) & (chosen != EMPTY_HASH)
+    given = torch.where(mine[:, None], rows[source % places], 0.0)
+    dist.all_reduce(given, group=group)
+    return chosen, given
+
+
+def check_same_routers(routers: dict[str, StatefulRouter], options: str, group: Any) -> None:
+    """Refuse ranks whose routers differ, on every rank alike, before they wait for each other in vain.
+
+    Raises:
+        RuntimeError: the options of attach, or the routers' names, options or state are not the same on all ranks.
+    """
+    own = {name: (repr(router), _fingerprint(router)) for name, router in routers.items()}
+    asked: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(asked, options, group=group)
+    for rank, theirs_asked in enumerate(asked):
+        if theirs_asked != asked[0]:
+            raise RuntimeError(
+                f"options of attach must be the same on all ranks, got {theirs_asked} on rank {rank}, on rank 0: "
+                f"{asked[0]}"
+            )
+    everyone: list[dict[str, tuple[str, Any]]] = [{} for _ in asked]
+    dist.all_gather_object(everyone, own, group=group)
+    for rank, theirs in enumerate(everyone):
+        if list(theirs) != list(everyone[0]):
+            difference = f"rank {rank} has {list(theirs)}, rank 0 has {list(everyone[0])}"
+            raise RuntimeError(f"routers must be the same on all ranks, got other names: {difference}")
+        for name, (text, state) in theirs.items():
+            first_text, first_state = everyone[0][name]
+            if text != first_text:
+                raise RuntimeError(
+                    f"routers must be the same on all ranks, got other options of {name!r} on rank {rank}: {text}, on "
+                    f"rank 0: {first_text}"
+                )
+            if state != first_state:
+                raise RuntimeError(
+                    f"routers must be the same on all ranks, got another state of {name!r} on rank {rank} than on rank "
+                    "0: use one seed, or load one checkpoint on all ranks before attach"
+                )
+
+
+def _fingerprint(router: StatefulRouter) -> list[float] | None:
+    """Sums of the router's fp32 state, in a fixed order; parameters differ by sharding and are left out."""
+    buffers = [buffer for _, buffer in router.named_buffers(recurse=False)]
+    if any(buffer.is_meta for buffer in buffers):
+        return None
+    return [float(buffer.double().sum()) for buffer in buffers]

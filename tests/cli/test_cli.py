@@ -1,0 +1,388 @@
+"""The `kmeans-route` command: output modes, exit codes, demo report, resume, selftest."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner
+
+import kmeans_route
+from kmeans_route import cli
+from kmeans_route.cli import app as commands
+from kmeans_route.cli import demo as demonstration
+from kmeans_route.cli import selftest
+from kmeans_route.cli.output import Output, duration, to_json
+from kmeans_route.lm import results
+from kmeans_route.lm.checkpoint import load_checkpoint
+from kmeans_route.lm.config import TrainConfig
+
+SIZES = {"layers": 2, "hidden": 16, "heads": 2, "experts": 4, "expert_hidden": 16, "seq_len": 16, "batch": 4}
+SIZES |= {"eval_bytes": 512}
+TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+ESCAPE = "\x1b"
+Invoke = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def invoke() -> Invoke:
+    """Run a command in this process: (exit code, stdout)."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text("".join(f"line {number * step % 7} of many\n" for step in range(60)))
+    return folder
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with a model that trains in a second."""
+
+    def small(**options: object) -> TrainConfig:
+        return TrainConfig(**{**options, **SIZES})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(commands, "TrainConfig", small)
+
+
+# Demo
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_writes_a_report_that_needs_nothing_else(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    arguments = ("demo", "--text", text, "--steps", 12, "--seeds", "0 3", "--out", out, "--threads", 1, "--json")
+    code, stdout = invoke(*arguments)
+    assert code == 0
+    document = json.loads(stdout)
+    assert [run["seed"] for run in document["runs"]] == [0, 0, 0, 3, 3, 3]
+    labels = ["K-Means, proportional", "softmax, aux loss 0.01", "sigmoid, loss-free sign"]
+    assert list(document["means"]) == labels
+    bits = [run["measures"]["bits_per_byte"] for run in document["runs"] if run["label"] == labels[0]]
+    assert document["means"][labels[0]]["bits_per_byte"] == pytest.approx(sum(bits) / 2)
+
+    page = (out / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    embedded = [base64.b64decode(data) for data in re.findall(r"src='data:image/png;base64,([^']+)'", page)]
+    assert len(embedded) == page.count("<img") == 4
+    assert {path.read_bytes() for path in out.glob("*.png")} == set(embedded)
+    assert all(picture.startswith(b"\x89PNG") for picture in embedded)
+    assert all(label in page for label in labels)
+    assert "prefers-color-scheme: dark" in page
+    assert "name='viewport'" in page
+
+    stored = json.loads((out / "results.json").read_text())["runs"]
+    assert [len(run["history"]) for run in stored] == [12] * 6
+    assert stored[0]["measures"] == document["runs"][0]["measures"]
+    first_losses = {run["history"][0]["loss_bits"] for run in stored if run["config"]["seed"] == 0}
+    assert max(first_losses) - min(first_losses) < 0.1
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_prints_the_table_and_the_checks(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    code, stdout = invoke("demo", "--text", text, "--steps", 6, "--out", out, "--threads", 1, "--plain")
+    assert code == 0
+    assert ESCAPE not in stdout
+    assert not set(stdout) & set("│┃━─╭╰")
+    for measure in results.MEASURES:
+        assert measure.label in stdout
+    assert len(re.findall(r"^check (?:passed|FAILED): K-Means", stdout, flags=re.MULTILINE)) == 2
+    assert str(out / "report.html") in stdout
+
+
+def test_demo_refusals(invoke: Invoke, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seeds, message in (("a b", "must be whole numbers"), ("1 1", "must differ"), ("", "must be whole numbers")):
+        code, stdout = invoke("demo", "--text", text, "--seeds", seeds, "--out", tmp_path, "--json")
+        assert code == 1
+        assert message in json.loads(stdout)["error"]
+    monkeypatch.setattr(demonstration, "find_spec", lambda name: None)
+    code, stdout = invoke("demo", "--text", text, "--out", tmp_path, "--json")
+    assert code == 1
+    assert 'pip install "kmeans_route[cli,viz]"' in json.loads(stdout)["error"]
+
+
+def run_of(label: str, bits: float, max_vio: float) -> results.Run:
+    measures = {measure.key: 0.0 for measure in results.MEASURES}
+    measures |= {"bits_per_byte": bits, "max_vio_validation": max_vio}
+    return {"label": label, "measures": measures, "config": {"layers": 2, "experts": 4}}
+
+
+def test_verdicts_can_pass_and_fail() -> None:
+    learned = [run_of("softmax", 2.0, 0.3), run_of("softmax", 2.2, 0.1), run_of("sigmoid", 2.3, 0.5)]
+    good = results.verdicts([run_of("K-Means", 2.1, 0.1), run_of("K-Means", 2.18, 0.2), *learned])
+    assert [check["passed"] for check in good] == [True, True]
+    assert "0.150 against 0.200 (softmax)" in good[0]["text"]
+    assert "+0.040 (softmax)" in good[1]["text"]
+    bad = results.verdicts([run_of("K-Means", 2.2, 0.3), *learned])
+    assert [check["passed"] for check in bad] == [False, False]
+
+
+def test_table_shows_mean_and_spread_over_seeds() -> None:
+    runs = [run_of("K-Means", 2.0, 0.1), run_of("K-Means", 3.0, 0.3), run_of("softmax", 2.5, 0.5)]
+    columns, rows = results.table_rows(runs)
+    assert columns == ["measure", "K-Means", "softmax"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["validation bits per byte"] == ["2.500 ± 0.707", "2.500"]
+    assert cells["dead experts, validation (of 8)"][0] == "0.0 ± 0.0"
+    runs[0]["measures"]["coupling"] = float("nan")
+    assert results.table_rows(runs)[1][7] == ["router-expert coupling (correlation)", "n/a", "0.00"]
+
+
+# Train
+
+
+def test_train_saves_resumes_and_refuses(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "--text", text, "--router", "softmax", "--steps", 6, *TINY, "--threads", 1, "--out", out]
+    code, stdout = invoke(*arguments, "--json")
+    assert code == 0
+    document = json.loads(stdout)
+    assert document["completed"] is True
+    assert document["measures"]["bits_per_byte"] < 8.2
+    assert len(document["layers"]["load"]) == 2
+    assert load_checkpoint(out).step == 6
+    assert (out / "report.html").exists()
+
+    code, stdout = invoke(*arguments, "--json")
+    assert code == 1
+    assert "already holds a run: add --resume" in json.loads(stdout)["error"]
+    code, stdout = invoke("train", "--resume", "--out", out, "--lr", "0.5", "--router", "softmax", "--json")
+    assert code == 1
+    assert "these differ: lr (checkpoint 0.003, asked 0.5)" in json.loads(stdout)["error"]
+    code, stdout = invoke("train", "--resume", "--out", out, "--json")
+    assert code == 0
+    assert json.loads(stdout)["measures"] == document["measures"]
+    code, _ = invoke(*arguments, "--overwrite", "--plain")
+    assert code == 0
+
+
+def test_train_takes_any_option_of_the_router(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+    few = ["train", "--text", text, "--steps", 2, *TINY, "--threads", 1, "--json"]
+    options = ["--router-option", "gate=uniform", "--router-option", "detach_gates=true"]
+    code, _ = invoke(*few, *options, "--out", tmp_path / "a")
+    assert code == 0
+    assert load_checkpoint(tmp_path / "a").config["router_options"] == {"gate": "uniform", "detach_gates": True}
+    code, _ = invoke("train", "--resume", "--out", tmp_path / "a", *options, "--json")
+    assert code == 0
+    for given, message in (
+        ("gats=uniform", "router_options must be among average, .*, got gats"),
+        ("tau=0.2", "router_options must be among .*, got tau"),
+        ("gate=hard", "gate must be one of"),
+        ("gate", "--router-option must be NAME=VALUE, got 'gate'"),
+    ):
+        code, stdout = invoke(*few, "--router-option", given, "--out", tmp_path / "b")
+        assert code == 1
+        assert re.search(message, json.loads(stdout)["error"]), stdout
+
+
+def test_train_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--text", str(text), "--out", str(tmp_path / "run"), "--top-k", "99"]
+    result = CliRunner().invoke(commands.app, arguments)
+    assert result.exit_code == 1
+    assert result.stderr == "error: top_k must be in [1, 16], got 99: lower --top-k or raise --experts\n"
+    assert CliRunner().invoke(commands.app, ["train", "--steps", "many"]).exit_code == 2
+
+
+# Info and selftest
+
+
+def test_info_names_versions_and_backends(invoke: Invoke) -> None:
+    code, stdout = invoke("info", "--json")
+    facts = json.loads(stdout)
+    assert code == 0
+    assert facts["torch"] == torch.__version__
+    assert facts["kmeans_route"] == kmeans_route.__version__
+    assert facts["backends"]["reference"] == facts["backends"]["torch"] == "available"
+    assert facts["devices"][0] == "cpu"
+    code, stdout = invoke("info", "--plain")
+    assert ESCAPE not in stdout
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", stdout, flags=re.MULTILINE)
+
+
+def test_selftest_passes(invoke: Invoke) -> None:
+    code, stdout = invoke("selftest", "--threads", 1, "--json")
+    document = json.loads(stdout)
+    assert document["passed"], [check for check in document["checks"] if not check["passed"]]
+    assert code == 0
+    assert len(document["checks"]) > 10
+
+
+def broken_route(field: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., kmeans_route.Routing]:
+    right = kmeans_route.route
+
+    def route(*arguments: object, **options: object) -> kmeans_route.Routing:
+        routing = right(*arguments, **options)  # type: ignore[arg-type]
+        if options.get("backend") == "torch":
+            routing = routing._replace(**{field: change(getattr(routing, field))})
+        return routing
+
+    return route
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("weights", lambda tensor: tensor * 1.001, "gates are off by"),
+        ("weights", lambda tensor: tensor.detach() + 0.001 * (tensor - tensor.detach()), "gradients are off by"),
+        ("indices", lambda tensor: tensor.roll(1, 0), "rows chose other experts"),
+        ("tokens_per_expert", lambda tensor: tensor + 1, "the counts sum to"),
+        ("valid", lambda tensor: ~tensor, "the valid tokens differ"),
+    ],
+)
+def test_selftest_notices_a_wrong_backend(
+    field: str, change: Callable[[torch.Tensor], torch.Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kmeans_route, "route", broken_route(field, change))
+    problems = []
+    for case in selftest.CASES:
+        try:
+            selftest.check_route(case)
+        except AssertionError as error:
+            problems.append(str(error))
+    assert any(message in problem for problem in problems), problems
+
+
+def test_selftest_notices_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans_route.KMeansRouter, "_check_unattached", lambda router: None)
+    monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.weight.add_(0.1))
+    with pytest.raises(AssertionError, match="centroids are off by"):
+        selftest.check_commit()
+    # After the first forward, which would refuse NaN as a broken load.
+    monkeypatch.setattr(
+        kmeans_route.KMeansRouter, "commit", lambda router: router._seen and router.weight.fill_(torch.nan)
+    )
+    with pytest.raises(AssertionError, match="NaN reached the centroids"):
+        selftest.check_not_a_number()
+
+
+def test_selftest_fails_with_exit_code_1(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise AssertionError("two is not one")
+
+    monkeypatch.setattr(selftest, "all_checks", lambda: iter([("good", lambda: "fine"), ("bad", fail)]))
+    code, stdout = invoke("selftest", "--plain")
+    assert code == 1
+    assert re.search(r"^bad +FAIL +AssertionError: two is not one$", stdout, flags=re.MULTILINE)
+    assert "1 of 2 checks passed" in stdout
+
+
+# Output
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def speak(
+    monkeypatch: pytest.MonkeyPatch, *, plain: bool = False, json_mode: bool = False, **environ: str
+) -> tuple[str, str]:
+    """What a terminal sees of a table, a note, an error and a progress bar: (stdout, stderr)."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm-256color", "COLUMNS": "100", **environ}.items():
+        monkeypatch.setenv(name, value)
+    stdout, stderr = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    output = Output(json_mode=json_mode, plain=plain)
+    output.table("title", ["name", "number"], [["[bold]a[/bold]", "1"]])
+    output.note("a note: [2, 3]")
+    output.fail("a failure")
+    with output.progress("training", 2) as update:
+        update(1, "loss [1]")
+        update(2, "loss [2]")
+    monkeypatch.undo()
+    return stdout.getvalue(), stderr.getvalue()
+
+
+def test_terminal_gets_colour_boxes_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, stderr = speak(monkeypatch)
+    assert ESCAPE in stdout
+    assert "─" in stdout
+    assert "[bold]a[/bold]" in stdout
+    assert "a note: [2, 3]\n" in stdout
+    assert "━" in stderr
+    assert "2/2" in stderr
+
+
+def test_plain_has_no_escapes_boxes_or_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"plain": True}, {"plain": True, "FORCE_COLOR": "1"}, {"TERM": "dumb"}):
+        stdout, stderr = speak(monkeypatch, **options)  # type: ignore[arg-type]
+        assert ESCAPE not in stdout + stderr, options
+        assert not set(stdout + stderr) & set("─━"), options
+        assert "name            number\n[bold]a[/bold]       1\n" in stdout
+        assert stderr == "error: a failure\ntraining: 1/2, loss [1], 0 s left\ntraining: 2/2, loss [2], 0 s left\n"
+
+
+def test_lines_of_progress_come_at_tenths_however_far_a_leap_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with Output(plain=True).progress("work", 105, 7) as update:
+        for now in (7, 9, 13, 19, 31, 31, 104, 105, 105):
+            update(now, "busy")
+    monkeypatch.undo()
+    assert re.findall(r"work: (\d+)/105", stderr.getvalue()) == ["13", "31", "104", "105"]
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, stderr = speak(monkeypatch, NO_COLOR="1")
+    assert not re.search(r"\x1b\[[\d;]*m", stdout + stderr)
+
+
+def test_json_mode_prints_documents_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, stderr = speak(monkeypatch, json_mode=True)
+    assert json.loads(stdout) == {"error": "a failure"}
+    assert stderr == "error: a failure\n"
+
+
+def test_json_is_strict() -> None:
+    assert json.loads(to_json({"a": [float("nan"), (float("inf"), 1.5)], "b": None})) == {
+        "a": [None, [None, 1.5]],
+        "b": None,
+    }
+
+
+def test_durations_read_well() -> None:
+    assert [duration(value) for value in (0.4, 59.4, 61, 7620)] == ["0 s", "59 s", "1 min 01 s", "2 h 07 min"]
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("typer", "rich") else object())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == 'error: kmeans-route needs typer, rich: pip install "kmeans_route[cli]"\n'
+
+
+def test_entry_point_runs_as_a_process() -> None:
+    root = Path(kmeans_route.__file__).parents[1]
+    program = "import sys; from kmeans_route.cli import main; sys.argv[0] = 'kmeans-route'; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "info", "--json"], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["command"] == "info"
+    assert done.stderr == ""

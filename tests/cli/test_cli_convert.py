@@ -1,0 +1,296 @@
+"""`kmeans-route inspect`, `convert` and `export` on runs of a tiny model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("safetensors")
+
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from kmeans_route import KMeansRouter, LearnedRouter, metrics
+from kmeans_route.cli import app as commands
+from kmeans_route.cli import inspect, train
+from kmeans_route.cli.train import resumed
+from kmeans_route.cli.trained import Trained
+from kmeans_route.lm.checkpoint import load_checkpoint
+from kmeans_route.lm.data import load_corpus
+from kmeans_route.lm.trainer import Trainer
+
+SIZES = "--layers 2 --hidden 16 --heads 2 --experts 4 --expert-hidden 16 --seq-len 16 --batch 4 --eval-bytes 512"
+NAMES = ["blocks.0.moe.router", "blocks.1.moe.router"]
+CALIBRATE = ("--calibration-bytes", 512)
+ESCAPE = "\x1b"
+
+
+def invoke(*arguments: object) -> tuple[int, Any]:
+    """Run a command in this process: (exit code, its JSON document, or what it printed)."""
+    result = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, json.loads(result.stdout) if "--json" in arguments else result.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_training_report() -> Iterator[None]:
+    """`train` draws its pictures only where matplotlib is; here they would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "find_spec", lambda name: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(no_training_report: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and one finished run of each router."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = folder / "text"
+    text.mkdir()
+    for number in range(12):
+        (text / f"{number}.txt").write_text("".join(f"line {number * step % 7} of many\n" for step in range(60)))
+    for router in ("softmax", "sigmoid", "kmeans"):
+        config = ["--router", router, "--steps", 8, "--threads", 1, *SIZES.split()]
+        code, _ = invoke("train", "--text", text, *config, "--out", folder / router, "--json")
+        assert code == 0
+    return folder
+
+
+def trainer_of(folder: Path) -> Trainer:
+    config, corpus, checkpoint = resumed(folder, {}, [])
+    trainer = Trainer(config, corpus)
+    trainer.restore(checkpoint)
+    trainer.attachment.remove()
+    return trainer
+
+
+def assert_rest_is_the_same(one: Path, other: Path) -> None:
+    """All tensors of two checkpoints equal, but those of routers."""
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    rest = [{name for name in c.tensors if ".router." not in name} for c in (first, second)]
+    assert rest[0] == rest[1]
+    assert len(rest[0]) > 40
+    for name in rest[0]:
+        assert torch.equal(first.tensors[name], second.tensors[name]), name
+    assert (first.step, first.history, first.corpus) == (second.step, second.history, second.corpus)
+
+
+@pytest.mark.parametrize("start", ["rows", "means"])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_convert_starts_warm(router: str, start: str, runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "converted"
+    arguments = ("--start", start, "--balance-steps", 4, *CALIBRATE, "--more-steps", 3)
+    code, document = invoke("convert", runs / router, "--out", out, *arguments, "--json")
+    assert code == 0
+    assert_rest_is_the_same(runs / router, out)
+    old, new = trainer_of(runs / router), trainer_of(out)
+    assert (new.config.router, new.config.balance, new.config.steps) == ("kmeans", "proportional", 11)
+    assert new.config.tau == document["tau"]
+    for name in NAMES:
+        ours, theirs = new.model.get_submodule(name), old.model.get_submodule(name)
+        assert isinstance(ours, KMeansRouter)
+        assert bool(ours.initialized)
+        assert int(ours.steps) == 999
+        assert float(ours.expert_bias.abs().max()) > 0
+        turned = metrics.centroid_drift(ours.weight, theirs.weight.detach()).max()
+        assert (turned < 1e-5) == (start == "rows")
+    # What the command says is what the two checkpoints do.
+    for key, trainer in (("bits_per_byte_before", old), ("bits_per_byte_after", new)):
+        evaluation = trainer.evaluate(sample=False)
+        assert document[key] == pytest.approx(evaluation.bits_per_byte, rel=1e-6)
+    loads = metrics.max_vio(evaluation.tokens_per_expert).tolist()
+    assert [document["routers"][name]["max_vio_after"] for name in NAMES] == pytest.approx(loads)
+    if start == "rows":
+        assert document["mean"]["overlap"] > 0.6
+    # It trains on.
+    code, document = invoke("train", "--resume", "--out", out, "--json")
+    assert code == 0
+    assert document["completed"]
+    assert load_checkpoint(out).step == 11
+
+
+def test_export_without_a_bias_chooses_alike(runs: Path, tmp_path: Path) -> None:
+    """Convert by rows with no bias, then export: every choice is the K-Means model's."""
+    converted, out = tmp_path / "converted", tmp_path / "exported"
+    assert invoke("convert", runs / "softmax", "--out", converted, *CALIBRATE, "--json")[0] == 0
+    code, document = invoke("export", converted, "--out", out, *CALIBRATE, "--json")
+    assert code == 0
+    assert document["mean"]["overlap"] == 1.0
+    assert document["mean"]["top1"] == 1.0
+    assert document["mean"]["max_vio_after"] == pytest.approx(document["mean"]["max_vio_before"])
+    assert document["bits_per_byte_after"] == pytest.approx(document["bits_per_byte_before"], abs=1e-3)
+    assert_rest_is_the_same(converted, out)
+    new = trainer_of(out)
+    assert isinstance(new.model.get_submodule(NAMES[0]), LearnedRouter)
+    assert (new.config.router, new.config.balance) == ("softmax", "aux")
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_export_of_a_trained_run(router: str, runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    code, document = invoke(
+        "export", runs / "kmeans", "--router", router, "--out", out, *CALIBRATE, "--more-steps", 2, "--json"
+    )
+    assert code == 0
+    assert document["bias"] == {"softmax": "rows", "sigmoid": "score"}[router]
+    assert_rest_is_the_same(runs / "kmeans", out)
+    old, new = trainer_of(runs / "kmeans"), trainer_of(out)
+    for key, trainer in (("bits_per_byte_before", old), ("bits_per_byte_after", new)):
+        assert document[key] == pytest.approx(trainer.evaluate(sample=False).bits_per_byte, rel=1e-6)
+    if router == "softmax":
+        assert not any(new.model.get_submodule(name).expert_bias.any() for name in NAMES)
+    assert document["mean"]["overlap"] > 0.8
+    assert invoke("train", "--resume", "--out", out, "--json")[0] == 0
+    assert load_checkpoint(out).step == 10
+
+
+def test_plain_output_names_the_figures(runs: Path, tmp_path: Path) -> None:
+    code, stdout = invoke(
+        "convert", runs / "softmax", "--out", tmp_path / "c", *CALIBRATE, "--more-steps", 1, "--plain"
+    )
+    assert code == 0
+    assert ESCAPE not in stdout
+    for phrase in ("softmax, aux loss 0.01 -> K-Means, proportional", "top-1", "MaxVio", "mean  ", "validation bits"):
+        assert phrase in stdout
+    assert f"train on with: kmeans-route train --resume --out {tmp_path / 'c'}" in stdout
+
+
+def test_refusals_leave_no_checkpoint(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    for arguments, message in (
+        (("convert", runs / "kmeans", "--out", out), "must hold a learned router, got K-Means"),
+        (("convert", runs / "softmax", "--out", out, "--balance", "aux"), "balance must be one of proportional"),
+        (("convert", runs / "softmax", "--out", out, "--start", "seeds"), "start must be one of 'means', 'rows'"),
+        (("convert", runs / "softmax", "--out", out, "--tau", 0), "tau must be in (0, inf)"),
+        (("convert", runs / "softmax", "--out", runs / "sigmoid"), "already holds a run: name another --out, or"),
+        (("convert", runs / "softmax", "--out", runs / "softmax", "--overwrite"), "already holds a run: name another"),
+        (("export", runs / "softmax", "--out", out), "must hold K-Means routers, got softmax"),
+        (("export", runs / "kmeans", "--out", out, "--router", "kmeans"), "must be softmax or sigmoid, got kmeans"),
+        (("export", runs / "kmeans", "--out", out, "--bias", "score"), "a place for bias='score'"),
+        (("convert", tmp_path / "absent", "--out", out), "holds no checkpoint"),
+        (("inspect", tmp_path / "absent"), "does not exist"),
+    ):
+        code, document = invoke(*arguments, "--json")
+        assert code == 1, arguments
+        assert message in document["error"], (arguments, document["error"])
+    assert not out.exists()
+
+
+# inspect
+
+
+def test_inspect_a_run(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, document = invoke("inspect", runs / "kmeans", "--out", tmp_path / "pictures", "--json")
+    assert code == 0
+    assert list(document["routers"]) == NAMES
+    trainer = trainer_of(runs / "kmeans")
+    counts = trainer.evaluate(sample=False).tokens_per_expert
+    for facts, count, layer in zip(document["routers"].values(), counts, trainer.model.moe_layers, strict=True):
+        router = layer.router
+        assert (facts["kind"], facts["experts"], facts["hidden"], facts["steps"]) == ("kmeans", 4, 16, 7)
+        assert facts["load"] == pytest.approx(metrics.load(count).tolist())
+        assert facts["max_vio"] == pytest.approx(float(metrics.max_vio(count)))
+        assert facts["dead_experts"] == int((count == 0).sum())
+        assert facts["bias"] == pytest.approx(router.expert_bias.tolist())
+        assert all((lag is None) == (one == 0) for lag, one in zip(facts["lag_degrees"], count.tolist(), strict=True))
+    assert [Path(file).name for file in document["files"]] == ["directions.png", "load.png"]
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in document["files"])
+    code, stdout = invoke("inspect", runs / "kmeans", "--plain")
+    assert code == 0
+    assert "blocks.1.moe.router  kmeans" in stdout
+    code, document = invoke("inspect", runs / "sigmoid", "--json")
+    assert code == 0
+    assert {facts["kind"] for facts in document["routers"].values()} == {"learned"}
+    assert all("lag_degrees" not in facts and "load" in facts for facts in document["routers"].values())
+
+
+def test_lag_is_the_angle_to_the_tokens_of_now(runs: Path) -> None:
+    """A centroid set to the mean of its tokens has no lag; one turned by 90 degrees has that."""
+    trainer = trainer_of(runs / "kmeans")
+    layer = trainer.model.moe_layers[0]
+    x: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda _, args: x.append(args[0]))
+    trainer.evaluate(sample=False)
+    rows = torch.nn.functional.normalize(torch.cat([one.reshape(-1, 16) for one in x]), dim=1)
+    ids = layer.router.route(rows).indices
+    means = torch.stack([rows[(ids == e).any(1)].sum(0) for e in range(4)])
+    routers = inspect.describe(inspect.state_of(runs / "kmeans"))
+    want = torch.rad2deg(metrics.centroid_drift(routers[NAMES[0]]["weight"], means))
+    run = Trained(runs / "kmeans", [])
+    inspect.add_loads(routers, run.model, run.windows(512)[1], run.forward)
+    for got, angle, mean in zip(routers[NAMES[0]]["lag_degrees"], want.tolist(), means, strict=True):
+        assert got == (pytest.approx(angle, abs=0.05) if mean.any() else None)
+
+
+def test_inspect_drift_against_an_earlier_checkpoint(runs: Path, tmp_path: Path) -> None:
+    corpus = load_corpus([runs / "text"])
+    state = inspect.state_of(runs / "kmeans")
+    turned = {name: value.clone() for name, value in state.items()}
+    weight = turned[f"{NAMES[0]}.weight"]
+    swapped = weight.clone()
+    swapped[:, 0], swapped[:, 1] = -weight[:, 1], weight[:, 0]
+    turned[f"{NAMES[0]}.weight"] = swapped
+    torch.save({"model": turned, "step": 3, "note": corpus.name}, tmp_path / "earlier.pt")
+    code, document = invoke("inspect", runs / "kmeans", "--against", tmp_path / "earlier.pt", "--json")
+    assert code == 0
+    first, second = (document["routers"][name]["drift_degrees"] for name in NAMES)
+    assert first == pytest.approx(torch.rad2deg(metrics.centroid_drift(swapped, weight)).tolist(), abs=1e-3)
+    assert max(first) > 1
+    assert max(second) < 1e-3
+    del turned[f"{NAMES[1]}.weight"]
+    torch.save(turned, tmp_path / "other.pt")
+    code, document = invoke("inspect", runs / "kmeans", "--against", tmp_path / "other.pt", "--json")
+    assert code == 1
+    assert f"must hold router {NAMES[1]} with weight (4, 16), got none" in document["error"]
+
+
+def test_inspect_plain_state_dicts(tmp_path: Path) -> None:
+    kmeans = KMeansRouter(8, 4, 2)
+    kmeans.expert_bias.copy_(torch.tensor([0.5, -0.25, -0.25, 0.0]))
+    state = {f"model.layers.10.mlp.gate.{name}": value for name, value in kmeans.state_dict().items()}
+    state |= {
+        "model.layers.2.mlp.gate.weight": torch.eye(4, 8),
+        "model.layers.2.mlp.gate.e_score_correction_bias": torch.tensor([0.0, 0.0, 1.0, 0.0]),
+        "model.layers.3.block_sparse_moe.router.weight": torch.full((3, 8), torch.nan),
+        "model.layers.2.mlp.gate_proj.weight": torch.ones(4, 8),
+        "model.layers.2.self_attn.q_proj.weight": torch.ones(8, 8),
+        "model.layers.2.mlp.up.bias": torch.ones(8),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "model.pt")
+    for name in ("model.safetensors", "model.pt"):
+        code, document = invoke("inspect", tmp_path / name, "--json")
+        assert code == 0
+        routers = document["routers"]
+        assert [key.split(".")[2] for key in routers] == ["2", "3", "10"]
+        learned, broken, ours = routers.values()
+        assert (learned["kind"], learned["bias_abs_max"], learned["direction_cosine"]) == ("learned", 1.0, 0.0)
+        assert (broken["finite"], broken["experts"]) == (False, 3)
+        assert (ours["kind"], ours["initialized"], ours["bias_abs_max"], ours["steps"]) == ("kmeans", False, 0.5, 0)
+        assert "load" not in ours
+    code, stdout = invoke("inspect", tmp_path / "model.pt", "--plain")
+    assert "kmeans, no data yet" in stdout
+    assert "warning: model.layers.3.block_sparse_moe.router holds NaN or Inf" in stdout
+
+
+def test_inspect_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"x": Trainer}, tmp_path / "code.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "broken.pt").write_bytes(b"no tensors")
+    for name, message in (
+        ("none.pt", "holds no router: looked for NAME.weight"),
+        ("list.pt", "must hold a state dict, got list"),
+        ("code.pt", "is no readable state dict"),
+        ("broken.safetensors", "is no readable state dict"),
+        ("broken.pt", "is no readable state dict"),
+    ):
+        code, document = invoke("inspect", tmp_path / name, "--json")
+        assert code == 1
+        assert message in document["error"], name

@@ -1,0 +1,129 @@
+"""`kmeans-route inspect`, `convert` and `export` on folders that transformers' save_pretrained has written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.21")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from kmeans_route import KMeansRouter  # noqa: E402
+from kmeans_route.cli import app as commands  # noqa: E402
+from kmeans_route.integrations.transformers import load_kmeans_pretrained  # noqa: E402
+from tests.integrations.transformers_models import some_tokens, tiny_config  # noqa: E402
+
+NAMES = ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+BYTES = ("--calibration-bytes", 8192)
+
+
+def invoke(*arguments: object) -> tuple[int, Any]:
+    """Run a command in this process: (exit code, its JSON document, or what it printed)."""
+    result = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, json.loads(result.stdout) if "--json" in arguments else result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, a byte tokenizer, and learned models with it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    (folder / "text").mkdir()
+    for number in range(16):
+        lines = "".join(f"line {number * step % 7} of many\n" for step in range(60))
+        (folder / "text" / f"{number}.txt").write_text(lines)
+    words = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({word: n for n, word in enumerate(sorted(words))}, []))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    for model_type in ("mixtral", "deepseek_v3"):
+        torch.manual_seed(0)
+        config = tiny_config(model_type, vocab_size=256)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / model_type)
+        tokenizer.save_pretrained(folder / model_type)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_there_and_back(folder: Path, tmp_path: Path, model_type: str) -> None:
+    text = ("--text", folder / "text")
+    code, there = invoke(
+        "convert", folder / model_type, "--out", tmp_path / "kmeans", "--balance-steps", 8, *text, *BYTES, "--json"
+    )
+    assert code == 0, there
+    assert sorted(there["routers"]) == NAMES
+    assert there["calibration_tokens"] == 8192 // 64 * 64
+    assert there["mean"]["overlap"] > 0.3
+    assert there["mean"]["max_vio_after"] < there["mean"]["max_vio_before"]
+    model = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path / "kmeans")
+    routers = [module for module in model.modules() if isinstance(module, KMeansRouter)]
+    assert len(routers) == 2
+    assert all(router.initialized for router in routers)
+    assert {router.options.tau for router in routers} == {there["tau"]}, "the fitted tau is saved"
+    assert all(router.expert_bias.abs().max() > 0 for router in routers)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "kmeans")
+
+    code, back = invoke("export", tmp_path / "kmeans", "--out", tmp_path / "back", *text, *BYTES, "--json")
+    assert code == 0, back
+    assert back["mean"]["overlap"] > 0.75
+    assert back["loss_before"] == pytest.approx(there["loss_after"], abs=1e-4)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert not any(isinstance(module, KMeansRouter) for module in plain.modules())
+    assert torch.isfinite(plain(some_tokens()).logits).all()
+
+    code, seen = invoke("inspect", tmp_path / "kmeans", *text, "--json")
+    assert code == 0, seen
+    for name in NAMES:
+        facts = seen["routers"][name]
+        assert (facts["kind"], facts["experts"], facts["hidden"]) == ("kmeans", 8, 32)
+        assert sum(facts["load"]) == pytest.approx(8, rel=1e-4)
+        assert facts["bias_abs_max"] > 0
+    code, seen = invoke("inspect", folder / model_type, *text, "--json")
+    assert code == 0, seen
+    assert seen["routers"][NAMES[0]]["kind"] == "learned"
+    assert seen["routers"][NAMES[0]]["max_vio"] >= 0
+
+
+def test_the_words_of_a_conversion(folder: Path, tmp_path: Path) -> None:
+    code, said = invoke(
+        "convert", folder / "mixtral", "--out", tmp_path / "kmeans", "--text", folder / "text", *BYTES, "--plain"
+    )
+    assert code == 0, said
+    for words in ("convert: mixtral, held-out text", "loss a token:", NAMES[0], f"model: {tmp_path / 'kmeans'}"):
+        assert words in said
+
+
+def test_refusals(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(tiny_config("mixtral")).save_pretrained(bare)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "mixtral"}')
+    text = ("--text", folder / "text")
+    for arguments, message in (
+        (("convert", bare, *text), "must hold a tokenizer"),
+        (("convert", broken, *text), "no model that transformers can read"),
+        (("convert", folder / "mixtral", "--more-steps", 5, *text), "--more-steps is for runs of kmeans-route train"),
+        (("export", folder / "mixtral", *text), "nothing to export"),
+        (("export", folder / "mixtral", "--router", "softmax", *text), "--router is for runs"),
+        (("convert", folder / "mixtral", "--calibration-bytes", 8, *text), "at least 64 training tokens, got 8"),
+    ):
+        code, document = invoke(*arguments, "--out", tmp_path / "out", "--json")
+        assert code == 1, arguments
+        assert message in document["error"], (arguments, document["error"])
+        assert not (tmp_path / "out").exists()
+    code, document = invoke(
+        "convert", folder / "mixtral", "--out", folder / "mixtral", "--overwrite", *text, *BYTES, "--json"
+    )
+    assert code == 1
+    assert "already holds a run" in document["error"]
+    code, seen = invoke("inspect", bare, *text, "--json")
+    assert code == 0
+    assert "max_vio" not in seen["routers"][NAMES[0]]

@@ -1,0 +1,700 @@
+"""K-Means routers inside the models of transformers."""
+
+import contextlib
+import copy
+import doctest
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", minversion="5.21")
+
+import kmeans_route.integrations.transformers  # noqa: E402
+from kmeans_route import KMeansRouter, attach, ops  # noqa: E402
+from kmeans_route.integrations import require  # noqa: E402
+from kmeans_route.integrations.transformers import (  # noqa: E402
+    SUPPORTED,
+    apply_kmeans_routing,
+    load_kmeans_pretrained,
+    revert,
+)
+from kmeans_route.integrations.transformers.router import ROUTERS  # noqa: E402
+from tests.helpers.compare import assert_same_bits  # noqa: E402
+from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_config, tiny_model  # noqa: E402
+
+# How an architecture's own options arrive: normalize, scaling, n_group, topk_group, group_score.
+PLAIN = (True, 1.0, 1, 1)
+OPTIONS = {
+    "qwen2_moe": (False, 1.0, 1, 1),
+    "olmoe": (False, 1.0, 1, 1),
+    "flex_olmo": (False, 1.0, 1, 1),
+    "deepseek_v2": (False, 2.0, 4, 2),
+    "deepseek_v3": (True, 2.5, 4, 2),
+    "glm4_moe": (True, 1.5, 2, 1),
+    "exaone_moe": (True, 2.5, 2, 1),
+    "llama4_text": (False, 1.0, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Progress bars of loading and saving say nothing here."""
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def routers_of(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, KMeansRouter)]
+
+
+def realigned(model: nn.Module) -> nn.Module:
+    """The same tensors at addresses of their own: loaded ones lie anywhere in a mapped file, and BLAS looks at that."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    for router in routers_of(model):
+        router._cached = None
+    return model
+
+
+def train(model: nn.Module, steps: int, tokens: Tensor | None = None, **inputs: Any) -> list[float]:
+    """Losses of AdamW on the same tokens, attached."""
+    tokens = some_tokens(4, 16) if tokens is None else tokens
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    attachment, losses = attach(model, optimizer), []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens, **inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    attachment.remove()
+    model.eval()
+    return losses
+
+
+# ---- every model type ----
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_type_swaps_trains_saves_loads_generates_and_reverts(model_type: str, tmp_path: Path) -> None:
+    model, tokens = tiny_model(model_type), some_tokens()
+    before = model(tokens).logits
+    weights_before = {name: value.clone() for name, value in model.state_dict().items()}
+    summary = apply_kmeans_routing(model)
+    assert [type(swap.router).__name__ for swap in summary] == [f"KMeans{swap.old_class}" for swap in summary]
+    assert len(summary) == len(routers_of(model)) > 0
+    options = summary[0].router.options
+    assert (options.normalize, options.scaling, options.n_group, options.topk_group) == OPTIONS.get(model_type, PLAIN)
+    assert not torch.equal(model(tokens).logits, before)
+    losses = train(model, 3)
+    assert losses[-1] < losses[0]
+    assert all(int(router.steps) == 2 and bool(router.initialized) for router in routers_of(model))
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    generated = model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, 8)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+    model.save_pretrained(tmp_path)
+    loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+    assert type(loaded) is type(model)
+    assert set(loaded.state_dict()) == set(state)
+    for name, value in loaded.state_dict().items():
+        assert_same_bits(value, state[name])
+    assert_same_bits(realigned(loaded)(tokens).logits, model(tokens).logits)
+
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(weights_before[name])
+    revert(model)
+    assert_same_bits(model(tokens).logits, before)
+    assert set(model.state_dict()) == set(weights_before)
+    assert not hasattr(model.config, "kmeans_route")
+
+
+def test_every_supported_router_has_a_tiny_model() -> None:
+    found = {model_type: {type(module).__name__ for module in tiny_model(model_type).modules()} for model_type in TYPES}
+    assert all(len(names & ROUTERS.keys()) == 1 for names in found.values())
+    assert set().union(*found.values()) >= ROUTERS.keys()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_capture_of_logits_and_hidden_states_stays(model_type: str) -> None:
+    model, tokens = tiny_model(model_type), some_tokens()
+    swaps = apply_kmeans_routing(model)
+    plain = model(tokens).logits
+    # Some heads leave router_logits out of their answer; the model inside has them.
+    out = model.model(tokens, output_router_logits=True, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+    assert len(out.router_logits) == len(swaps)
+    for logits, swap in zip(out.router_logits, swaps, strict=True):
+        assert logits.shape == (24, swap.router.num_experts)
+        assert float(logits.detach().abs().max()) <= 1.0001 / swap.router.options.tau  # cosines over tau
+        assert float(logits.detach().std()) > 0.1
+    assert_same_bits(model(tokens).logits, plain)
+    revert(model)
+    assert len(model.model(tokens, output_router_logits=True).router_logits) == len(swaps)
+
+
+def test_capture_hooks_of_before_the_swap_go_on(tmp_path: Path) -> None:
+    model, tokens = tiny_model("mixtral"), some_tokens()
+    assert len(model(tokens, output_router_logits=True).router_logits) == 2
+    apply_kmeans_routing(model, tau=0.1)
+    captured = model(tokens, output_router_logits=True).router_logits
+    assert max(float(logits.detach().abs().max()) for logits in captured) <= 10.001
+    revert(model)
+    assert len(model(tokens, output_router_logits=True).router_logits) == 2
+
+
+# ---- what is swapped ----
+
+
+def test_summary_names_what_was_swapped() -> None:
+    text = str(apply_kmeans_routing(tiny_model("deepseek_v3"), layers=[1], tau=0.1))
+    assert text == (
+        "1 router swapped\n"
+        "model.layers.1.mlp.gate  DeepseekV3TopkRouter  E=8 D=32 K=2 gate=softmax tau=0.1 scaling=2.5 groups=2/4"
+    )
+
+
+@pytest.mark.parametrize("layers", [[0], ["model.layers.0.mlp.gate"], lambda path: ".0." in path])
+def test_layers_choose_by_index_path_or_predicate(layers: Any) -> None:
+    model = tiny_model("mixtral")
+    assert [swap.path for swap in apply_kmeans_routing(model, layers)] == ["model.layers.0.mlp.gate"]
+    assert [swap.path for swap in apply_kmeans_routing(model)] == ["model.layers.1.mlp.gate"]  # the rest, later
+    assert revert(model) == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [([5], "must name routers, got 5"), (["lm_head"], "must name routers, got 'lm_head'"), ([], "at least one router"),
+     (lambda path: False, "take at least one router")],
+)  # fmt: skip
+def test_a_filter_that_names_nothing_is_refused(layers: Any, message: str) -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(ValueError, match=message):
+        apply_kmeans_routing(model, layers)
+    assert not routers_of(model)
+
+
+def test_models_without_a_known_router_are_refused_by_name() -> None:
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_dense(), "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match="got LlamaForCausalLM with none"):
+        apply_kmeans_routing(dense)
+    config = transformers.JetMoeConfig(**{**_dense(), "num_hidden_layers": 1, "kv_channels": 16})
+    with pytest.raises(ValueError, match=r"JetMoeTopKGating at model\.layers\.0"):
+        apply_kmeans_routing(transformers.JetMoeForCausalLM(config))
+    with pytest.raises(TypeError, match="got Linear"):
+        apply_kmeans_routing(nn.Linear(2, 2))
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    with pytest.raises(ValueError, match="2 swapped already"):
+        apply_kmeans_routing(model)
+
+
+def _dense() -> dict[str, Any]:
+    return {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+
+
+def test_a_router_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    cls = type(model.model.layers[0].mlp.gate)
+    original = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: original(self, x)[::-1])
+    with pytest.raises(
+        ValueError, match=re.escape("must return (logits (T, E), weights (T, K), int64 indices (T, K))")
+    ):
+        apply_kmeans_routing(model)
+
+    def fails(self: nn.Module, x: Tensor) -> None:
+        raise RuntimeError("no meta here")
+
+    monkeypatch.setattr(cls, "forward", fails)
+    with pytest.raises(ValueError, match="got RuntimeError: no meta here"):
+        apply_kmeans_routing(model)
+    assert not routers_of(model)
+
+
+def test_paths_that_bypass_the_router_are_refused() -> None:
+    model = tiny_model("gpt_oss")
+    model._use_kernels = True
+    with pytest.raises(RuntimeError, match="use_kernels=True"):
+        apply_kmeans_routing(model)
+    model._use_kernels = False
+    block = model.model.layers[0].mlp
+    block.experts.__class__ = type("Mxfp4GptOssExperts", (type(block.experts),), {})
+    with pytest.raises(RuntimeError, match="MXFP4"):
+        apply_kmeans_routing(model)
+    model = tiny_model("mixtral")
+    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
+    with pytest.raises(RuntimeError, match="a forward that something has replaced"):
+        apply_kmeans_routing(model)
+    assert not routers_of(model)
+
+
+def test_options_of_the_router_override_the_architecture_and_bad_ones_change_nothing() -> None:
+    model = tiny_model("deepseek_v3")
+    with pytest.raises(ValueError, match="must not hold top_k, got 3"):
+        apply_kmeans_routing(model, top_k=3)
+    with pytest.raises(ValueError, match="tau"):
+        apply_kmeans_routing(model, tau=-1.0)
+    assert not routers_of(model)
+    apply_kmeans_routing(model, balance="quantile", n_group=None, topk_group=None, scaling=1.0, decay=0.5)
+    router = routers_of(model)[0]
+    assert (router.commit_options.balance, router.commit_options.decay) == ("quantile", 0.5)
+    assert (router.options.n_group, router.options.scaling) == (1, 1.0)
+
+
+def test_the_auxiliary_loss_is_off_and_comes_back() -> None:
+    model, tokens = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), some_tokens()
+    apply_kmeans_routing(model)
+    assert not model.config.output_router_logits
+    plain = float(model(tokens, labels=tokens).loss)
+    assert float(model(tokens, labels=tokens, output_router_logits=True).loss) == plain
+    revert(model)
+    assert model.config.output_router_logits
+    assert model.config.router_aux_loss_coef == model.router_aux_loss_coef == 0.5
+
+
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.20.1", "6.0.0"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        with pytest.raises(ImportError, match=rf"must be a supported version, >=5\.21,<6, got {version}: pip install"):
+            require("transformers", SUPPORTED)
+
+
+# ---- masks, and rows that cannot be routed ----
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    mask = torch.ones(4, 16, dtype=torch.long)
+    mask[1, 10:] = 0
+    mask[3, :5] = 0
+    return some_tokens(4, 16), mask
+
+
+@pytest.mark.parametrize("how", ["keyword", "position", "checkpoint", "reentrant", "compiled"])
+def test_only_tokens_of_the_attention_mask_count(how: str) -> None:
+    model, (tokens, mask) = tiny_model("mixtral", num_hidden_layers=1).train(), padded()
+    apply_kmeans_routing(model)
+    attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    if how in ("checkpoint", "reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()
+    model.set_experts_implementation("batched_mm")
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
+    args = (tokens, mask) if how == "position" else (tokens,)
+    out = run(*args, **({} if how == "position" else {"attention_mask": mask}), labels=tokens)
+    out.loss.backward()
+    for router in routers_of(model):
+        assert int(router.pending.num_tokens) == int(mask.sum())
+        assert int(router.pending.counts.sum()) == 2 * int(mask.sum())
+    if how == "compiled":
+        return  # a second graph takes its time and says nothing new
+    run(tokens, labels=tokens).loss.backward()  # without a mask every token counts
+    assert int(routers_of(model)[0].pending.num_tokens) == int(mask.sum()) + tokens.numel()
+
+
+def test_finite_masked_tokens_are_routed_as_usual() -> None:
+    """What padding gets is nobody's business, but it must not depend on the mask of statistics."""
+    router = routers_of_swapped("mixtral")[0].train()
+    router._commits_by_hand = True
+    x = torch.randn(6, 32)
+    plain = router(x)
+    router.masks.mask = torch.tensor([[True, True, False, False, True, False]])
+    masked = router(x)
+    for a, b in zip(plain, masked, strict=True):
+        assert_same_bits(a, b)
+    assert int(router.pending.num_tokens) == 6 + 3
+
+
+def test_a_padded_batch_is_routed_once_and_leaves_the_statistics_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (tokens, mask) = tiny_model("mixtral", num_hidden_layers=1).train(), padded()
+    apply_kmeans_routing(model, balance="quantile")
+    attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    (router,) = routers_of(model)
+    alone = KMeansRouter(32, 8, 2, balance="quantile")
+    with torch.no_grad():
+        alone.weight.copy_(router.weight)
+    routings, entered, route = [], [], ops.route
+
+    def counted(*args: Any) -> Any:
+        routings.append(args)
+        return route(*args)
+
+    monkeypatch.setattr(ops, "route", counted)
+    router.observe(lambda at, _routing: entered.append(at.x))
+    model(input_ids=tokens, attention_mask=mask, labels=tokens).loss.backward()
+    assert len(routings) == len(entered) == 1
+    assert entered[0].shape == (tokens.numel(), 32), "padding is routed too"
+    alone._commits_by_hand = True
+    alone(entered[0].detach()[mask.flatten().bool()])
+    assert int(alone.pending.num_tokens) == int(mask.sum())
+    for field in alone.pending.FIELDS:
+        got, want = getattr(router.pending, field), getattr(alone.pending, field)
+        if field in ("sums", "std_sum"):  # another order of the same terms
+            torch.testing.assert_close(got, want)
+        else:
+            assert_same_bits(got, want, field)
+
+
+def routers_of_swapped(model_type: str, **options: Any) -> list[Any]:
+    model = tiny_model(model_type)
+    apply_kmeans_routing(model, **options)
+    return routers_of(model)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_rows_that_cannot_be_routed_reach_no_expert(model_type: str, bad: float) -> None:
+    model = tiny_model(model_type).train()
+    apply_kmeans_routing(model)
+    layer = model.model.layers[0]
+    block = getattr(layer, "mlp", None) or layer.feed_forward
+    routers_of(block)[0]._commits_by_hand = True
+    x = torch.randn(1, 6, 32)
+    x[0, 2] = bad
+    experts = block.experts
+    y = (block(x)[0] if isinstance(block(x), tuple) else block(x)).view(6, 32)
+    good = [0, 1, 3, 4, 5]
+    assert bool(y[good].isfinite().all())
+    y[good].square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in experts.parameters())
+    assert bool(routers_of(block)[0].pending.sums.isfinite().all())
+
+
+# ---- state ----
+
+
+def test_state_stays_fp32_in_bfloat16_and_half() -> None:
+    model = tiny_model("mixtral").to(torch.bfloat16)
+    apply_kmeans_routing(model)
+    model.half().bfloat16()
+    assert {b.dtype for router in routers_of(model) for b in router.buffers() if b.is_floating_point()} == {
+        torch.float32
+    }
+    losses = train(model, 5)
+    assert losses[-1] < losses[0]
+    revert(model)
+    assert model.model.layers[0].mlp.gate.weight.dtype == torch.bfloat16
+    assert bool(model(some_tokens()).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "hunyuan_v1_moe"])
+def test_a_bfloat16_checkpoint_loads_with_fp32_state(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type, dtype=torch.bfloat16)
+    apply_kmeans_routing(model)
+    train(model, 3)
+    model.save_pretrained(tmp_path)
+    loaded = load_kmeans_pretrained(type(model), tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    for ours, theirs in zip(routers_of(model), routers_of(loaded), strict=True):
+        for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+            assert_same_bits(a, b)
+            assert not a.is_floating_point() or a.dtype == torch.float32, name
+        assert ours.extra_repr() == theirs.extra_repr()
+    tokens = some_tokens()
+    assert_same_bits(realigned(loaded)(tokens).logits, model(tokens).logits)
+    a, b = train(model, 2), train(loaded, 2)  # and goes on the same
+    assert a == b
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss", "hunyuan_v1_moe", "ernie4_5_moe"])
+def test_a_pretrained_gate_becomes_the_first_centroids(model_type: str, tmp_path: Path) -> None:
+    vanilla = tiny_model(model_type)
+    vanilla.save_pretrained(tmp_path)
+    gates = [_gate(vanilla, path) for path in _paths(vanilla)]
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    apply_kmeans_routing(loaded)  # after loading
+    before = tiny_model(model_type)
+    apply_kmeans_routing(before)  # before loading
+    assert not any(bool(router.initialized) for router in routers_of(before))  # random gates are no centroids
+    before.load_state_dict(vanilla.state_dict())
+    explicit = tiny_model(model_type)
+    apply_kmeans_routing(explicit, from_gate=True)
+    for model in (loaded, before, explicit):
+        for gate, router in zip(gates, routers_of(model), strict=True):
+            torch.testing.assert_close(router.weight, nn.functional.normalize(gate), rtol=1e-6, atol=1e-7)
+            assert bool(router.initialized)
+            assert int(router.steps) == 999
+            assert not router.expert_bias.any()
+    tokens = some_tokens()
+    revert(before)
+    assert_same_bits(before(tokens).logits, vanilla(tokens).logits)
+
+
+def _paths(vanilla: nn.Module) -> list[str]:
+    return [path for path, module in vanilla.named_modules() if type(module).__name__ in ROUTERS]
+
+
+def _gate(vanilla: nn.Module, path: str) -> Tensor:
+    router = vanilla.get_submodule(path)
+    return (router.wg if hasattr(router, "wg") else router).weight.detach()
+
+
+def test_a_vanilla_state_dict_that_does_not_fit_is_refused() -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    state = tiny_model("mixtral").state_dict()
+    state["model.layers.0.mlp.gate.weight"] = torch.randn(4, 32)
+    before = routers_of(model)[0].weight.clone()
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(8, 32\), got \(4, 32\)"):
+        model.load_state_dict(state)
+    assert_same_bits(routers_of(model)[0].weight, before)
+
+
+class MixtralSwappedAtBirth(transformers.MixtralForCausalLM):
+    """How a user may swap before loading: in the constructor, so that from_pretrained fills the swapped model."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        with contextlib.suppress(AttributeError):
+            del config.kmeans_route
+        apply_kmeans_routing(self)
+
+
+@pytest.mark.parametrize("swapped_checkpoint", [False, True])
+def test_buffers_that_a_checkpoint_lacks_are_no_garbage(
+    swapped_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("mixtral")
+    if swapped_checkpoint:
+        apply_kmeans_routing(model)
+        train(model, 3)
+    model.save_pretrained(tmp_path)
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(3))  # what "absent" comes back as
+    loaded = MixtralSwappedAtBirth.from_pretrained(tmp_path)
+    for router, path in zip(routers_of(loaded), _swapped_paths(loaded), strict=True):
+        there = model.get_submodule(path)
+        if swapped_checkpoint:
+            for (name, a), (_, b) in zip(router.named_buffers(), there.named_buffers(), strict=True):
+                assert torch.equal(a, b), name
+        else:
+            torch.testing.assert_close(router.weight, nn.functional.normalize(there.weight.detach()))
+            assert not router.expert_bias.any()
+            assert (int(router.steps), int(router.dropped_total), float(router.score_std)) == (999, 0, 0.0)
+    assert train(loaded, 2)[0] > 0
+
+
+def test_a_gate_that_a_checkpoint_lacks_starts_from_seeded_directions(tmp_path: Path) -> None:
+    class SwappedAtBirth(transformers.Qwen3NextForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            apply_kmeans_routing(self)
+
+    model = tiny_model("qwen3_next")
+    without = {name: value for name, value in model.state_dict().items() if "mlp.gate." not in name}
+    model.save_pretrained(tmp_path, state_dict=without)
+    for router in routers_of(SwappedAtBirth.from_pretrained(tmp_path)):
+        torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(8))  # transformers would draw 0.02 * normal
+        assert not bool(router.initialized)
+
+
+def _swapped_paths(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, KMeansRouter)]
+
+
+def test_init_weights_of_a_swapped_model_leaves_its_routers() -> None:
+    model = tiny_model("qwen3_next")
+    apply_kmeans_routing(model)
+    train(model, 2)
+    before = [router.weight.clone() for router in routers_of(model)]
+    model.init_weights()
+    for router, weight in zip(routers_of(model), before, strict=True):
+        assert_same_bits(router.weight, weight)
+
+
+def test_config_says_what_was_swapped_and_loading_checks_it(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3")
+    apply_kmeans_routing(model, layers=[1], tau=0.1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    entry = written["kmeans_route"]["routers"]["layers.1.mlp.gate"]
+    assert (entry["class"], entry["num_experts"], entry["hidden_size"], entry["top_k"]) == (
+        "DeepseekV3TopkRouter", 8, 32, 2,
+    )  # fmt: skip
+    assert entry["options"]["tau"] == 0.1
+    unsaid = tiny_model("deepseek_v3")
+    apply_kmeans_routing(unsaid)
+    options = unsaid.config.kmeans_route["routers"]["layers.1.mlp.gate"]["options"]
+    assert options["tau"] == KMeansRouter(8, 4, 2).options.tau, "another version's default would change the gates"
+    loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+    assert _swapped_paths(loaded) == ["model.layers.1.mlp.gate"]
+    base = load_kmeans_pretrained(transformers.AutoModel, tmp_path)  # the model without its head
+    assert _swapped_paths(base) == ["layers.1.mlp.gate"]
+    assert_same_bits(routers_of(base)[0].weight, routers_of(model)[0].weight)
+
+    for change, message in [
+        (lambda s: s.update(version=2), "must have version 1, got 2"),
+        (lambda s: s["routers"]["layers.1.mlp.gate"].update(num_experts=4), "must be 8 as in the model, got 4"),
+        (lambda s: s["routers"].update({"layers.7.mlp.gate": entry}), "got 'layers.7.mlp.gate'"),
+        (lambda s: s.clear(), "without kmeans_route section"),
+    ]:
+        changed = copy.deepcopy(written)
+        change(changed["kmeans_route"])
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+
+
+def test_weights_without_the_state_that_config_promises_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path)
+    apply_kmeans_routing(model)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold the state of all its K-Means routers"):
+        load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+
+
+def test_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    model.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"weight of router 'model\.layers\.1\.mlp\.gate' must be finite"):
+        load_kmeans_pretrained(type(model), tmp_path)
+
+
+def test_a_plain_load_is_noticed(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3")
+    apply_kmeans_routing(model)
+    model.save_pretrained(tmp_path)
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "model.layers.0.mlp.gate.initialized" in info["unexpected_keys"]
+    with pytest.raises(ValueError, match="use load_kmeans_pretrained"):
+        apply_kmeans_routing(plain)
+
+
+def test_copies_and_pickles_work_on_their_own() -> None:
+    model, tokens = tiny_model("mixtral"), some_tokens()
+    apply_kmeans_routing(model)
+    train(model, 2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(other(tokens).logits, model(tokens).logits)
+        kept = [router.weight.clone() for router in routers_of(model)]
+        train(other, 2, attention_mask=torch.ones(4, 16, dtype=torch.long))
+        assert all(torch.equal(router.weight, weight) for router, weight in zip(routers_of(model), kept, strict=True))
+        revert(other)
+    assert len(routers_of(model)) == 2
+
+
+def test_revert_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(ValueError, match="nothing to revert"):
+        revert(model)
+    apply_kmeans_routing(model)
+    attachment = attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="must not be attached"):
+        revert(model)
+    attachment.remove()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="swapped after its weights were loaded"):
+        revert(load_kmeans_pretrained(type(model), tmp_path))
+    assert len(revert(model)) == 2
+
+
+# ---- in company ----
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_all_implementations_of_experts_agree(model_type: str, implementation: str) -> None:
+    tokens, results = some_tokens(), []
+    for chosen in ("eager", implementation):
+        model = tiny_model(model_type)
+        model.set_experts_implementation(chosen)
+        apply_kmeans_routing(model)
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+    for a, b in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    (tokens, mask), runs = padded(), []
+    for checkpointed in (False, True):
+        model = tiny_model("qwen3_moe")
+        apply_kmeans_routing(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        train(model, 3, tokens, attention_mask=mask)
+        runs.append(model.state_dict())
+    for name, value in runs[0].items():
+        assert_same_bits(value, runs[1][name])
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_twenty_compiled_steps_learn(model_type: str) -> None:
+    plain, compiled = (tiny_model(model_type, num_hidden_layers=1) for _ in range(2))
+    for model in (plain, compiled):
+        model.set_experts_implementation("batched_mm")
+        apply_kmeans_routing(model)
+    reference = train(plain, 20)
+    compiled.forward = torch.compile(compiled.forward, backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = train(compiled, 20)
+    assert losses[-1] < 0.6 * losses[0]
+    assert losses == pytest.approx(reference, rel=1e-3)
+    for a, b in zip(routers_of(plain), routers_of(compiled), strict=True):
+        assert int(a.steps) == int(b.steps) == 19
+        torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=1e-3)
+
+
+def test_generate_while_training_changes_no_state() -> None:
+    model, tokens = tiny_model("mixtral").train(), some_tokens()
+    apply_kmeans_routing(model)
+    attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.generate(tokens[:, :4], max_new_tokens=3, do_sample=False)
+    assert all(int(router.pending.num_tokens) == 0 for router in routers_of(model))
+
+
+def test_lora_on_the_experts() -> None:
+    peft = pytest.importorskip("peft")
+    model, (tokens, mask) = tiny_model("mixtral"), padded()
+    apply_kmeans_routing(model)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    wrapped = peft.get_peft_model(model, config)
+    trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    assert any("experts" in name for name in trained)
+    assert all("lora" in name for name in trained)
+    losses = train(wrapped, 4, tokens, attention_mask=mask)
+    assert losses[-1] < losses[0]
+    routers = routers_of(wrapped)
+    assert [int(router.tokens_per_expert.sum()) for router in routers] == [2 * int(mask.sum())] * 2
+    assert all(int(router.steps) == 3 for router in routers)
+    merged = wrapped.merge_and_unload()
+    assert len(routers_of(merged)) == 2
+    assert len(revert(merged)) == 2
+
+
+def test_the_example_of_the_module_runs() -> None:
+    failed, tried = doctest.testmod(kmeans_route.integrations.transformers)
+    assert tried
+    assert not failed
+
+
+def test_the_config_takes_no_part_in_other_models() -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    assert not hasattr(tiny_config("mixtral"), "kmeans_route")
