@@ -48,6 +48,7 @@ from kmeans_route.types import (
 NAME, PLAIN, FUSED = "torch", False, False
 MIN_NORM, MAX_NORM = MIN_SQUARED_NORM**0.5, MAX_SQUARED_NORM**0.5
 CHUNK_BYTES = 8 << 20  # of x in the compute dtype: a chunk read twice comes from cache the second time
+FEW = 1024  # elements up to which one call is quicker than several that are vectorised
 BAG_BYTES = 8 << 20  # of partial centroid sums held at once
 
 
@@ -66,15 +67,15 @@ def _all_true(flags: Tensor) -> bool:
 
 def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
     """s (T, E), 1 / ||x|| (T,), validity (T,), and whether all are known to be valid; reads x from memory once."""
-    dtype, parts = compute_dtype(x.dtype), chunks(x)
+    dtype = compute_dtype(x.dtype)
     d_DE = directions.to(dtype).T
-    if len(parts) == 1:
-        x_c = x if x.dtype == dtype else x.to(dtype)
+    if x.numel() * dtype.itemsize <= CHUNK_BYTES:
+        x_c = x.to(dtype)
         norm, scores = torch.linalg.vector_norm(x_c, dim=1), x_c @ d_DE
     else:
         scores = x.new_empty(x.shape[0], directions.shape[0], dtype=dtype)
         norm = x.new_empty(x.shape[0], dtype=dtype)
-        for c in parts:
+        for c in chunks(x):
             x_c = x[c].to(dtype)
             torch.linalg.vector_norm(x_c, dim=1, out=norm[c])
             torch.mm(x_c, d_DE, out=scores[c])
@@ -198,6 +199,8 @@ def count_among(indices: Tensor, counts: Tensor, num_experts: int) -> Tensor:
 
 def softmax_rows(z: Tensor) -> Tensor:
     """Softmax over the few columns of (T, K). On CPU a row shorter than a vector register is best taken as a column."""
+    if z.numel() <= FEW:
+        return z.softmax(1)
     if z.shape[1] == 2:
         return torch.sigmoid(z - z.flip(1))
     return z.T.contiguous().softmax(0).T.contiguous() if z.shape[1] < 8 else z.softmax(1)
