@@ -112,7 +112,7 @@ def first_two(function: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]
 def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compiles: bool = False) -> Contest:
     """Routing without gradient at one shape, verified; to be run with gradients off.
 
-    In inference mode the router keeps no directions from call to call, which shows where T is small: a row of its own.
+    The router makes its directions anew in each call, which shows where T is small; a frozen one keeps them.
     """
     router = steps.make_kmeans_router(Problem(shape)).eval()
     problem = Problem(shape, dtype)

@@ -86,6 +86,8 @@ def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
     """Check hidden states (..., D) and return them as (T, D)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: convert it first")
+    if x.is_nested:
+        raise TypeError("x must be a dense tensor, got a nested one: pass x.values(), or pad it and pass a mask")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
         raise ValueError(
             f"x must have shape (..., {hidden_size}), got {tuple(x.shape)}: "
@@ -93,6 +95,10 @@ def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
         )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
+    if x.element_size() < 2:  # fp8 and less: scales stand elsewhere, and sums of such rows mean nothing
+        raise TypeError(
+            f"x must have at least 16 bits an element, got {x.dtype}: route before quantising, or x.bfloat16()"
+        )
     return x if x.dim() == 2 else x.reshape(-1, hidden_size)
 
 

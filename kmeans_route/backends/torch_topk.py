@@ -59,8 +59,8 @@ def _by_rounds(ranking: Tensor, k: int) -> Tensor:
     num_tokens, num_experts = ranking.shape
     bits, last = (num_experts - 1).bit_length(), num_experts - 1
     key = (ranking * 2.0 ** (29 - bits)).to(torch.int32).mul_(1 << bits)
-    key += torch.arange(last, -1, -1, dtype=torch.int32)
-    best = torch.empty(k + 1, num_tokens, dtype=torch.int32)
+    key += torch.arange(last, -1, -1, dtype=torch.int32, device=key.device)
+    best = torch.empty(k + 1, num_tokens, dtype=torch.int32, device=key.device)
     torch.amax(key, 1, out=best[0])
     step = best[0]
     for i in range(k):

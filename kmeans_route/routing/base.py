@@ -188,6 +188,11 @@ class StatefulRouter(nn.Module):
         if self._scope is not None and self._scope.active is not None:
             return self._scope.active
         counting = self.training and torch.is_grad_enabled()
+        if counting and ops.exporting():
+            raise RuntimeError(
+                f"router {self.name!r} must be in eval mode to be exported, got training mode: the program would add "
+                "to this router's statistics; call model.eval() first"
+            )
         if counting and self.learns and self._scope is None and not torch.compiler.is_compiling():
             self._check_unattached()
         return counting
@@ -218,7 +223,7 @@ class StatefulRouter(nn.Module):
             warnings.warn(f"router {self.name!r} trains but nothing commits its statistics: {remedy}", stacklevel=5)
 
     def _private_generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_for(self.seed, self.name))
+        return torch.Generator("cpu").manual_seed(seed_for(self.seed, self.name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulRouter":
         """Moves go through; casts do not: a bf16 average stalls (99% of the gap is left after 2000 steps)."""

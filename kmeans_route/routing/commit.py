@@ -47,9 +47,9 @@ class CentroidCommit(CentroidState):
             self.tokens_per_expert, self.centroid_turn,
         )  # fmt: skip
         backend.commit(state, batch.statistics, skip, self.commit_options)
+        self._pinned = {}
         if batch is not self.pending:
             self.pending.clear_(skip)
-        self._cached = None  # a kernel's writes leave no trace in the version counter
 
     def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
         """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian rows stay."""

@@ -292,16 +292,31 @@ class KMeansRouter(CentroidCommit):
         return reference.shifted_directions(unit, self.offset, dtype)
 
     def _unit_rows(self, dtype: torch.dtype, backend: Any) -> Tensor:
-        """Unit rows of the centroids; kept until these change."""
-        # A graph must follow the centroids, and knows no Python; inference tensors have no version to tell a change by.
-        if torch.compiler.is_compiling() or _is_capturing(self.weight.device) or self.weight.is_inference():
+        """Unit rows of the centroids as they are now, whoever wrote them; of a frozen router those that are pinned.
+
+        Nothing tells for certain that a buffer was written: not its address, which memory of another use may take, and
+        not its version, which `.data`, collectives and other processes leave alone.
+        """
+        if not self.frozen or torch.compiler.is_compiling() or _is_capturing(self.weight.device):
             unit: Tensor = backend.directions(self.weight, dtype)
             return unit
-        key = (self.weight.data_ptr(), self.weight._version, dtype)
-        if self._cached is None or self._cached[0] != key:
+        whose, pinned = self._pinned.get(dtype, (None, self.weight))
+        if whose is not self.weight:  # functional_call, for one, puts another tensor in its place
             with torch.inference_mode(False), torch.no_grad():  # autograd may want what is kept
-                self._cached = (key, backend.directions(self.weight, dtype))
-        return self._cached[1]
+                weight = self.weight.clone() if self.weight.is_inference() else self.weight
+                pinned = backend.directions(weight, dtype)
+            self._pinned[dtype] = (self.weight, pinned)
+        return pinned
+
+    def freeze(self, frozen: bool = True) -> Self:
+        """Stop (or with False, resume) gathering and committing, and pin the directions, as for serving.
+
+        The first forward after it in each dtype keeps what it scores with, so that routing in eval is one launch. After
+        a write into `weight` by anybody but this class, `load_state_dict` or a move of the module, call it again.
+        """
+        self._pinned = {}
+        super().freeze(frozen)
+        return self
 
     @torch.no_grad()
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:

@@ -98,7 +98,10 @@ class LearnedRouter(StatefulRouter):
             return
         with torch.no_grad():
             rows = torch.randn(
-                self.num_experts, self.hidden_size, generator=self._private_generator(), dtype=torch.float32
+                (self.num_experts, self.hidden_size),
+                generator=self._private_generator(),
+                dtype=torch.float32,
+                device="cpu",
             )
             self.weight.copy_(rows * self.hidden_size**-0.5)
             self.expert_bias.zero_()

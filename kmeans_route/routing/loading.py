@@ -62,7 +62,7 @@ class CentroidState(StatefulRouter):
     def reset_parameters(self) -> None:
         """Gaussian unit rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
         self._initialized = False
-        self._cached: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        self._pinned: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._seen: tuple[int, int] | None = None
         self._new_pending()
         self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
@@ -70,7 +70,10 @@ class CentroidState(StatefulRouter):
             return
         with torch.no_grad():
             rows = torch.randn(
-                self.num_experts, self.hidden_size, generator=self._private_generator(), dtype=torch.float32
+                (self.num_experts, self.hidden_size),
+                generator=self._private_generator(),
+                dtype=torch.float32,
+                device="cpu",
             )
             self.weight.copy_(rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
             for tensor in (
@@ -131,7 +134,7 @@ class CentroidState(StatefulRouter):
             setattr(self, name, value)
         for name, value in snapshot["buffers"].items():
             self.get_buffer(name).copy_(value)
-        self._cached, self._seen = None, self._trace()
+        self._pinned, self._seen = {}, self._trace()
 
     def follow_state(self) -> None:
         """Go by the buffers as they are now, which something else has written one by one.
@@ -139,7 +142,7 @@ class CentroidState(StatefulRouter):
         Raises:
             RuntimeError: they hold NaN or Inf.
         """
-        self._cached = self._seen = None
+        self._pinned, self._seen = {}, None
         self._initialized = False
         self._notice_load(committing=False)
 
@@ -184,22 +187,22 @@ class CentroidState(StatefulRouter):
 
     def _mark_initialized(self) -> None:
         self.initialized.fill_(True)
-        self._initialized, self._seen = True, self._trace()
+        self._initialized, self._seen, self._pinned = True, self._trace(), {}
         self.pending.drop_reservoir()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CentroidState":
         super()._apply(fn, recurse)
-        self._cached = self._seen = None
+        self._pinned, self._seen = {}, None
         return self
 
     def _after_load(self) -> None:
         super()._after_load()
         self._initialized = not self.initialized.is_meta and bool(self.initialized)
-        self._cached, self._seen = None, self._trace()
+        self._pinned, self._seen = {}, self._trace()
         if bool(self.pending.hashes.numel()) != (not self._initialized and self.init != "normal"):
             self._new_pending()
         else:
             self.tokens_per_expert.zero_()  # in place: a captured graph may write here
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached": None, "_seen": None}
+        return {**super().__getstate__(), "_pinned": {}, "_seen": None}

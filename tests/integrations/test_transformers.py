@@ -60,8 +60,6 @@ def realigned(model: nn.Module) -> nn.Module:
     """The same tensors at addresses of their own: loaded ones lie anywhere in a mapped file, and BLAS looks at that."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
-    for router in routers_of(model):
-        router._cached = None
     return model
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from kmeans_route import backends, centroid_sums, combine, directions, dispatch, route
+from kmeans_route import KMeansRouter, LearnedRouter, MoE, backends, centroid_sums, combine, directions, dispatch, route
 
 T, D, E, K = 5, 8, 6, 2
 X = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
@@ -261,3 +262,59 @@ def test_nothing_to_route_is_no_error(backend: str) -> None:
     assert (sums == 0).all()
     assert sums.shape == (E, D)
     assert counts.tolist() == [0] * E
+
+
+@pytest.mark.parametrize("call", ["route", "dispatch", "centroid_sums", "KMeansRouter", "LearnedRouter", "MoE"])
+@pytest.mark.parametrize("kind", ["fp8", "nested"])
+def test_hidden_states_that_no_backend_takes_are_refused_before_anything_counts(call: str, kind: str) -> None:
+    x = torch.randn(32, 16)
+    if kind == "fp8":
+        bad, words = x.to(torch.float8_e4m3fn), r"x must have at least 16 bits an element, got torch\.float8_e4m3fn"
+    else:
+        bad = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=torch.jagged)
+        words = "x must be a dense tensor, got a nested one"
+    weight = torch.randn(4, 16)
+    routing = route(x, weight, 2)
+    modules: dict[str, Any] = {
+        "KMeansRouter": KMeansRouter(16, 4, 2), "LearnedRouter": LearnedRouter(16, 4, 2), "MoE": MoE(16, 16, 4, 2),
+    }  # fmt: skip
+    calls: dict[str, Callable[[Any], Any]] = {
+        "route": lambda x: route(x, weight, 2),
+        "dispatch": lambda x: dispatch(x, routing),
+        "centroid_sums": lambda x: centroid_sums(x, routing),
+        **modules,
+    }
+    with pytest.raises(TypeError, match=words):
+        calls[call](bad)
+    for module in modules.values():
+        assert int(getattr(module, "router", module).pending.num_tokens) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "kmeans++"}, {"balance": "quantile"}], ids=str)
+def test_a_default_device_changes_nothing(options: dict[str, Any]) -> None:
+    """As set by a training script for what it makes itself; "meta" holds nothing, so a tensor made there would show."""
+
+    def run() -> list[Tensor]:
+        x = torch.randn(64, 16, device="cpu", generator=torch.Generator("cpu").manual_seed(0)).requires_grad_()
+        router = KMeansRouter(16, 4, 2, device="cpu", **options)
+        for _ in range(3):
+            router(x).weights.sum().backward()
+            router.commit()
+        return [buffer.clone() for _, buffer in router.named_buffers()]
+
+    want = run()
+    torch.set_default_device("meta")
+    try:
+        got = run()
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(got, want, strict=True):
+        assert one.device.type == "cpu"
+        assert torch.equal(one, other)
+
+
+def test_export_in_training_mode_is_refused() -> None:
+    layer, x = MoE(16, 16, 4, 2), torch.randn(32, 16)
+    with pytest.raises(RuntimeError, match="must be in eval mode to be exported, got training mode"):
+        torch.export.export(layer, (x,))
+    torch.export.export(layer.eval(), (x,))

@@ -401,18 +401,24 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert leaf.grad.abs().sum() > 0
 
 
-def test_inference_mode_keeps_directions_and_follows_the_centroids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_mode_follows_the_centroids_until_they_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     router, x, made = KMeansRouter(D, E, K).eval(), hidden_states(10, 0), []
     make = torch_backend.directions
     monkeypatch.setattr(torch_backend, "directions", lambda *args: made.append(1) or make(*args))
     with torch.inference_mode():
-        first = router(x).weights.clone()
-        assert_same_bits(router(x).weights, first)
-        assert len(made) == 1
+        router(x)
         router.weight.copy_(router.weight.flip(0))
         d = reference.directions_reference(router.weight, x.dtype)
-        assert_same_bits(router(x).weights, kmeans_route.route(x, router.weight, K, directions=d).weights)
+        want = kmeans_route.route(x, router.weight, K, directions=d).weights.clone()
+        assert_same_bits(router(x).weights, want)
         assert len(made) == 2
+        router.freeze()
+        for _ in range(2):
+            assert_same_bits(router(x).weights, want)
+        assert len(made) == 3, "pinned by the first forward"
+    leaf = x.clone().requires_grad_()
+    router(leaf).weights[:, 0].sum().backward()  # autograd takes what inference mode has pinned
+    assert len(made) == 3
 
 
 def test_a_router_built_in_inference_mode_routes() -> None:

@@ -1,0 +1,103 @@
+"""What routes is what lies in `weight` now, whoever wrote it, and however."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+import kmeans_route
+from kmeans_route import KMeansRouter
+from tests.helpers.compare import assert_same_bits, generator
+
+D, E, K, T = 16, 8, 2, 64
+
+
+def through_storage(weight: Tensor, new: Tensor) -> None:
+    weight.untyped_storage().copy_(new.untyped_storage())
+
+
+def by_another_thread(weight: Tensor, new: Tensor) -> None:
+    writer = threading.Thread(target=lambda: weight.data.copy_(new))
+    writer.start()
+    writer.join()
+
+
+WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "in place": lambda weight, new: weight.copy_(new),
+    ".data": lambda weight, new: weight.data.copy_(new),
+    ".data replaced": lambda weight, new: setattr(weight, "data", new.clone()),
+    "set_": lambda weight, new: weight.set_(new.clone()),
+    "NumPy": lambda weight, new: weight.numpy().__setitem__(slice(None), new.numpy()),
+    "DLPack": lambda weight, new: torch.from_dlpack(weight).copy_(new),
+    "storage": through_storage,
+    "foreach": lambda weight, new: torch._foreach_copy_([weight.data], [new]),
+    "version kept": lambda weight, new: keep_version(weight, new),
+    "another thread": by_another_thread,
+}
+
+
+def keep_version(weight: Tensor, new: Tensor) -> None:
+    with torch.autograd._unsafe_preserve_version_counter(weight):
+        weight.copy_(new)
+
+
+def routes_by(router: KMeansRouter, x: Tensor) -> None:
+    want = kmeans_route.route(x, router.weight, K, router.expert_bias, backend=router.backend)
+    for got in (router.route(x), router.route_dispatch(x)[0], router(x)):
+        assert_same_bits(got.indices, want.indices)
+        assert_same_bits(got.weights, want.weights)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "inference"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_next_forward_follows(backend: str, writer: str, mode: str) -> None:
+    router = KMeansRouter(D, E, K, backend=backend)
+    router.commit()
+    router.train(mode == "train")
+    x, gen = torch.randn(T, D, generator=generator(0)), generator(1)
+    with torch.inference_mode(mode == "inference"), torch.no_grad():
+        router(x)
+        for _ in range(2):
+            WRITERS[writer](router.weight, torch.randn(E, D, generator=gen))
+            routes_by(router, x)
+
+
+def test_functional_call_with_fresh_state_each_time(backend: str) -> None:
+    """An address that memory of another use has taken is no sign of anything; freezing pins the own tensor alone."""
+    router, x = KMeansRouter(D, E, K, backend=backend).eval(), torch.randn(T, D, generator=generator(0))
+    own = kmeans_route.route(x, router.weight, K)
+    for frozen in (False, True):
+        router.freeze(frozen)
+        assert torch.equal(router(x).indices, own.indices)
+        for seed in range(10):
+            state = {"weight": torch.randn(E, D, generator=generator(seed))}
+            got = functional_call(router, state, (x,))
+            assert torch.equal(got.indices, kmeans_route.route(x, state["weight"], K, backend=backend).indices)
+            del state
+        assert torch.equal(router(x).indices, own.indices)
+
+
+def test_freezing_pins_until_it_is_said_again() -> None:
+    router, x = KMeansRouter(D, E, K).eval().freeze(), torch.randn(T, D, generator=generator(0))
+    first, new = router(x), torch.randn(E, D, generator=generator(1))
+    router.weight.data.copy_(new)
+    assert_same_bits(router(x).weights, first.weights)
+    assert not torch.equal(router(x.double()).weights.float(), first.weights), "each dtype pins its own"
+    router.freeze()
+    routes_by(router, x)
+    router.set_centroids(torch.randn(E, D, generator=generator(2)))
+    routes_by(router, x)
+    router.load_state_dict(KMeansRouter(D, E, K, seed=5).state_dict())
+    routes_by(router, x)
+    router.load_state_dict(KMeansRouter(D, E, K, seed=6).state_dict(), assign=True)
+    routes_by(router, x)
+    router.initialize(x)
+    routes_by(router, x)
+    router.restore(router.snapshot())
+    router.freeze(False)
+    router.weight.data.copy_(new)
+    routes_by(router, x)
