@@ -309,6 +309,7 @@ class Calls(RuleBasedStateMachine):
             self.written = True  # and noticed later, by a forward or a commit: see test_load_in_place.py
             for name, held in self.router.state_dict().items():
                 held.copy_(state[name])
+            self.router.freeze(self.router.frozen)  # what is pinned stays until this is said again
         else:
             self.router.load_state_dict(state)
         self.forget_graph()
