@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmeans_route.kernels.configs import ceil_div, padded_experts
+from kmeans_route.kernels.configs import all_registers, architecture, ceil_div, padded_experts
 
 BLOCK = 1024
 
@@ -78,5 +78,6 @@ def accumulate(
         batch_counts, counts, batch_std, std_sum, num_tokens, dropped, num_dropped,
         batch_hist if hist_size else None, margin_hist,
         size, partials.shape[0], batch_std.numel(), hist_size, top_k,
-        E=num_experts, BE=padded_experts(num_experts), BLOCK=BLOCK, num_warps=4,
+        E=num_experts, BE=padded_experts(num_experts), BLOCK=BLOCK,
+        num_warps=4, **all_registers(4, architecture(counts.device)),
     )

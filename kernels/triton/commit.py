@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import MARGIN_RANGE, MIN_CENTROID_NORM, NUM_MARGIN_BINS
-from kmeans_route.kernels.configs import padded_experts
+from kmeans_route.kernels.configs import all_registers, architecture, padded_experts
 from kmeans_route.kernels.workspace import counters
 
 BLOCK = 1024
@@ -190,5 +190,6 @@ def commit(
         weight, sums, counts, tokens_seen, margin_hist if rule == "quantile" else None, quantile,
         expert_bias, score_std, steps, dropped_total, std_sum, num_tokens, num_dropped,
         tokens_per_expert, turn, skip, *counters(weight.device, 1), hidden_size, decay, bias_rate,
-        E=num_experts, K=top_k, RULE=rule, BE=padded_experts(num_experts), BD=BLOCK, num_warps=4,
+        E=num_experts, K=top_k, RULE=rule, BE=padded_experts(num_experts), BD=BLOCK,
+        num_warps=4, **all_registers(4, architecture(weight.device)),
     )
