@@ -129,6 +129,11 @@ def all_registers(num_warps: int, arch: str) -> dict[str, int]:
     return {"maxnreg": 255} if arch.startswith("sm") and num_warps <= 8 else {}
 
 
+def dispatch_launch(config: Config, arch: str) -> dict[str, int]:
+    """`config.launch`, with all registers on sm_100 alone: on others nothing spills, and fewer let two programs in."""
+    return config.launch | (all_registers(config.num_warps, arch) if arch == "sm_100" else {})
+
+
 def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
     """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers, twice. aligned: as in
     `route_config`."""
@@ -137,7 +142,7 @@ def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bo
         return Config(32, 32, 4 if arch == "gfx942" else 8, 2)
     if be <= 32:
         return Config(64, columns, 4, 2)
-    if be <= 64 and not (arch == "sm_100" and dtype == torch.float32):
+    if be <= 64 and arch != "sm_100":
         return Config(32, columns, 4 if arch == "gfx942" else 8, 2)
     if 64 < be <= 128 and arch != "sm_80":
         return Config(32, columns, 8, 2)
