@@ -129,8 +129,8 @@ def all_registers(num_warps: int, arch: str) -> dict[str, int]:
     return {"maxnreg": 255} if arch.startswith("sm") and num_warps <= 8 else {}
 
 
-def dispatch_launch(config: Config, arch: str) -> dict[str, int]:
-    """`config.launch`, with all registers on sm_100 alone: on others nothing spills, and fewer let two programs in."""
+def launch_options(config: Config, arch: str) -> dict[str, int]:
+    """`config.launch`, with all registers on sm_100 alone: elsewhere nothing spills, and fewer let more programs in."""
     return config.launch | (all_registers(config.num_warps, arch) if arch == "sm_100" else {})
 
 

@@ -32,7 +32,7 @@ from kmeans_route.kernels.configs import (
     ceil_div,
     dispatch_config,
     dispatch_experts,
-    dispatch_launch,
+    launch_options,
     one_hot_precision,
     padded_experts,
     power_of_2,
@@ -278,6 +278,6 @@ def dispatch_fwd(
         num_tokens, hidden_size, per_split,
         E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=one_hot_precision(x.dtype, arch),
         TWO_PARTS=inv_norm is not None or x.dtype == torch.float32, WAIT=waits_for_products(arch),
-        BT=c.BT, BD=c.BD, BE=be, EB=eb, **dispatch_launch(c, arch),
+        BT=c.BT, BD=c.BD, BE=be, EB=eb, **launch_options(c, arch),
     )
     return out

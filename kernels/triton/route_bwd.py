@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import MIN_COSINE_GATE, log_sigmoid, rows_of, softmax_rows
-from kmeans_route.kernels.configs import ceil_div, power_of_2, row_config
+from kmeans_route.kernels.configs import architecture, ceil_div, launch_options, power_of_2, row_config
 
 
 @triton.jit
@@ -130,6 +130,7 @@ def route_bwd(
         None if d_selected is None else d_selected.float().contiguous(),
         copies, 0 if copies is None else copies.stride(0), positions, dx,
         num_tokens, hidden_size, directions.shape[0], tau, scaling,
-        K=top_k, KP=power_of_2(top_k), GATE=gate, NORMALIZE=normalize, BT=c.BT, BD=c.BD, **c.launch,
+        K=top_k, KP=power_of_2(top_k), GATE=gate, NORMALIZE=normalize, BT=c.BT, BD=c.BD,
+        **launch_options(c, architecture(x.device)),
     )
     return dx
