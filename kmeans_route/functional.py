@@ -43,7 +43,6 @@ def enter(
         flatten_mask(count_mask, x, "count_mask"),
         check_indices(indices, x, top_k),
         backends.choose(backend, x.device, x.dtype, num_experts),
-        tuple(x.shape),
     )
 
 

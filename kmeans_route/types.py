@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
     """Hidden states that have been checked: where they entered, the backend was chosen, once.
 
     x: (T, D). mask, count_mask: (T,) bool or None. indices: (T, K) int64 to replay, or None. backend: a module of
-    `kmeans_route.backends`. shape: that of the hidden states as they came, (..., D).
+    `kmeans_route.backends`.
     """
 
     x: Tensor
@@ -63,7 +63,6 @@ class Tokens(NamedTuple):
     count_mask: Tensor | None
     indices: Tensor | None
     backend: Any
-    shape: tuple[int, ...]
 
 
 class Routing(NamedTuple):

@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kmeans_route import KMeansRouter as KMeansRouter
 from kmeans_route import Routing, centroid_sums, route
 from kmeans_route.bench import baselines, truth
 from kmeans_route.bench.clock import Clock, reason
-from kmeans_route.bench.contest import ClockedContest as ClockedContest
-from kmeans_route.bench.contest import Contestant
+from kmeans_route.bench.contest import ClockedContest, Contestant
 from kmeans_route.bench.problem import Problem
 from kmeans_route.checks import DEFAULT_TAU as TAU
 from kmeans_route.testing import assert_same_selection
@@ -29,9 +27,6 @@ RIVALS = ("eager", "compiled reference", "learned", "learned compiled", "textboo
 QUICK_RIVALS = tuple(name for name in RIVALS if "compiled" not in name)
 """Those that need no compiler."""
 MODES = ("eval", "train")
-
-
-Setting = Problem  # what cli/bench.py calls it
 
 
 class Entry(NamedTuple):

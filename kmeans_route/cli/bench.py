@@ -16,15 +16,15 @@ import torch
 
 from kmeans_route.bench.allocator import recycle_memory
 from kmeans_route.bench.clock import Clock, reason
+from kmeans_route.bench.contest import ClockedContest
 from kmeans_route.bench.memory import free_bytes
+from kmeans_route.bench.problem import Problem
 from kmeans_route.bench.results import environment
 from kmeans_route.bench.routing_contest import (
     MODES,
     OURS,
     QUICK_RIVALS,
     RIVALS,
-    ClockedContest,
-    Setting,
     routing_contest,
 )
 from kmeans_route.bench.truth import CHUNK
@@ -164,8 +164,8 @@ def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock
         with bar if sys.stderr.isatty() else nullcontext(lambda done, note: None) as update:
             update(0, "making the input, checking everyone")
             with clock.scope():
-                setting = Setting(shape, options.dtype, options.device, options.mode)
-            contest, skipped = routing_contest(title, setting, options.rivals, clock)
+                problem = Problem(shape, options.dtype, options.device, options.mode)
+            contest, skipped = routing_contest(title, problem, options.rivals, clock)
             contest.warm_up()
             for done in range(1, options.repeats + 1):
                 contest.round()
@@ -175,15 +175,15 @@ def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock
         return {**facts, "correct": False, "error": " ".join(message.split())}
     except (RuntimeError, MemoryError) as error:
         return {**facts, "correct": None, "error": f"{title}: {reason(error)}"}
-    return {**facts, "title": title, "correct": True, "contestants": _rows(contest, setting), "skipped": skipped}
+    return {**facts, "title": title, "correct": True, "contestants": _rows(contest, problem), "skipped": skipped}
 
 
-def _rows(contest: ClockedContest, setting: Setting) -> dict[str, Facts]:
-    x_bytes = setting.x.numel() * setting.x.element_size()
+def _rows(contest: ClockedContest, problem: Problem) -> dict[str, Facts]:
+    x_bytes = problem.x.numel() * problem.x.element_size()
     return {
         name: {
             **timing._asdict(),
-            "tokens_per_s": 1e3 * setting.shape.num_tokens / timing.median_ms,
+            "tokens_per_s": 1e3 * problem.shape.num_tokens / timing.median_ms,
             "gb_per_s": x_bytes / timing.median_ms / 1e6,
             "method": contest.method[name],
             "peak_bytes": contest.peak_bytes[name],

@@ -185,9 +185,8 @@ class StatefulRouter(nn.Module):
         """
         if self.frozen:
             return False
-        if self._scope is not None and self._scope.active is not None:
-            return self._scope.active
-        counting = self.training and torch.is_grad_enabled()
+        active = None if self._scope is None else self._scope.active
+        counting = self.training and torch.is_grad_enabled() if active is None else active
         if counting and ops.exporting():
             raise RuntimeError(
                 f"router {self.name!r} must be in eval mode to be exported, got training mode: the program would add "

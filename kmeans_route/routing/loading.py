@@ -4,6 +4,7 @@
 device. Whatever may have changed the buffer makes the mirror follow.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -122,15 +123,15 @@ class CentroidState(StatefulRouter):
         self._mark_initialized()
 
     def snapshot(self) -> dict[str, Any]:
-        """All that routing, gathering and committing change, for `restore`."""
+        """All that gathering and committing change, and the options of routing, as they are now: for `restore`."""
         names = ("options", "pending", "tokens_per_expert", "centroid_turn", "_initialized")
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
-        return {"attributes": {name: getattr(self, name) for name in names}, "buffers": buffers}
+        return {"attributes": copy.deepcopy({name: getattr(self, name) for name in names}), "buffers": buffers}
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Put back what `snapshot` gave."""
-        for name, value in snapshot["attributes"].items():
+        for name, value in copy.deepcopy(snapshot["attributes"]).items():  # it may be put back again
             setattr(self, name, value)
         for name, value in snapshot["buffers"].items():
             self.get_buffer(name).copy_(value)

@@ -18,9 +18,11 @@ pytest.importorskip("safetensors")
 
 from typer.testing import CliRunner, Result
 
+from kmeans_route import KMeansRouter
 from kmeans_route.bench import baselines, routing_contest
 from kmeans_route.bench.clock import Clock
 from kmeans_route.bench.contest import Contestant, NotVerifiedError
+from kmeans_route.bench.problem import Problem
 from kmeans_route.cli import app as commands
 from kmeans_route.cli import bench as command
 from kmeans_route.cli.output import Output
@@ -120,7 +122,7 @@ def test_a_wrong_rival_is_refused(output: list[str], monkeypatch: pytest.MonkeyP
 def test_a_wrong_shape_does_not_hide_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     right = routing_contest._check
 
-    def check(s: routing_contest.Setting, *args: Any) -> None:
+    def check(s: Problem, *args: Any) -> None:
         right(s, *args)
         assert s.shape.num_experts != 8, "eight"
 
@@ -148,15 +150,15 @@ def test_checks_notice(
 ) -> None:
     module = routing_contest if target == "route" else baselines
     monkeypatch.setattr(module, target, broken(module, target, field, change))
-    setting = routing_contest.Setting(BenchShape(64, 32, 8, 2), torch.float32, CPU, mode)
+    setting = Problem(BenchShape(64, 32, 8, 2), torch.float32, CPU, mode)
     with pytest.raises(AssertionError, match=message):
         routing_contest.routing_contest("t", setting, ["learned"], Clock(CPU))
 
 
 @pytest.mark.parametrize("kind", ["centroid sums", "dx"])
 def test_checks_notice_wrong_training(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = routing_contest.Setting(BenchShape(64, 32, 8, 2), torch.float32, CPU, "train")
-    right = routing_contest.KMeansRouter.forward
+    setting = Problem(BenchShape(64, 32, 8, 2), torch.float32, CPU, "train")
+    right = KMeansRouter.forward
 
     def forward(router: Any, x: torch.Tensor, **options: Any) -> Any:
         result = right(router, x, **options)
@@ -166,7 +168,7 @@ def test_checks_notice_wrong_training(kind: str, monkeypatch: pytest.MonkeyPatch
         w = result.weights
         return result._replace(weights=w.detach() + 1.01 * (w - w.detach()))
 
-    monkeypatch.setattr(routing_contest.KMeansRouter, "forward", forward)
+    monkeypatch.setattr(KMeansRouter, "forward", forward)
     with pytest.raises(AssertionError, match=f"kmeans_route: {kind}"):
         routing_contest.routing_contest("t", setting, [], Clock(CPU))
 
@@ -174,7 +176,7 @@ def test_checks_notice_wrong_training(kind: str, monkeypatch: pytest.MonkeyPatch
 def test_the_textbook_is_checked_before_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.TextbookKMeansRouter, "__call__", lambda self, x, update: (
         torch.full((len(x), self.top_k), 1 / self.top_k), torch.arange(self.top_k).expand(len(x), -1)))  # fmt: skip
-    setting = routing_contest.Setting(BenchShape(64, 32, 8, 2), torch.float32, CPU, "eval")
+    setting = Problem(BenchShape(64, 32, 8, 2), torch.float32, CPU, "eval")
     with pytest.raises(AssertionError, match=r"textbook: .* rows differ outside near-ties"):
         routing_contest.routing_contest("t", setting, ["textbook"], Clock(CPU))
 

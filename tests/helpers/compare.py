@@ -183,4 +183,4 @@ def tokens_of(
     backend: str = "torch",
 ) -> Tokens:
     """What `enter` makes of x (T, D)."""
-    return Tokens(x, mask, count_mask, indices, backends.get(backend), tuple(x.shape))
+    return Tokens(x, mask, count_mask, indices, backends.get(backend))

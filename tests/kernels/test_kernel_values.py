@@ -149,7 +149,8 @@ MANY = [
     (300, 2, torch.float32),
     (80, 32, torch.bfloat16),
     pytest.param(300, 2, torch.bfloat16, marks=pytest.mark.slow),
-    pytest.param(1024, 2, torch.float32, marks=pytest.mark.slow),
+    pytest.param(512, 2, torch.float32, marks=pytest.mark.slow),
+    pytest.param(1024, 2, torch.bfloat16, marks=pytest.mark.slow),
 ]
 
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kmeans_route import KMeansRouter, LearnedRouter, MoE, backends, centroid_sums, combine, directions, dispatch, route
+from kmeans_route import (
+    KMeansRouter,
+    LearnedRouter,
+    MoE,
+    attach,
+    backends,
+    centroid_sums,
+    combine,
+    directions,
+    dispatch,
+    route,
+)
 
 T, D, E, K = 5, 8, 6, 2
 X = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
@@ -317,4 +328,8 @@ def test_export_in_training_mode_is_refused() -> None:
     layer, x = MoE(16, 16, 4, 2), torch.randn(32, 16)
     with pytest.raises(RuntimeError, match="must be in eval mode to be exported, got training mode"):
         torch.export.export(layer, (x,))
+    attach(layer, torch.optim.SGD(layer.parameters()))
+    with pytest.raises(RuntimeError, match="must be in eval mode to be exported, got training mode"):
+        torch.export.export(layer, (x,))
+    assert int(layer.router.pending.num_tokens) == 0
     torch.export.export(layer.eval(), (x,))

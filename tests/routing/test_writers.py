@@ -101,3 +101,33 @@ def test_freezing_pins_until_it_is_said_again() -> None:
     router.freeze(False)
     router.weight.data.copy_(new)
     routes_by(router, x)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before first data", "after it"])
+def test_a_snapshot_holds_what_was_there_and_may_be_put_back_twice(first: bool) -> None:
+    router = KMeansRouter(D, E, K, balance="quantile")
+    x = torch.randn(T, D, generator=generator(0))
+    if not first:
+        router(x)
+        router.commit()
+    router(x)
+    kept = router.snapshot()
+    want = {name: tensor.clone() for name, tensor in held_by(router).items()}
+    for seed in (1, 2):
+        router(torch.randn(T, D, generator=generator(seed)))
+        router.commit()
+        router(torch.randn(T, D, generator=generator(seed + 5)))
+        router.options = router.options._replace(tau=0.7)
+        router.restore(kept)
+        assert router.options.tau == 0.2
+        got = held_by(router)
+        for name, tensor in want.items():
+            assert_same_bits(got[name], tensor, name)
+        routes_by(router, x)
+
+
+def held_by(router: KMeansRouter) -> dict[str, Tensor]:
+    """Buffers, pending, and the plain tensors of the last step."""
+    pending = {name: getattr(router.pending, name) for name in router.pending.FIELDS}
+    plain = {name: getattr(router, name) for name in router.PLAIN_TENSORS}
+    return dict(router.named_buffers()) | pending | plain
