@@ -6,6 +6,7 @@ the quicker of two eager orders counts; without it the goal is the same and the 
 most the product, the norms and the top-k that it consists of, and aims at 1.35 of the product.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -112,7 +113,8 @@ def first_two(function: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]
 def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compiles: bool = False) -> Contest:
     """Routing without gradient at one shape, verified; to be run with gradients off.
 
-    The router makes its directions anew in each call, which shows where T is small; a frozen one keeps them.
+    The router makes its directions anew in each call, which shows where T is small. A frozen one, which keeps them, has
+    a row of its own.
     """
     router = steps.make_kmeans_router(Problem(shape)).eval()
     problem = Problem(shape, dtype)
@@ -123,7 +125,7 @@ def eval_contest(shape: BenchShape, dtype: torch.dtype = torch.float32, *, compi
     textbook = baselines.TextbookKMeansRouter(router.weight.to(dtype), top_k)
     cosine: dict[str, Routed] = {
         "kmeans_route": partial(first_two, router, x),
-        "kmeans_route, inference mode": torch.inference_mode()(partial(first_two, router, x)),
+        "kmeans_route, frozen": partial(first_two, copy.deepcopy(router).freeze(), x),
         "textbook K-Means": lambda: textbook(x, update=False),
     }
     learned: dict[str, Routed] = {WITHOUT_LOSS: partial(first_two, baselines.softmax_plain, x, weight, top_k)}

@@ -35,7 +35,7 @@ PARTS = {"the product x W^T", "one vector_norm", "one topk", "one copy of x"}
 EXPECTED = {  # how the title begins -> how many contests, and who is in each
     "training step, ": (1, ROUTING | LEARNED | {"kmeans_route commit alone"}),
     "routing alone, ": (
-        6, ROUTING | PARTS | {"softmax, no aux", "softmax, no aux, compiled", "kmeans_route, inference mode"}
+        6, ROUTING | PARTS | {"softmax, no aux", "softmax, no aux, compiled", "kmeans_route, frozen"}
     ),
     "dispatch, ": (2, PERMUTATIONS | {"kmeans_route", "index", "index, compiled"}),
     "combine, ": (
