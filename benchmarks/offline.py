@@ -176,7 +176,7 @@ def training_launches(
     weight, scalar, turn = torch.empty_like(pending["sums"]), pending["std_sum"], pending["sums"][:2]
     with recorded() as parts["commit"]:
         commit.commit(
-            weight, bias, scalar, pending["num_tokens"], None, pending["num_dropped"], pending["counts"], turn,
+            weight, weight, bias, scalar, pending["num_tokens"], None, pending["num_dropped"], pending["counts"], turn,
             *pending.values(), r.margin_hist, None, top_k, 0.999, "proportional", 0.05,
         )  # fmt: skip
     with recorded() as parts["directions"]:
@@ -215,8 +215,9 @@ def work_of(launch: Launch) -> Work:
         return Work(num_bytes, num_bytes, 0)
     if launch.name in ("commit", "directions"):
         num_bytes = a["weight_ptr"].numel() * 4
-        copy = num_bytes * 4 if launch.name == "commit" else num_bytes + a["d_ptr"].numel() * a["d_ptr"].element_size()
-        return Work(copy, copy + 2 * num_bytes, 0)
+        copy = num_bytes * 6 if launch.name == "commit" else num_bytes + a["d_ptr"].numel() * a["d_ptr"].element_size()
+        again = 3 if launch.name == "commit" else 2
+        return Work(copy, copy + again * num_bytes, 0)
     num_tokens, hidden_size, top_k = a["T"], a["D"], a["K"]
     element = next(v.element_size() for k, v in a.items() if k in ("x_ptr", "y_sorted_ptr"))
     row = num_tokens * hidden_size * element

@@ -63,8 +63,7 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
         )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}: pass the dtype of the hidden states")
-    unit: Tensor = backends.choose("auto", weight.device, dtype).directions(weight, dtype)
-    return unit
+    return ops.directions(weight, dtype, backends.choose("auto", weight.device, dtype))
 
 
 def route(
@@ -145,7 +144,7 @@ def route(
     if expert_bias is not None:
         check_bias(expert_bias, num_experts, x.device, "x")
     if directions is None:
-        directions = tokens.backend.directions(weight, x.dtype)
+        directions = ops.directions(weight, x.dtype, tokens.backend)
     elif directions.shape != weight.shape or directions.dtype != x.dtype:
         raise ValueError(
             f"directions must be {tuple(weight.shape)} in {x.dtype}, got {tuple(directions.shape)} in "

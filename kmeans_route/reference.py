@@ -22,6 +22,7 @@ MIN_CENTROID_NORM = 1e-12
 MIN_COSINE_GATE = 1e-3
 NUM_MARGIN_BINS = 1024
 MARGIN_RANGE = 2.0  # margins are binned over [-2, 2]
+GIVEN_TOKENS = 10_000_000  # that a given centroid stands for in a cumulative mean
 MAX_BIAS = 1024.0  # the state's own biases lie within 2; beyond this s + b would lose s
 
 
@@ -212,9 +213,10 @@ def centroid_sums_reference(
 
 
 class State(NamedTuple):
-    """What a commit reads and writes: c (E, D), b (E,), sigma (), steps () int64, N (E,) int64 or None."""
+    """What a commit reads and writes: weight and c (E, D), b (E,), sigma (), steps () int64, N (E,) int64 or None."""
 
     weight: Tensor
+    centroids: Tensor
     expert_bias: Tensor
     score_std: Tensor
     steps: Tensor
@@ -261,6 +263,28 @@ def hist_quantile(hist: Tensor, q: float) -> Tensor:
     return order_statistic(rank.floor()).lerp(order_statistic(rank.ceil()), rank - rank.floor())
 
 
+def centroid_directions(centroids: Tensor, weight: Tensor) -> Tensor:
+    """What a commit writes into `weight`: c_e / ||c_e||; where c_e has no direction yet, weight_e as it is. (E, D)."""
+    norm = torch.linalg.vector_norm(centroids, dim=1, keepdim=True)
+    usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
+    return torch.where(usable, centroids / torch.where(usable, norm, 1.0), weight)
+
+
+def given_steps(decay: float) -> int:
+    """Steps of centroids that were given, so that the next commit moves them by no more than a late one."""
+    return round(decay / (1 - decay))
+
+
+def counters_kept(state: State, decay: float) -> tuple[Tensor, Tensor | None]:
+    """steps and N as they count; where both were lost on the way (a tool that copies floats alone), those of given
+    centroids: there is a scale of the scores, and a commit that sets one counts a step."""
+    lost = (state.steps == 0) & (state.score_std > 0)
+    steps = torch.where(lost, given_steps(decay), state.steps)
+    if state.tokens_seen is None:
+        return steps, None
+    return steps, torch.where(lost & (state.tokens_seen == 0), GIVEN_TOKENS, state.tokens_seen)
+
+
 def commit_reference(
     state: State,
     sums: Tensor,
@@ -270,32 +294,31 @@ def commit_reference(
     margin_hist: Tensor | None,
     options: CommitOptions,
 ) -> State:
-    """The state after one optimizer step: running average, scale of the scores, balance bias.
+    """The state after one optimizer step: running average, directions, scale of the scores, balance bias.
 
-    With num_tokens = 0 the state comes back unchanged, decided on the device.
+    With num_tokens = 0 the state comes back unchanged, decided on the device. A value that is not finite, which only
+    somebody else can have written, counts as 0.
     """
     some = num_tokens > 0
-    c, dtype = state.weight, state.weight.dtype
+    dtype = state.centroids.dtype
+    c, old_bias, old_sigma = (
+        torch.where(value.isfinite(), value, 0.0) for value in (state.centroids, state.expert_bias, state.score_std)
+    )
     sd = std_sum.to(dtype) / num_tokens.clamp_min(1).to(dtype)
-    first = state.score_std == 0  # no scale yet; `steps` cannot tell, since given centroids start it high
-    sigma = torch.where(first, sd, 0.99 * state.score_std + 0.01 * sd)
+    first = old_sigma == 0  # no scale yet; `steps` cannot tell, since given centroids start it high
+    sigma = torch.where(first, sd, 0.99 * old_sigma + 0.01 * sd)
+    steps, seen = counters_kept(state, options.decay)
 
     mean = sums.to(dtype) / counts.clamp_min(1)[:, None].to(dtype)
     if options.average == "cumulative":
-        assert state.tokens_seen is not None
-        seen = state.tokens_seen + counts
-        beta = (state.tokens_seen.to(dtype) / seen.clamp_min(1).to(dtype))[:, None]
+        assert seen is not None
+        beta = (seen.to(dtype) / (seen + counts).clamp_min(1).to(dtype))[:, None]
     else:
-        seen = None
-        steps = state.steps.to(dtype)
-        beta = (steps / (steps + 1)).clamp_max(options.decay)
+        beta = (steps.to(dtype) / (steps + 1).to(dtype)).clamp_max(options.decay)
     moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
-    bias = balance_bias(state.expert_bias, counts, sigma, margin_hist, options)
+    bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
-    return State(
-        torch.where(some, moved, c),
-        torch.where(some, bias, state.expert_bias),
-        torch.where(some, sigma, state.score_std),
-        state.steps + some.long(),
-        None if seen is None or state.tokens_seen is None else torch.where(some, seen, state.tokens_seen),
+    new = State(
+        centroid_directions(moved, state.weight), moved, bias, sigma, steps + 1, None if seen is None else seen + counts
     )
+    return State(*(None if old is None else torch.where(some, now, old) for now, old in zip(new, state, strict=True)))

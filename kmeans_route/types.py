@@ -204,6 +204,7 @@ class RouterState(NamedTuple):
     """
 
     weight: Tensor
+    centroids: Tensor
     expert_bias: Tensor
     score_std: Tensor
     steps: Tensor

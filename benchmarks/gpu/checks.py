@@ -185,13 +185,14 @@ def check_commit(p: Problem) -> Outcome:
     r, pending, given = p.ours, p.ours.pending, gathered(p.ours)
     new = reference.commit_reference(*given.arguments())
     r.commit()
-    for name, actual in (("weight", r.weight), ("expert_bias", r.expert_bias), ("score_std", r.score_std)):
-        assert_near(name, actual, getattr(new, name))
+    for name in ("weight", "centroids", "expert_bias", "score_std"):
+        assert_near(name, getattr(r, name), getattr(new, name))
     assert int(r.steps) == int(new.steps), "steps differ"
     assert not bool(pending.counts.any()), "pending counts were not emptied"
     assert not bool(pending.sums.any()), "pending sums were not emptied"
-    for buffer, value in zip((r.weight, r.expert_bias, r.score_std, r.steps), given.state, strict=False):
-        buffer.copy_(value)
+    for name, value in given.state._asdict().items():
+        if value is not None:
+            getattr(r, name).copy_(value)
     return {}
 
 

@@ -27,8 +27,8 @@ class Gathered(NamedTuple):
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
         """Of `commit_reference`, floating point in `dtype`."""
-        weight, bias, score_std, steps, seen = self.state
-        state = State(weight.to(dtype), bias.to(dtype), score_std.to(dtype), steps, seen)
+        floating = (None if each is None or not each.is_floating_point() else each.to(dtype) for each in self.state)
+        state = State(*(old if new is None else new for old, new in zip(self.state, floating, strict=True)))
         sums, std_sum = (self.pending[field].to(dtype) for field in ("sums", "std_sum"))
         counts, num_tokens = self.pending["counts"], self.pending["num_tokens"]
         return state, sums, counts, std_sum, num_tokens, None, self.router.commit_options
@@ -46,9 +46,8 @@ def gathered(router: KMeansRouter) -> Gathered:
 
 def state_of(router: KMeansRouter) -> State:
     """A copy of what a commit writes."""
-    seen = None if router.tokens_seen is None else router.tokens_seen.clone()
-    weight, bias, score_std, steps = router.weight, router.expert_bias, router.score_std, router.steps
-    return State(weight.clone(), bias.clone(), score_std.clone(), steps.clone(), seen)
+    held = (getattr(router, name) for name in State._fields)
+    return State(*(None if each is None else each.clone() for each in held))
 
 
 def commit_step(name: str, given: Gathered) -> Contestant:

@@ -137,7 +137,7 @@ def by_rank(trainer: Trainer, *, share: float, residual: bool = False) -> AfterS
                     total.index_add_(0, chosen, routing.valid.float(), alpha=share**k)
                     if residual:
                         rows = rows - (rows * unit[chosen]).sum(1, keepdim=True) * unit[chosen]
-                mean = torch.where(total[:, None] > 0, sums / total[:, None].clamp_min(1e-30), router.weight)
+                mean = torch.where(total[:, None] > 0, sums / total[:, None].clamp_min(1e-30), router.centroids)
                 router.pending.sums.copy_(mean * router.pending.counts[:, None])  # a commit divides by the counts
             return routing, sent
 

@@ -1,10 +1,12 @@
 """The commit of one optimizer step, in one launch.
 
-    c_e = beta c_e + (1 - beta) sums_e / counts_e;  beta = min(decay, steps / (steps + 1));  b_e by its balance rule
+    c_e = beta c_e + (1 - beta) sums_e / counts_e;  beta = min(decay, steps / (steps + 1));  weight_e = c_e / ||c_e||
+    b_e by its balance rule
 
-`_commit_kernel` gives each expert a program, which moves its centroid and empties its pending sums; the last program
-to arrive does what needs all experts: scale of the scores, bias, counters. `reference.commit_reference` is the
-definition. Bytes: c and sums read and written, 16 E D, and c and sums once more from L2.
+`_commit_kernel` gives each expert a program, which moves its centroid, writes its direction and empties its pending
+sums; the last program to arrive does what needs all experts: scale of the scores, bias, counters.
+`reference.commit_reference` is the definition. Bytes: weight, c and sums read and written, 24 E D, and all three once
+more from L2.
 
 Legend: D hidden size, E experts, K top_k.
 """
@@ -19,6 +21,7 @@ from kmeans_route.kernels.configs import all_registers, architecture, padded_exp
 from kmeans_route.kernels.workspace import counters
 
 BLOCK = 1024
+GIVEN_TOKENS: tl.constexpr = tl.constexpr(10_000_000)  # as in `reference`; a test compares them
 
 
 @triton.jit
@@ -48,35 +51,47 @@ def _take_quantile(hist_row, keep, E: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _move_centroid(c_row, s_row, count, beta, move, keep, D, BD: tl.constexpr):
-    """c = beta c + (1 - beta) s / count where `move`; s is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the
-    old and the new direction."""
+def _finite(value):
+    """The value, or 0 for NaN and Inf, which only somebody else can have written into the state."""
+    return tl.where(tl.abs(value) < float("inf"), value, 0.0)
+
+
+@triton.jit
+def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, BD: tl.constexpr):
+    """Where `go`, c = beta c + (1 - beta) s / count if anything was counted, and w = c / ||c|| if c has a direction; s
+    is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the old and the new direction."""
     columns = tl.arange(0, BD)
     share = tl.maximum(count, 1).to(tl.float32)
     before = tl.zeros([BD], dtype=tl.float32)
     after = tl.zeros([BD], dtype=tl.float32)
     for start in range(0, D, BD):
         column = start + columns
-        c = tl.load(c_row + column, mask=column < D, other=0.0)
+        w = tl.load(w_row + column, mask=column < D, other=0.0)
+        c = _finite(tl.load(c_row + column, mask=column < D, other=0.0))
         mean = tl.load(s_row + column, mask=column < D, other=0.0) / share
-        new = tl.where(move, beta * c + (1.0 - beta) * mean, c)
-        before += c * c
+        new = tl.where(count > 0, beta * c + (1.0 - beta) * mean, c)
+        before += w * w
         after += new * new
     norm_before = tl.sqrt(tl.sum(before, axis=0))
     norm_after = tl.sqrt(tl.sum(after, axis=0))
     scale_before = tl.where(norm_before >= MIN_CENTROID_NORM, 1.0 / norm_before, 0.0)
-    scale_after = tl.where(norm_after >= MIN_CENTROID_NORM, 1.0 / norm_after, 0.0)
+    has_direction = go & (norm_after >= MIN_CENTROID_NORM)
+    scale_after = 1.0 / tl.where(has_direction, norm_after, 1.0)
     apart = tl.zeros([BD], dtype=tl.float32)
     along = tl.zeros([BD], dtype=tl.float32)
     for start in range(0, D, BD):
         column = start + columns
-        c = tl.load(c_row + column, mask=column < D, other=0.0)
+        w = tl.load(w_row + column, mask=column < D, other=0.0)
+        old = tl.load(c_row + column, mask=column < D, other=0.0)
         s = tl.load(s_row + column, mask=column < D, other=0.0)
-        new = tl.where(move, beta * c + (1.0 - beta) * (s / share), c)
-        u, v = c * scale_before, new * scale_after
+        c = _finite(old)
+        new = tl.where(count > 0, beta * c + (1.0 - beta) * (s / share), c)
+        u = w * scale_before
+        v = tl.where(has_direction, new * scale_after, u)
         apart += (u - v) * (u - v)
         along += (u + v) * (u + v)
-        tl.store(c_row + column, new, mask=column < D)
+        tl.store(w_row + column, tl.where(has_direction, v, w), mask=column < D)
+        tl.store(c_row + column, tl.where(go, new, old), mask=column < D)
         tl.store(s_row + column, tl.where(keep, s, 0.0), mask=column < D)
     return tl.sqrt(tl.sum(apart, axis=0)), tl.sqrt(tl.sum(along, axis=0))
 
@@ -99,11 +114,11 @@ def _moved_bias(bias, counts, quantile, sigma, bias_rate, real, E: tl.constexpr,
 
 @triton.jit
 def _commit_kernel(
-    weight_ptr, sums_ptr, counts_ptr, seen_ptr, hist_ptr, quantile_ptr,
+    weight_ptr, centroids_ptr, sums_ptr, counts_ptr, seen_ptr, hist_ptr, quantile_ptr,
     bias_ptr, score_std_ptr, steps_ptr, dropped_total_ptr,
     std_sum_ptr, num_tokens_ptr, num_dropped_ptr,
     load_ptr, turn_ptr, skip_ptr, ticket_ptr,
-    D, decay, bias_rate,
+    D, decay, bias_rate, given_steps,
     E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):
     """Grid (E,). seen None: EMA, else cumulative means. turn (2, E): ||u - v|| and ||u + v||, old and new direction."""
@@ -114,15 +129,21 @@ def _commit_kernel(
         keep = tl.load(skip_ptr) != 0
     go = (num_tokens > 0) & (keep == 0)
     steps = tl.load(steps_ptr)
+    scale = _finite(tl.load(score_std_ptr))
+    lost = (steps == 0) & (scale > 0)  # see `reference.counters_kept`
+    steps = tl.where(lost, given_steps, steps)
     count = tl.load(counts_ptr + expert)
     if seen_ptr is not None:
-        seen = tl.load(seen_ptr + expert)
+        before = tl.load(seen_ptr + expert)
+        seen = tl.where(lost & (before == 0), GIVEN_TOKENS, before)
         beta = seen.to(tl.float32) / tl.maximum(seen + count, 1).to(tl.float32)
-        tl.store(seen_ptr + expert, tl.where(go, seen + count, seen))
+        tl.store(seen_ptr + expert, tl.where(go, seen + count, before))
     else:
         beta = tl.minimum(steps.to(tl.float32) / (steps + 1).to(tl.float32), decay)
     row = expert.to(tl.int64) * D
-    apart, along = _move_centroid(weight_ptr + row, sums_ptr + row, count, beta, go & (count > 0), keep, D, BD)
+    apart, along = _move_centroid(
+        weight_ptr + row, centroids_ptr + row, sums_ptr + row, count, beta, go, keep, D, BD
+    )
     tl.store(turn_ptr + expert, apart, mask=go)
     tl.store(turn_ptr + E + expert, along, mask=go)
     if RULE == "quantile":
@@ -135,18 +156,17 @@ def _commit_kernel(
         real = experts < E
         counts = tl.load(counts_ptr + experts, mask=real, other=0)
         std = tl.load(std_sum_ptr)
-        scale = tl.load(score_std_ptr)
         sd = std / tl.maximum(num_tokens, 1).to(tl.float32)
         sigma = tl.where(scale == 0, sd, 0.99 * scale + 0.01 * sd)
-        tl.store(score_std_ptr, tl.where(go, sigma, scale))
+        tl.store(score_std_ptr, sigma, mask=go)
+        bias = _finite(tl.load(bias_ptr + experts, mask=real, other=0.0))
         if RULE != "none":
-            bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
             quantile = bias
             if RULE == "quantile":
                 quantile = tl.load(quantile_ptr + experts, mask=real, other=0.0, cache_modifier=".cg")
-            moved = _moved_bias(bias, counts, quantile, sigma, bias_rate, real, E, RULE)
-            tl.store(bias_ptr + experts, tl.where(go, moved, bias), mask=real)
-        tl.store(steps_ptr, tl.where(go, steps + 1, steps))
+            bias = _moved_bias(bias, counts, quantile, sigma, bias_rate, real, E, RULE)
+        tl.store(bias_ptr + experts, bias, mask=real & go)
+        tl.store(steps_ptr, steps + 1, mask=go)
         tl.store(load_ptr + experts, counts, mask=real & go)
         dropped = tl.load(num_dropped_ptr)
         tl.store(dropped_total_ptr, tl.load(dropped_total_ptr) + tl.where(keep, 0, dropped))
@@ -159,6 +179,7 @@ def _commit_kernel(
 
 def commit(
     weight: Tensor,
+    centroids: Tensor,
     expert_bias: Tensor,
     score_std: Tensor,
     steps: Tensor,
@@ -187,9 +208,10 @@ def commit(
     rule = "none" if top_k == num_experts else balance
     quantile = torch.empty_like(expert_bias) if rule == "quantile" else None
     _commit_kernel[(num_experts,)](
-        weight, sums, counts, tokens_seen, margin_hist if rule == "quantile" else None, quantile,
+        weight, centroids, sums, counts, tokens_seen, margin_hist if rule == "quantile" else None, quantile,
         expert_bias, score_std, steps, dropped_total, std_sum, num_tokens, num_dropped,
         tokens_per_expert, turn, skip, *counters(weight.device, 1), hidden_size, decay, bias_rate,
+        round(decay / (1 - decay)),
         E=num_experts, K=top_k, RULE=rule, BE=padded_experts(num_experts), BD=BLOCK,
         num_warps=4, **all_registers(4, architecture(weight.device)),
     )

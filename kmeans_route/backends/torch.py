@@ -19,6 +19,7 @@ from kmeans_route.backends.torch_topk import exact_topk
 from kmeans_route.reference import (
     MARGIN_RANGE,
     MAX_SQUARED_NORM,
+    MIN_CENTROID_NORM,
     MIN_COSINE_GATE,
     MIN_SQUARED_NORM,
     NUM_MARGIN_BINS,
@@ -102,7 +103,12 @@ def _validity(norm: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
 
 
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit rows of weight (E, D) in `dtype`."""
+    """Unit rows of weight (E, D) in `dtype`; rows of ordinary length in two passes in place of five."""
+    if weight.dtype == torch.float32 and dtype != torch.float64:
+        c = weight.detach()
+        norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
+        if _all_true((norm >= MIN_CENTROID_NORM) & (norm <= MAX_NORM)):
+            return (c / norm).to(dtype)
     return directions_reference(weight, dtype)
 
 
@@ -396,7 +402,7 @@ def accumulate(
 def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, options: CommitOptions) -> None:
     """Fold what is pending into the state and empty it, in place; with a true `skip` () bool both stay as they are."""
     go = pending.num_tokens > 0 if skip is None else (pending.num_tokens > 0) & ~skip
-    old = State(state.weight, state.expert_bias, state.score_std, state.steps, state.tokens_seen)
+    old = State(*(getattr(state, name) for name in State._fields))
     num_tokens = pending.num_tokens * go
     new = commit_reference(old, pending.sums, pending.counts, pending.std_sum, num_tokens, pending.margin_hist, options)
     state.turn.copy_(torch.where(go, metrics.centroid_turn(old.weight, new.weight), state.turn))

@@ -96,7 +96,7 @@ def state_of(path: Path) -> Mapping[str, Tensor]:
 def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
     """The routers of a state dict, by name, with what their state alone says.
 
-    A K-Means router is told by the number of its commits and the mark of its first data; a learned gate by its bias or
+    A K-Means router is told by its centroids and the number of its commits; a learned gate by its bias or
     by the name "router" or "gate".
     """
     routers: dict[str, Facts] = {}
@@ -107,7 +107,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
             continue
         prefix = f"{name}." if name else ""
         bias = next((state[prefix + one] for one in BIAS_NAMES if prefix + one in state), None)
-        is_kmeans = prefix + "steps" in state and prefix + "initialized" in state
+        is_kmeans = prefix + "steps" in state and prefix + "centroids" in state
         if bias is not None and bias.shape != weight.shape[:1]:
             bias = None
         if not is_kmeans and bias is None and name.rpartition(".")[2] not in GATE_NAMES:
@@ -126,7 +126,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
         if is_kmeans:
             facts |= {
                 "steps": int(state[prefix + "steps"]),
-                "initialized": bool(state[prefix + "initialized"]),
+                "initialized": bool(state[prefix + "centroids"].any()),
                 "score_std": float(state[prefix + "score_std"]),
                 "dropped_total": int(state[prefix + "dropped_total"]),
             }

@@ -8,11 +8,11 @@ Legend: T tokens, D hidden size, E experts, K top_k, S splits. An absent result 
 """
 
 from kmeans_route.ops.dispatch import combine, dispatch
-from kmeans_route.ops.route import route, route_dispatch
+from kmeans_route.ops.route import directions, route, route_dispatch
 from kmeans_route.ops.schema import exporting, in_backward
 from kmeans_route.ops.statistics import accumulate, centroid_sums, reservoir
 
 __all__ = [
-    "accumulate", "centroid_sums", "combine", "dispatch", "exporting", "in_backward", "reservoir",
+    "accumulate", "centroid_sums", "combine", "directions", "dispatch", "exporting", "in_backward", "reservoir",
     "route", "route_dispatch",
 ]  # fmt: skip

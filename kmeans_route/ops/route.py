@@ -219,3 +219,31 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
 
 
 _route_dispatch.register_autograd(_backward, setup_context=_setup)
+
+
+def directions(weight: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
+    """Unit rows of weight (E, D) in `dtype`, without a gradient; one operator to whoever traces, so that compiled and
+    eager routing have the same bits."""
+    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        unit: Tensor = _directions(weight, dtype, backend.NAME)
+    else:
+        unit = backend.directions(weight, dtype)
+    return unit
+
+
+def _directions_by_name(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    unit: Tensor = backends.get(name).directions(weight, dtype)
+    return unit
+
+
+_directions = torch.library.custom_op(
+    "kmeans_route::directions",
+    _directions_by_name,
+    mutates_args=(),
+    schema="(Tensor weight, ScalarType dtype, str backend) -> Tensor",
+)
+
+
+@_directions.register_fake
+def _(weight: Tensor, dtype: torch.dtype, _name: str) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)

@@ -44,6 +44,7 @@ class StatefulRouter(nn.Module):
     backend = "auto"
     learns = True  # whether a commit changes anything
     FP32_STATE: tuple[str, ...] = ("expert_bias",)
+    INT64_STATE: tuple[str, ...] = ()
     PLAIN_TENSORS: tuple[str, ...] = ("tokens_per_expert",)
 
     def __init__(self, hidden_size: int, num_experts: int, *, seed: int, name: str) -> None:
@@ -56,7 +57,7 @@ class StatefulRouter(nn.Module):
         self._scope: CountingScope | None = None
         self._observers: dict[int, Observer] = OrderedDict()
         self._commits_by_hand = False
-        self._warned = self._has_gathered = False
+        self._warned = self._has_gathered = self._told_of_cast = False
 
     @property
     def aux_loss(self) -> Tensor:
@@ -73,6 +74,11 @@ class StatefulRouter(nn.Module):
         """Check and flatten hidden states (..., D) and what comes with them, and choose the backend, once."""
         if isinstance(x, Tokens):
             return x
+        for name in self.FP32_STATE:
+            if self._buffers[name].dtype is not torch.float32:  # type: ignore[union-attr]
+                self._own_dtypes_again(tell=True)
+        if self.tokens_per_expert.device != self._buffers[self.FP32_STATE[0]].device:  # type: ignore[union-attr]
+            self._move_plain_tensors()  # transformers, for one, loads tensor by tensor past the module
         return enter(
             x, mask, count_mask, indices, centroids=self.weight, owner="the router's state", top_k=self.top_k,
             backend=self.backend,
@@ -148,6 +154,7 @@ class StatefulRouter(nn.Module):
     def bind(self, scope: CountingScope | None) -> None:
         """Let `scope` say from now on which forwards count; None: training mode and gradients, as without one."""
         self._scope = scope
+        self._move_plain_tensors()
 
     def commit(self, skip: Tensor | None = None) -> None:
         """Fold what forward has gathered into the state, once per optimizer step; `attach` calls it for you.
@@ -160,14 +167,18 @@ class StatefulRouter(nn.Module):
         first data, one value is read back to the host.
         """
         self._commits_by_hand = True
-        self.commit_pending(skip)
+        if not self.frozen:
+            self.before_commit()
+            self.commit_pending(skip)
 
     def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
-        """`commit` as `attach` calls it: with `batch`, what all ranks have gathered, in place of this rank's own."""
+        """`commit` after `before_commit`; with `batch`, what all ranks have gathered, in place of this rank's own."""
         raise NotImplementedError
 
     def before_commit(self) -> None:
         """Called on every rank before the exchange of a commit: the last moment to change what is pending."""
+        self._own_dtypes_again(tell=True)
+        self._move_plain_tensors()
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars of the last committed step. See the subclasses."""
@@ -224,8 +235,27 @@ class StatefulRouter(nn.Module):
     def _private_generator(self) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed_for(self.seed, self.name))
 
+    def _own_dtypes_again(self, *, tell: bool) -> None:
+        """Undo a cast that has gone past the module: FSDP1's buffer_dtype, `.data` casts, a checkpoint cast whole."""
+        own = dict.fromkeys(self.FP32_STATE, torch.float32) | dict.fromkeys(self.INT64_STATE, torch.int64)
+        cast = []
+        for name, dtype in own.items():
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.dtype != dtype:
+                cast.append(f"{name} to {str(buffer.dtype).removeprefix('torch.')}")
+                self._buffers[name] = buffer.to(dtype)
+        if cast and tell and not self._told_of_cast:
+            self._told_of_cast = True
+            warnings.warn(
+                f"a router's state must keep its dtypes, got {', '.join(cast)}: they are as they were again, but their "
+                "values rounded; leave buffers out of the cast (FSDP: buffer_dtype=None), since an average in bf16 "
+                "stalls",
+                stacklevel=2,
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StatefulRouter":
         """Moves go through; casts do not: a bf16 average stalls (99% of the gap is left after 2000 steps)."""
+        self._own_dtypes_again(tell=True)
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -283,14 +313,13 @@ class StatefulRouter(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for name in self.FP32_STATE:  # load_state_dict(assign=True) brings the checkpoint's own dtype
-            buffer = self._buffers[name]
-            if buffer is not None and buffer.dtype != torch.float32:
-                self._buffers[name] = buffer.float()
-        if any(prefix + name in state_dict for name in self.FP32_STATE):
-            self._after_load()
+        self._own_dtypes_again(tell=False)  # load_state_dict(assign=True) brings the checkpoint's own dtype
+        names = [*self._buffers, *self._parameters]
+        brought = {name for name in names if prefix + name in state_dict}
+        if brought.intersection(self.FP32_STATE):
+            self._after_load(brought)
 
-    def _after_load(self) -> None:
+    def _after_load(self, brought: set[str]) -> None:
         """Called when state of this module has been loaded: what is pending belongs to the state that is gone."""
         self._move_plain_tensors()
         pending = self.pending.num_tokens

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kmeans_route import backends, metrics
+from kmeans_route import backends, metrics, reference
 from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
 from kmeans_route.routing.loading import CentroidState
 from kmeans_route.routing.pending import Pending
@@ -16,20 +16,14 @@ class CentroidCommit(CentroidState):
     @torch.no_grad()
     def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
         """Fold what forward has gathered into centroids and bias; see `commit`."""
-        if self.frozen:
-            return
-        was_initialized = self._initialized
-        self.before_commit()
-        if was_initialized and not self._initialized:
-            return  # nothing pending can set the first centroids
         batch = self.pending if batch is None else batch
-        if not self._initialized:
+        if self._awaits_data:
             if int(batch.num_tokens) == 0 or (skip is not None and bool(skip)):
                 return
             if self.init != "normal":
                 self._commit_first_data(batch)
                 return
-            self._mark_initialized()
+            self._have_data()
         self._commit_step(skip, batch)
 
     def _commit_first_data(self, batch: Pending) -> None:
@@ -38,13 +32,13 @@ class CentroidCommit(CentroidState):
         self.dropped_total.add_(batch.num_dropped)
         self.tokens_per_expert = batch.counts.clone()
         self.pending.clear_()
-        self._mark_initialized()
+        self._have_data()
 
     def _commit_step(self, skip: Tensor | None, batch: Pending) -> None:
         backend = backends.choose(self.backend, self.weight.device, num_experts=self.num_experts)
         state = RouterState(
-            self.weight, self.expert_bias, self.score_std, self.steps, self.tokens_seen, self.dropped_total,
-            self.tokens_per_expert, self.centroid_turn,
+            self.weight, self.centroids, self.expert_bias, self.score_std, self.steps, self.tokens_seen,
+            self.dropped_total, self.tokens_per_expert, self.centroid_turn,
         )  # fmt: skip
         backend.commit(state, batch.statistics, skip, self.commit_options)
         self._pinned = {}
@@ -52,15 +46,17 @@ class CentroidCommit(CentroidState):
             self.pending.clear_(skip)
 
     def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
-        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian rows stay."""
+        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian directions stay."""
         chosen = torch.arange(self.num_experts, device=rows.device)
         if self.init == "kmeans++":
             chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
         found = hashes[chosen] != EMPTY_HASH
-        self.weight.copy_(torch.where(found[:, None], rows[chosen], self.weight))
+        self.centroids.copy_(torch.where(found[:, None], rows[chosen], 0.0))
+        self.weight.copy_(reference.centroid_directions(self.centroids, self.weight))
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars of the last committed step, for any logger. Reads values back: not for the routing path."""
+        self._move_plain_tensors()
         counts = self.tokens_per_expert
         bias = self.expert_bias
         values = {

@@ -91,7 +91,7 @@ class LearnedRouter(StatefulRouter):
     def reset_parameters(self) -> None:
         """Gaussian weights of standard deviation 1 / sqrt(D), no bias, nothing pending."""
         device = self.weight.device
-        self.pending = Pending(self.num_experts, 0, device, with_hist=self._want_hist, with_reservoir=False)
+        self.pending = Pending(self.num_experts, 0, device, with_hist=self._want_hist)
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self.switch_loss = torch.zeros((), dtype=torch.float32, device=device)
         if self.weight.is_meta:
@@ -202,8 +202,6 @@ class LearnedRouter(StatefulRouter):
     @torch.no_grad()
     def commit_pending(self, skip: Tensor | None = None, batch: Pending | None = None) -> None:
         """Move the selection bias by its rule; see `commit`."""
-        if self.frozen:
-            return
         p = self.pending if batch is None else batch
         go = p.num_tokens > 0 if skip is None else (p.num_tokens > 0) & ~skip
         bias = reference.balance_bias(

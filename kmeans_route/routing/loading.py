@@ -1,16 +1,19 @@
 """The state of a K-Means router: made, given, loaded, written by others, and copied.
 
-`initialized` says whether data has set the centroids; `_initialized` mirrors it, so that a forward need not read the
-device. Whatever may have changed the buffer makes the mirror follow.
+`weight` holds the directions that score, `centroids` the averages, zero until there is data. Anybody may write either,
+past this module too: the next forward routes by `weight`, and the first commit looks at what lies in both before it
+sets centroids from data, so that it never wipes what was loaded.
 """
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kmeans_route import reference
+from kmeans_route.backends.reservoir import TOKENS_PER_EXPERT
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.pending import Pending
 from kmeans_route.types import CommitOptions
@@ -20,16 +23,16 @@ class CentroidState(StatefulRouter):
     """The buffers of `KMeansRouter`, and all that sets them but a commit."""
 
     weight: Tensor
+    centroids: Tensor
     offset: nn.Parameter | None
     score_std: Tensor
     dropped_total: Tensor
     steps: Tensor
-    initialized: Tensor
-    unsaved: Tensor
     tokens_seen: Tensor | None
     init: str
     commit_options: CommitOptions
-    FP32_STATE = ("weight", "expert_bias", "score_std")
+    FP32_STATE = ("weight", "centroids", "expert_bias", "score_std")
+    INT64_STATE = ("steps", "dropped_total", "tokens_seen")
     PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn")
 
     def _make_state(self, device: torch.device | str | None, *, cumulative: bool, learned_offset: bool) -> None:
@@ -39,21 +42,25 @@ class CentroidState(StatefulRouter):
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.register_buffer("weight", buffer(num_experts, hidden_size))
+        self.register_buffer("centroids", buffer(num_experts, hidden_size))
         self.register_buffer("expert_bias", buffer(num_experts))
         self.register_buffer("score_std", buffer())
         self.register_buffer("steps", buffer(dtype=torch.int64))
         self.register_buffer("dropped_total", buffer(dtype=torch.int64))
-        self.register_buffer("initialized", buffer(dtype=torch.bool))
-        self.register_buffer("unsaved", buffer(dtype=torch.bool), persistent=False)
         self.register_buffer("tokens_seen", buffer(num_experts, dtype=torch.int64) if cumulative else None)
         offset = nn.Parameter(buffer(num_experts, hidden_size)) if learned_offset else None
         self.register_parameter("offset", offset)
         self.reset_parameters()
 
     @property
+    def initialized(self) -> Tensor:
+        """() bool on the router's device: whether data, or somebody, has set the centroids."""
+        return self.centroids.any()
+
+    @property
     def has_data(self) -> bool:
-        """Whether data, or somebody, has set the centroids."""
-        return self._initialized
+        """`initialized`, read back to the host: not for the routing path."""
+        return not self.centroids.is_meta and bool(self.initialized)
 
     @property
     def want_hist(self) -> bool:
@@ -62,40 +69,42 @@ class CentroidState(StatefulRouter):
 
     def reset_parameters(self) -> None:
         """Gaussian unit rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
-        self._initialized = False
         self._pinned: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._seen: tuple[int, int] | None = None
-        self._new_pending()
+        self._first_rows: Tensor | None = None
+        self._await_data(True)
         self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
         if self.weight.is_meta:
             return
         with torch.no_grad():
-            rows = torch.randn(
-                (self.num_experts, self.hidden_size),
-                generator=self._private_generator(),
-                dtype=torch.float32,
-                device="cpu",
-            )
-            self.weight.copy_(rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-            for tensor in (
-                self.expert_bias, self.score_std, self.steps, self.dropped_total, self.initialized, self.unsaved,
-                self.tokens_seen, self.offset,
-            ):  # fmt: skip
+            for tensor in (*self.buffers(recurse=False), self.offset):
                 if tensor is not None:
                     tensor.zero_()
+            self.weight.copy_(self._gaussian_rows())
 
-    def _new_pending(self) -> None:
+    def _gaussian_rows(self) -> Tensor:
+        """(E, D) on the CPU: what `weight` holds before there is data."""
+        rows = torch.randn(
+            (self.num_experts, self.hidden_size), generator=self._private_generator(), dtype=torch.float32, device="cpu"
+        )
+        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+    def _await_data(self, awaits: bool) -> None:
+        """Gather for the first centroids, or no more; nothing is pending then.
+
+        A wrong guess loses nothing: while it awaits data, a commit looks at the state first, and afterwards a commit
+        averages from nothing where centroids are zero.
+        """
+        self._awaits_data = awaits
+        places = {"tokens": 1, "kmeans++": TOKENS_PER_EXPERT, "normal": 0}[self.init] if awaits else 0
         self.pending = Pending(
-            self.num_experts,
-            self.hidden_size,
-            self.weight.device,
+            *(self.num_experts, self.hidden_size, self.weight.device),
             with_hist=self.want_hist,
-            with_reservoir=not self._initialized and self.init != "normal",
+            places=places * self.num_experts,
         )
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
 
     @torch.no_grad()
-    def set_centroids(self, weight: Tensor, tokens_seen: int = 10_000_000) -> None:
+    def set_centroids(self, weight: Tensor, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
         """Take given centroids, scaled to unit rows, with enough weight that the first commit cannot erase them.
 
         Args:
@@ -116,15 +125,28 @@ class CentroidState(StatefulRouter):
             raise ValueError("weight must have a direction in every row, got a zero or non-finite one: replace it")
         self.reset_parameters()
         self.weight.copy_(unit)
-        decay = self.commit_options.decay
-        self.steps.fill_(round(decay / (1 - decay)))
+        self._take_weight_as_given(tokens_seen)
+        self._have_data()
+
+    def _take_weight_as_given(self, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
+        """Averages that go on from the directions in `weight`."""
+        self.centroids.copy_(reference.directions_reference(self.weight, torch.float32))
+        self._count_as_given(tokens_seen=tokens_seen)
+
+    def _count_as_given(self, *, steps: bool = True, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
+        if steps:
+            self.steps.fill_(reference.given_steps(self.commit_options.decay))
         if self.tokens_seen is not None:
             self.tokens_seen.fill_(tokens_seen)
-        self._mark_initialized()
+
+    def _have_data(self) -> None:
+        """The centroids are set: the reservoir goes, and what else is pending stays."""
+        self._awaits_data, self._pinned = False, {}
+        self.pending.drop_reservoir()
 
     def snapshot(self) -> dict[str, Any]:
         """All that gathering and committing change, and the options of routing, as they are now: for `restore`."""
-        names = ("options", "pending", "tokens_per_expert", "centroid_turn", "_initialized")
+        names = ("options", "pending", "tokens_per_expert", "centroid_turn", "_awaits_data", "_first_rows")
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
         return {"attributes": copy.deepcopy({name: getattr(self, name) for name in names}), "buffers": buffers}
 
@@ -135,31 +157,16 @@ class CentroidState(StatefulRouter):
             setattr(self, name, value)
         for name, value in snapshot["buffers"].items():
             self.get_buffer(name).copy_(value)
-        self._pinned, self._seen = {}, self._trace()
+        self._pinned = {}
 
-    def follow_state(self) -> None:
-        """Go by the buffers as they are now, which something else has written one by one.
+    def before_commit(self) -> None:
+        """Look, until there is data, at what lies in the buffers: whoever wrote there has left no other trace.
 
         Raises:
             RuntimeError: they hold NaN or Inf.
         """
-        self._pinned, self._seen = {}, None
-        self._initialized = False
-        self._notice_load(committing=False)
-
-    def before_commit(self) -> None:
-        """Follow a load in place that no forward has noticed; see `StatefulRouter`."""
-        self._notice_load(committing=True)
-
-    def _notice_load(self, *, committing: bool) -> None:
-        """Bring `_initialized` up to date when something else has written the buffer that it mirrors.
-
-        torch.distributed.checkpoint.load copies into the tensors of `state_dict()` and calls nothing here; it leaves
-        a trace in the version counter. Only then, and before the first data, is a value read back to the host.
-        """
-        flag = self.initialized
-        now = self._trace()
-        if flag.is_meta or (now == self._seen and (self._initialized or not committing)):
+        super().before_commit()
+        if not self._awaits_data or self.weight.is_meta:
             return
         for name in self.FP32_STATE:
             if not bool(self.get_buffer(name).isfinite().all()):
@@ -167,43 +174,63 @@ class CentroidState(StatefulRouter):
                     f"{name} of router {self.name!r} must be finite, got NaN or Inf written in place: load a "
                     "checkpoint from before that"
                 )
-        written, initialized = self._seen not in (None, now), bool(flag)
-        turned = initialized != self._initialized
-        if turned and initialized and committing:  # compiled forwards have gathered with the loaded state
-            self._initialized = True
-            self.pending.drop_reservoir()
-        elif turned or (written and not committing):
-            self._after_load()
-        self._seen = now
+        if self.has_data:
+            self._have_data()
+        elif not self._has_first_rows():
+            self._warn_of_part("a weight without centroids", "taken as given centroids")
+            self._take_weight_as_given()
+            self._have_data()
 
-    def _trace(self) -> tuple[int, int]:
-        """What changes when `initialized` is replaced, or written by itself; writes of kernels leave no trace.
+    def _has_first_rows(self) -> bool:
+        """Whether `weight` is as it was made, or as a checkpoint without data brought it; a cast may have rounded."""
+        rows = self._gaussian_rows() if self._first_rows is None else self._first_rows
+        return torch.allclose(self.weight.cpu(), rows, rtol=2**-7, atol=1e-6)
 
-        The broadcast with which DDP begins a forward writes to all buffers alike, and counts as a write in torch 2.11
-        and not in 2.13. It is no load, and has written to the one that no checkpoint holds, too.
-        """
-        flag, unsaved = self.initialized, self.unsaved
-        untold = flag.is_inference() or unsaved.is_inference()
-        return (flag.data_ptr(), 0 if untold else flag._version - unsaved._version)
-
-    def _mark_initialized(self) -> None:
-        self.initialized.fill_(True)
-        self._initialized, self._seen, self._pinned = True, self._trace(), {}
-        self.pending.drop_reservoir()
+    def _warn_of_part(self, got: str, taken: str) -> None:
+        warnings.warn(
+            f"router {self.name!r} must be loaded whole to go on with a run, got {got}: {taken}, as by set_centroids, "
+            "so that the next commits do not wipe them",
+            stacklevel=2,
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CentroidState":
         super()._apply(fn, recurse)
-        self._pinned, self._seen = {}, None
+        self._pinned = {}
         return self
 
-    def _after_load(self) -> None:
-        super()._after_load()
-        self._initialized = not self.initialized.is_meta and bool(self.initialized)
-        self._pinned, self._seen = {}, self._trace()
-        if bool(self.pending.hashes.numel()) != (not self._initialized and self.init != "normal"):
-            self._new_pending()
+    def _after_load(self, brought: set[str]) -> None:
+        """Make whole what was loaded in part."""
+        super()._after_load(brought)
+        self._pinned, self._first_rows = {}, None
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            self._complete(brought)
+        awaits = not self.has_data
+        if awaits and not self._has_first_rows():  # of a checkpoint from before there was data, with another seed
+            self._first_rows = self.weight.cpu().clone()
+        if bool(self.pending.hashes.numel()) != (awaits and self.init != "normal"):
+            self._await_data(awaits)
         else:
+            self._awaits_data = awaits
             self.tokens_per_expert.zero_()  # in place: a captured graph may write here
 
+    def _complete(self, brought: set[str]) -> None:
+        if "centroids" not in brought:
+            if "weight" in brought:
+                self._warn_of_part("a weight without centroids", "taken as given centroids")
+                for tensor in (self.expert_bias, self.score_std, self.dropped_total):
+                    tensor.zero_()
+                self._take_weight_as_given()
+            return
+        if not self.has_data:
+            return
+        if "weight" not in brought:
+            self.weight.copy_(reference.centroid_directions(self.centroids, self.weight))
+        counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
+        if not counters <= brought:
+            self._warn_of_part(f"centroids without {' and '.join(sorted(counters - brought))}", "taken as given")
+            self._count_as_given(steps="steps" not in brought)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pinned": {}, "_seen": None}
+        return {**super().__getstate__(), "_pinned": {}}

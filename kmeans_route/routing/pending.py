@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kmeans_route.backends.reservoir import EMPTY_HASH, TOKENS_PER_EXPERT
+from kmeans_route.backends.reservoir import EMPTY_HASH
 from kmeans_route.reference import NUM_MARGIN_BINS
 from kmeans_route.types import PendingStatistics
 
@@ -15,15 +15,15 @@ class Pending:
     sums: (E, D) fp32, sums_e = sum of x_t / ||x_t|| over tokens routed to e; (0, 0) for learned routers.
     counts: (E,) int64. std_sum: () fp32. num_tokens, num_dropped: () int64.
     margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
-    hashes, rows: the token reservoir (16 E,), (16 E, D) until the centroids have data, else (0,), (0, D).
+    hashes, rows: the token reservoir (R,), (R, D) until the centroids have data, else (0,), (0, D).
     """
 
     FIELDS = (*PendingStatistics._fields, "hashes", "rows")
 
     def __init__(
-        self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, with_reservoir: bool
+        self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, places: int = 0
     ) -> None:
-        places = TOKENS_PER_EXPERT * num_experts if with_reservoir else 0
+        """places: R, of the reservoir."""
         sums_shape = (num_experts, hidden_size) if hidden_size else (0, 0)
         self.sums = torch.zeros(sums_shape, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=device)

@@ -10,7 +10,8 @@ who adds the ranks' parts in fp32 and in a fixed order:
 - wire="bf16" rounds what it sends, and returns the sums rounded. What rounding left out stays where it arose and is
   added to the next exchange (error feedback), so that nothing is lost in the long run.
 - shard=True returns no sums: each owner commits its chunk of the centroids in fp32, and the new centroids travel in
-  bf16. All ranks route by the same rounded centroids; their owner keeps the rest and goes on from the exact ones.
+  bf16. All ranks take their directions from the same rounded centroids; the owner keeps the rest and goes on from the
+  exact ones.
 
 Legend: E experts, D hidden size, R ranks, N elements of all sums.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from kmeans_route import metrics
 from kmeans_route.backends.reservoir import EMPTY_HASH
+from kmeans_route.reference import centroid_directions
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.pending import Pending
@@ -113,7 +115,8 @@ class Exchange:
         self._uses_sums = [not pending.hashes.numel() for _, pending in self._averaging]
         chunk = self._received.float().sum(0)
         if self.shard:
-            self._before = self._end_to_end([router.weight for router, _ in self._averaging])
+            self._before = self._end_to_end([router.centroids for router, _ in self._averaging])
+            self._weights_before = [router.weight.clone() for router, _ in self._averaging]
             exact = self._before.clone()
             exact[self.rank] += self.left_of_chunk
             self._set_centroids(exact)
@@ -143,22 +146,24 @@ class Exchange:
         self.left_of_sums = torch.where(moved, self._new_left_of_sums, self.left_of_sums)
         if self.shard:
             moved = self._where(committed)
-            self._gather_centroids(moved, averaged)
+            self._gather_centroids(moved, committed, averaged)
         self.left_of_chunk = torch.where(moved[self.rank], self._new_left_of_chunk, self.left_of_chunk)
 
-    def _gather_centroids(self, moved: Tensor, averaged: list[Tensor]) -> None:
-        exact = self._end_to_end([router.weight for router, _ in self._averaging])[self.rank]
+    def _gather_centroids(self, moved: Tensor, committed: list[Tensor], averaged: list[Tensor]) -> None:
+        exact = self._end_to_end([router.centroids for router, _ in self._averaging])[self.rank]
         gathered, self._new_left_of_chunk = self._gather(exact)
         self._set_centroids(torch.where(moved, gathered, self._before))
-        weights = [router.weight for router, _ in self._averaging]
-        for (router, _), old, go in zip(self._averaging, _views(self._before, weights), averaged, strict=True):
-            turn = metrics.centroid_turn(old, router.weight)
-            router.centroid_turn.copy_(torch.where(go, turn, router.centroid_turn))
+        places = zip(self._averaging, self._weights_before, committed, averaged, strict=True)
+        for (router, _), old, go, turned in places:
+            weight = centroid_directions(router.centroids, old)
+            router.weight.copy_(torch.where(go, weight, router.weight))
+            turn = metrics.centroid_turn(old, weight)
+            router.centroid_turn.copy_(torch.where(turned, turn, router.centroid_turn))
 
     def _set_centroids(self, flat: Tensor) -> None:
-        weights = [router.weight for router, _ in self._averaging]
-        for weight, view in zip(weights, _views(flat, weights), strict=True):
-            weight.copy_(view)
+        held = [router.centroids for router, _ in self._averaging]
+        for centroids, view in zip(held, _views(flat, held), strict=True):
+            centroids.copy_(view)
 
     def _gather(self, chunk: Tensor) -> tuple[Tensor, Tensor]:
         """Every rank's chunk (R, n) fp32, rounded to bf16 on the way, and what rounding left out of one's own (n,)."""

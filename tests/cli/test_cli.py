@@ -267,13 +267,10 @@ def test_selftest_notices_a_wrong_backend(
 
 def test_selftest_notices_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans_route.KMeansRouter, "_check_unattached", lambda router: None)
-    monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.weight.add_(0.1))
+    monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.centroids.add_(0.1))
     with pytest.raises(AssertionError, match="centroids are off by"):
         selftest.check_commit()
-    # After the first forward, which would refuse NaN as a broken load.
-    monkeypatch.setattr(
-        kmeans_route.KMeansRouter, "commit", lambda router: router._seen and router.weight.fill_(torch.nan)
-    )
+    monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.weight.fill_(torch.nan))
     with pytest.raises(AssertionError, match="NaN reached the centroids"):
         selftest.check_not_a_number()
 

@@ -359,6 +359,7 @@ class State(NamedTuple):
     """The part of a router's state that a commit after the first data changes."""
 
     weight: Array  # (E, D)
+    centroids: Array  # (E, D)
     expert_bias: Array  # (E,)
     score_std: float
     steps: int
@@ -413,15 +414,18 @@ def commit(
     spread = pending.std_sum / pending.num_tokens
     # The first commit that sees tokens: `steps` cannot tell, since given centroids start it high.
     sigma = spread if state.score_std == 0 else 0.99 * state.score_std + 0.01 * spread
-    weight = state.weight.copy()
+    weight, centroids = state.weight.copy(), state.centroids.copy()
     for e in range(len(weight)):
         if pending.counts[e] > 0:
             if seen is None:
                 beta = min(decay, state.steps / (state.steps + 1))
             else:
                 beta = float(seen[e]) / float(seen[e] + pending.counts[e])
-            weight[e] = beta * weight[e] + (1 - beta) * pending.sums[e] / pending.counts[e]
+            centroids[e] = beta * centroids[e] + (1 - beta) * pending.sums[e] / pending.counts[e]
+        length = math.sqrt(float((centroids[e] ** 2).sum()))
+        if length > 0:
+            weight[e] = centroids[e] / length
     rate = {"proportional": 0.05, "sign": 0.001}.get(balance, 0.0) if bias_rate is None else bias_rate
     bias = bias_step(state, pending, sigma, top_k, balance, rate)
     bias = np.clip(bias - bias.mean(), -BIAS_RANGE, BIAS_RANGE)
-    return State(weight, bias, sigma, state.steps + 1, state.dropped_total + pending.num_dropped)
+    return State(weight, centroids, bias, sigma, state.steps + 1, state.dropped_total + pending.num_dropped)

@@ -572,7 +572,7 @@ def test_a_plain_load_is_noticed(tmp_path: Path) -> None:
     apply_kmeans_routing(model)
     model.save_pretrained(tmp_path)
     plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert "model.layers.0.mlp.gate.initialized" in info["unexpected_keys"]
+    assert "model.layers.0.mlp.gate.centroids" in info["unexpected_keys"]
     with pytest.raises(ValueError, match="use load_kmeans_pretrained"):
         apply_kmeans_routing(plain)
 

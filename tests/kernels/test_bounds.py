@@ -225,6 +225,7 @@ def state_of(size: Size) -> dict[str, Tensor]:
     counts = torch.randint(0, 4, (num_experts,), generator=gen)
     return {
         "weight": torch.randn(num_experts, hidden_size, generator=gen),
+        "centroids": torch.randn(num_experts, hidden_size, generator=gen),
         "expert_bias": torch.randn(num_experts, generator=gen) * 0.1, "score_std": torch.tensor(0.2),
         "steps": torch.tensor(3), "tokens_seen": torch.randint(0, 9, (num_experts,), generator=gen),
         "dropped_total": torch.tensor(1), "tokens_per_expert": torch.zeros(num_experts, dtype=torch.int64),

@@ -76,7 +76,8 @@ def commit_by(rule: str, cumulative: bool = False) -> Subject:
         kernels.BLOCK = 16
         gen, counts = generator(2), torch.tensor([9, 0, 3, 4])
         state = {
-            "weight": torch.randn(4, 10, generator=gen), "expert_bias": torch.tensor([0.1, -0.2, 0.0, 0.3]),
+            "weight": torch.randn(4, 10, generator=gen), "centroids": torch.randn(4, 10, generator=gen),
+            "expert_bias": torch.tensor([0.1, -0.2, 0.0, 0.3]),
             "score_std": torch.tensor(0.2), "steps": torch.tensor(3),
             "tokens_seen": torch.tensor([5, 6, 7, 0]) if cumulative else None,
             "dropped_total": torch.tensor(1), "tokens_per_expert": torch.zeros(4, dtype=torch.int64),

@@ -74,7 +74,7 @@ def check_bytes(document: dict[str, Any]) -> None:
     for (regime, kernel), count in passes.items():
         moved = row(document, "sm_90", regime, kernel)["work"]["hbm"]
         assert count * one_pass <= moved <= (count + 0.2) * one_pass, (regime, kernel, moved / one_pass)
-    assert row(document, "sm_90", "training", "commit")["work"]["hbm"] <= 5 * 64 * 2048 * 4
+    assert row(document, "sm_90", "training", "commit")["work"]["hbm"] <= 7 * 64 * 2048 * 4
 
 
 def test_a_spill_is_a_problem() -> None:

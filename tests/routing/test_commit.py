@@ -26,6 +26,11 @@ def hidden_states(num_tokens: int, seed: int, size: int = D) -> Tensor:
     return x * (torch.rand(num_tokens, 1, generator=gen) * 3 + 0.2)
 
 
+def first_rows(router: KMeansRouter, rows: Tensor) -> None:
+    """Start from these directions, as a checkpoint from before there was data brings them."""
+    router.load_state_dict({**router.state_dict(), "weight": rows})
+
+
 def state_of(router: KMeansRouter) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in router.named_buffers()}
 
@@ -57,8 +62,9 @@ def expected(router: KMeansRouter, batches: list[Tensor], masks: list[Tensor], *
         num_dropped += int(mask.sum()) - int(routing.valid.sum())
         margins.append(oracle.margins(routing, bias, K))
     state = oracle.State(
-        numpy(router.weight), bias, float(router.score_std), int(router.steps), int(router.dropped_total)
-    )
+        numpy(router.weight), numpy(router.centroids), bias, float(router.score_std), int(router.steps),
+        int(router.dropped_total),
+    )  # fmt: skip
     pending = oracle.Pending(sums, counts, std_sum, num_tokens, num_dropped, np.concatenate(margins))
     seen = None if router.tokens_seen is None else router.tokens_seen.numpy()
     return oracle.commit(state, pending, K, seen=seen, **options)
@@ -77,7 +83,9 @@ def test_commit_equals_the_oracle(balance: str, average: str, accumulate: str, b
         for x, mask in zip(batches, masks, strict=True):
             router(x, mask)
         router.commit()
-        np.testing.assert_allclose(numpy(router.weight), want.weight, rtol=0, atol=2e-6 * np.abs(want.weight).max())
+        scale = np.abs(want.centroids).max()
+        np.testing.assert_allclose(numpy(router.centroids), want.centroids, rtol=0, atol=2e-6 * scale)
+        np.testing.assert_allclose(numpy(router.weight), want.weight, rtol=0, atol=4e-6)
         # The quantile rule is allowed one bin; a tenth of it, the rate, reaches the bias, and the mean moves as much.
         tolerance = 0.1 * 2 * BIN if balance == "quantile" else 1e-6
         np.testing.assert_allclose(numpy(router.expert_bias), want.expert_bias, rtol=0, atol=tolerance)
@@ -90,18 +98,20 @@ def test_commit_equals_the_oracle(balance: str, average: str, accumulate: str, b
 def test_by_hand(backend: str) -> None:
     """E = D = 2, K = 1: every number of two commits on paper."""
     router = KMeansRouter(2, 2, 1, init="normal", backend=backend)
-    router.weight.copy_(torch.eye(2))
+    first_rows(router, torch.eye(2))
     router(torch.tensor([[2.0, 0.0], [0.0, 3.0], [4.0, 0.0], [0.0, 0.0]]))
     router.commit()
     # beta = 0: c = mean unit row. Every score row is (1, 0): std 1/2. Load (4/3, 2/3): b = 0.05 * 0.5 * (-1/3, 1/3).
-    assert_same_bits(router.weight, torch.eye(2))
+    assert_same_bits(router.centroids, torch.eye(2))
     assert float(router.score_std) == 0.5
     torch.testing.assert_close(router.expert_bias, torch.tensor([-1 / 120, 1 / 120]))
     assert (int(router.steps), int(router.dropped_total)) == (1, 1)
     router(torch.tensor([[3.0, 4.0], [-4.0, 3.0]]))
     router.commit()
     # Scores (0.6, 0.8) and (-0.8, 0.6) both go to expert 1; beta = 1/2, so c_1 = (0, 1)/2 + (-0.1, 0.7)/2.
-    torch.testing.assert_close(router.weight, torch.tensor([[1.0, 0.0], [-0.05, 0.85]]))
+    torch.testing.assert_close(router.centroids, torch.tensor([[1.0, 0.0], [-0.05, 0.85]]))
+    length = math.hypot(0.05, 0.85)
+    torch.testing.assert_close(router.weight, torch.tensor([[1.0, 0.0], [-0.05 / length, 0.85 / length]]))
     sigma = 0.99 * 0.5 + 0.01 * (0.1 + 0.7) / 2
     assert float(router.score_std) == pytest.approx(sigma, rel=1e-6)
     # Load (0, 2): 1 - E f = (1, -1).
@@ -110,17 +120,18 @@ def test_by_hand(backend: str) -> None:
 
 def test_raw_sums_by_hand() -> None:
     router = KMeansRouter(2, 2, 1, init="normal", accumulate="raw", balance="none")
-    router.weight.copy_(torch.eye(2))
+    first_rows(router, torch.eye(2))
     router(torch.tensor([[2.0, 0.0], [0.0, 3.0], [4.0, 2.0]]))
     router.commit()
-    assert_same_bits(router.weight, torch.tensor([[3.0, 1.0], [0.0, 3.0]]))
+    assert_same_bits(router.centroids, torch.tensor([[3.0, 1.0], [0.0, 3.0]]))
+    torch.testing.assert_close(router.weight, torch.tensor([[3.0, 1.0], [0.0, 10**0.5]]) / 10**0.5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 def test_ramp_to_the_decay(decay: float) -> None:
     """One expert: the centroid is a plain mean of the batch means, until beta reaches the decay."""
     router = KMeansRouter(D, 1, 1, init="normal", decay=decay)
-    want = numpy(router.weight)
+    want = numpy(router.centroids)
     for step in range(5):
         x = hidden_states(20, step)
         router(x)
@@ -128,7 +139,7 @@ def test_ramp_to_the_decay(decay: float) -> None:
         mean = numpy(x / x.norm(dim=1, keepdim=True)).mean(0)
         beta = min(decay, step / (step + 1))
         want = beta * want + (1 - beta) * mean
-        np.testing.assert_allclose(numpy(router.weight), want, atol=1e-6)
+        np.testing.assert_allclose(numpy(router.centroids), want, atol=1e-6)
 
 
 def test_ema_starts_as_the_plain_mean_of_the_steps() -> None:
@@ -139,7 +150,7 @@ def test_ema_starts_as_the_plain_mean_of_the_steps() -> None:
         means.append((x / x.norm(dim=1, keepdim=True)).mean(0))
         router(x)
         router.commit()
-    torch.testing.assert_close(router.weight[0], torch.stack(means).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(router.centroids[0], torch.stack(means).mean(0), rtol=0, atol=1e-6)
 
 
 def test_cumulative_is_the_mean_of_every_token_so_far() -> None:
@@ -154,8 +165,7 @@ def test_cumulative_is_the_mean_of_every_token_so_far() -> None:
         router.commit()
     assert router.tokens_seen is not None
     assert torch.equal(router.tokens_seen, counts)
-    got = torch.where(counts[:, None] > 0, router.weight.double(), 0.0)
-    torch.testing.assert_close(got, sums / counts.clamp_min(1)[:, None], rtol=0, atol=1e-6)
+    torch.testing.assert_close(router.centroids.double(), sums / counts.clamp_min(1)[:, None], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("average", ["ema", "cumulative"])

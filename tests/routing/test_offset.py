@@ -131,8 +131,8 @@ def test_an_offset_moves_selection_and_gates_and_no_average(backend: str) -> Non
     sums, counts = kmeans_route.centroid_sums(x, routing)
     learned.commit()
     beta = 0.0  # the first step after the centroids were set
-    mean = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], plain.weight)
-    torch.testing.assert_close(learned.weight, beta * plain.weight + (1 - beta) * mean, rtol=1e-4, atol=1e-5)
+    mean = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], plain.centroids)
+    torch.testing.assert_close(learned.centroids, beta * plain.centroids + (1 - beta) * mean, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_a_parameter_as_any_other() -> None:

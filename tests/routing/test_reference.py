@@ -312,6 +312,7 @@ def run_commit(state: oracle.State, pending: oracle.Pending, options: ref.Commit
     return ref.commit_reference(
         ref.State(
             torch.from_numpy(state.weight),
+            torch.from_numpy(state.centroids),
             torch.from_numpy(state.expert_bias),
             torch.tensor(state.score_std, dtype=torch.float64),
             torch.tensor(state.steps),
@@ -332,7 +333,7 @@ def some_pending(
     """Pending of one batch of tokens around one direction, so that some experts stay empty."""
     gen = np.random.default_rng(seed)
     hidden_size = state.weight.shape[1]
-    x = gen.standard_normal((num_tokens, hidden_size)) + 4 * state.weight[0]
+    x = gen.standard_normal((num_tokens, hidden_size)) + 4 * state.centroids[0]
     options = oracle.Options(**(groups or {}))
     routing = oracle.route(x, oracle.directions(state.weight), top_k, state.expert_bias, options=options)
     sums, counts = oracle.centroid_sums(x, routing)
@@ -342,9 +343,9 @@ def some_pending(
 
 def some_state(seed: int, num_experts: int = 8, hidden_size: int = 6) -> oracle.State:
     gen = np.random.default_rng(seed)
-    return oracle.State(
-        gen.standard_normal((num_experts, hidden_size)), gen.standard_normal(num_experts) * 0.01, 0.0, 0, 0
-    )
+    centroids = gen.standard_normal((num_experts, hidden_size))
+    weight = centroids / np.linalg.norm(centroids, axis=1, keepdims=True)
+    return oracle.State(weight, centroids, gen.standard_normal(num_experts) * 0.01, 0.0, 0, 0)
 
 
 @pytest.mark.parametrize("average", ["ema", "cumulative"])
@@ -360,6 +361,7 @@ def test_commit_over_steps(balance: str, rate: float, average: str) -> None:
         had_empty |= bool((pending.counts == 0).any())
         got = run_commit(state, pending, options, seen)
         want = oracle.commit(state, pending, 2, decay=0.75, balance=balance, seen=seen)
+        np.testing.assert_allclose(got.centroids.numpy(), want.centroids, atol=1e-13)
         np.testing.assert_allclose(got.weight.numpy(), want.weight, atol=1e-13)
         # 0.1 of a bin width of 4 / 1024 for the histogram, nothing for the others.
         np.testing.assert_allclose(
@@ -388,8 +390,9 @@ def test_commit_keeps_the_centroid_of_an_empty_expert() -> None:
     sums[3] = 0
     options = ref.CommitOptions(top_k=2, decay=0.9, average="ema", balance="sign", bias_rate=0.001)
     got = run_commit(state, pending._replace(counts=counts, sums=sums), options)
-    np.testing.assert_array_equal(got.weight[3].numpy(), state.weight[3])
-    assert (got.weight[0].numpy() != state.weight[0]).all()
+    np.testing.assert_array_equal(got.centroids[3].numpy(), state.centroids[3])
+    np.testing.assert_allclose(got.weight[3].numpy(), state.weight[3], rtol=1e-15)
+    assert (got.centroids[0].numpy() != state.centroids[0]).all()
 
 
 def test_commit_with_nothing_pending_changes_nothing() -> None:
@@ -400,6 +403,7 @@ def test_commit_with_nothing_pending_changes_nothing() -> None:
         options = ref.CommitOptions(top_k=2, decay=0.9, average="ema", balance=balance, bias_rate=0.1)
         got = run_commit(state, nothing, options)
         np.testing.assert_array_equal(got.weight.numpy(), state.weight)
+        np.testing.assert_array_equal(got.centroids.numpy(), state.centroids)
         np.testing.assert_array_equal(got.expert_bias.numpy(), state.expert_bias)
         assert got.score_std.item() == 0.2
         assert got.steps.item() == 7

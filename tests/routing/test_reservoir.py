@@ -12,7 +12,6 @@ from kmeans_route.backends.reservoir import EMPTY_HASH, hash_rows, kmeans_pp
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
 D, E, K = 16, 6, 2
-PLACES = 16 * E
 FROM_TOKENS = ["tokens", "kmeans++"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
 
@@ -78,8 +77,8 @@ def test_normal_init_is_one_ordinary_step_in_any_order() -> None:
     ids = start.route(x).indices
     for e in range(E):
         mine = (ids == e).any(1)
-        mean = unit(x)[mine].mean(0) if mine.any() else start.weight[e].double()
-        np.testing.assert_allclose(numpy(want.weight[e]), numpy(mean), atol=1e-6)
+        mean = unit(x)[mine].mean(0) if mine.any() else torch.zeros(D)
+        np.testing.assert_allclose(numpy(want.centroids[e]), numpy(mean), atol=1e-6)
     assert (int(want.steps), bool(want.initialized)) == (1, True)
     assert float(want.score_std) > 0
 
@@ -104,6 +103,7 @@ def test_fewer_tokens_than_experts_leave_gaussian_rows(num_distinct: int, init: 
     for e, token in enumerate(found):
         if token is None:
             assert_same_bits(router.weight[e], gaussian[e])
+            assert not router.centroids[e].any()
     assert bool(router.initialized)
 
 
@@ -129,7 +129,7 @@ def test_the_initialising_commit_sets_nothing_else(init: str) -> None:
     member = ids.route(hidden_states(300, 1)).indices
     for e in range(E):
         np.testing.assert_allclose(
-            numpy(router.weight[e]), numpy(unit(hidden_states(300, 1))[(member == e).any(1)].mean(0)), atol=1e-6
+            numpy(router.centroids[e]), numpy(unit(hidden_states(300, 1))[(member == e).any(1)].mean(0)), atol=1e-6
         )
     assert int(router.steps) == 1
     assert router.expert_bias.any()
@@ -161,23 +161,24 @@ def test_forward_routes_by_gaussian_directions_until_the_commit() -> None:
 
 
 @pytest.mark.not_interpreted
-def test_the_reservoir_keeps_the_smallest_hashes_and_no_more(backend: str) -> None:
-    router = KMeansRouter(D, E, K, backend=backend)
+@pytest.mark.parametrize(("init", "places"), [("tokens", E), ("kmeans++", 16 * E)])
+def test_the_reservoir_keeps_the_smallest_hashes_and_no_more(init: str, places: int, backend: str) -> None:
+    router = KMeansRouter(D, E, K, init=init, backend=backend)
     seen: set[int] = set()
     for step, x in enumerate(hidden_states(2000).split(250)):
         router(x)
         kept = router.pending.hashes
-        assert kept.shape == (PLACES,)
+        assert kept.shape == (places,)
         assert (kept[1:] > kept[:-1]).all(), "sorted and distinct"
         assert int(kept[-1]) < EMPTY_HASH
-        assert router.pending.rows.shape == (PLACES, D)
+        assert router.pending.rows.shape == (places, D)
         now = set(kept.tolist())
         # A hash that fell out never comes back, and one that stays is smaller than all that fell out.
         assert not step or max(now & seen, default=0) <= min(seen - now, default=EMPTY_HASH)
         seen |= now
     rows = tokens_of(router.pending.rows, hidden_states(2000))
     assert None not in rows
-    assert len(set(rows)) == PLACES
+    assert len(set(rows)) == places
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -200,11 +201,11 @@ def test_hashes_tell_rows_apart_and_favour_none(dtype: torch.dtype) -> None:
 def test_the_sample_favours_no_place_in_the_batch() -> None:
     places = []
     for seed in range(20):
-        router = KMeansRouter(D, E, K, seed=seed)
+        router = KMeansRouter(D, E, K, init="kmeans++", seed=seed)
         x = hidden_states(1000, seed)
         router(x)
         places += [place for place in tokens_of(router.pending.rows, x) if place is not None]
-    assert len(places) == 20 * PLACES
+    assert len(places) == 20 * 16 * E
     # Uniform over 1000 places: the mean of 1920 draws has a standard deviation of 6.6.
     assert abs(np.mean(places) - 499.5) < 30
     assert np.std(places) == pytest.approx(1000 / 12**0.5, rel=0.06)

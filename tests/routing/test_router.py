@@ -16,7 +16,7 @@ from tests.helpers import oracle
 from tests.helpers.compare import OPTIONS, assert_same_bits, assert_same_routing, generator, numpy
 
 D, E, K = 16, 6, 2
-STATE = ("weight", "expert_bias", "score_std", "steps", "dropped_total", "initialized")
+STATE = ("weight", "centroids", "expert_bias", "score_std", "steps", "dropped_total", "initialized")
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
 
 BAD_ROWS: dict[str, float] = {
@@ -352,7 +352,7 @@ def test_state_starts_as_seeded_gaussian_unit_rows() -> None:
     for seed, name in ((4, "layers.0"), (3, "layers.1"), (3, "")):
         other = KMeansRouter(D, E, K, seed=seed, name=name).weight
         assert float((other * router.weight).sum(1).abs().max()) < 0.95
-    for name in ("expert_bias", "score_std", "steps", "dropped_total", "initialized"):
+    for name in ("centroids", "expert_bias", "score_std", "steps", "dropped_total", "initialized"):
         assert not getattr(router, name).any()
     # Gaussian directions of many experts have mean 0 and covariance 1 / D.
     many = KMeansRouter(8, 4096, 1).weight

@@ -15,7 +15,7 @@ from kmeans_route import KMeansRouter, LearnedRouter, MoE
 from tests.helpers.compare import assert_same_bits, generator
 
 D, E, K = 16, 6, 2
-NAMES = {"weight", "expert_bias", "score_std", "steps", "dropped_total", "initialized"}
+NAMES = {"weight", "centroids", "expert_bias", "score_std", "steps", "dropped_total"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
 
 
@@ -234,17 +234,16 @@ def test_loading_decides_whether_the_next_commit_initialises(assign: bool) -> No
 
 def test_state_dict_holds_the_persistent_state_and_no_pending() -> None:
     router = KMeansRouter(D, E, K)
-    assert set(router.state_dict()) == NAMES == {name for name, _ in router.named_buffers()} - {"unsaved"}
+    assert set(router.state_dict()) == NAMES == {name for name, _ in router.named_buffers()}
     assert set(KMeansRouter(D, E, K, average="cumulative").state_dict()) == NAMES | {"tokens_seen"}
     shapes = {name: (tuple(b.shape), b.dtype) for name, b in router.named_buffers()}
     assert shapes == {
         "weight": ((E, D), torch.float32),
+        "centroids": ((E, D), torch.float32),
         "expert_bias": ((E,), torch.float32),
         "score_std": ((), torch.float32),
         "steps": ((), torch.int64),
         "dropped_total": ((), torch.int64),
-        "initialized": ((), torch.bool),
-        "unsaved": ((), torch.bool),
     }
 
 

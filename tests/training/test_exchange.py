@@ -136,12 +136,12 @@ def feedback(rank: int, num_ranks: int) -> dict[str, list[float]]:
                 model(tokens)
                 optimizer.step()
             carried = ties[1][0]._exchange
-            exact = other[0].weight.clone()
+            exact = other[0].centroids.clone()
             if name.startswith("shard"):  # what the owner holds beside the rounded centroids
                 flat = torch.zeros(num_ranks, carried.left_of_chunk.numel())
                 dist.all_gather(list(flat.unbind()), carried.left_of_chunk)
                 exact += flat.view(-1)[: exact.numel()].view(exact.shape)
-            errors[name].append(float((exact - plain[0].weight).abs().max()))
+            errors[name].append(float((exact - plain[0].centroids).abs().max()))
         for attachment, _ in ties:
             attachment.remove()
     return errors

@@ -130,7 +130,7 @@ class TransformersRouter(KMeansRouter):
 
     original_class: type[nn.Module]
     e_score_correction_bias: Tensor
-    FP32_STATE = ("weight", "e_score_correction_bias", "score_std")
+    FP32_STATE = ("weight", "centroids", "e_score_correction_bias", "score_std")
 
     def __init__(self, original: nn.Module, contract: Contract, **options: Any) -> None:
         self.chosen_options: dict[str, Any] = {}  # what config.json is to say
@@ -200,7 +200,7 @@ class TransformersRouter(KMeansRouter):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """K-Means state as ever; from a checkpoint of the unswapped model its gate, as centroids."""
         gate = state_dict.get(prefix + self.contract.gate_key)
-        if gate is None or prefix + "initialized" in state_dict:
+        if gate is None or prefix + "centroids" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         *_, error_msgs = rest
@@ -222,16 +222,21 @@ class TransformersRouter(KMeansRouter):
             RuntimeError: what was loaded holds NaN or Inf.
         """
         brought = {name for name, buffer in self.named_buffers() if getattr(buffer, "_is_hf_initialized", False)}
+        for name in brought:
+            if not bool(self.get_buffer(name).isfinite().all()):
+                raise RuntimeError(
+                    f"{name} of router {self.name!r} must be finite, got NaN or Inf: load a checkpoint from before that"
+                )
         self._move_plain_tensors()
-        if "initialized" in brought:
+        if "centroids" in brought:
             for name, buffer in self.named_buffers():
                 if name not in brought:
                     buffer.zero_()
+            self._after_load(brought)
         elif "weight" in brought:
             self.set_centroids(self.weight)
         else:
             self.reset_parameters()
-        self.follow_state()
 
     def __reduce__(self) -> Any:
         return _empty_router, (self.original_class,), self.__getstate__()
