@@ -174,8 +174,8 @@ def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> lis
             for seen, skip in ((None, None), (count, empty(dtype=torch.bool)))[: 1 + every_option]:
                 commit.commit(
                     weight, weight, empty(num_experts), scalar, number, seen, number, count, empty(2, num_experts),
-                    weight, count, scalar, number, number, empty(num_experts, 1024, dtype=torch.int32), skip, top_k, 0.999,
-                    balance, 0.05,
+                    weight, count, scalar, number, number, empty(num_experts, 1024, dtype=torch.int32), skip, top_k,
+                    0.999, balance, 0.05,
                 )  # fmt: skip
         directions.directions(weight, dtype)
     return launches
