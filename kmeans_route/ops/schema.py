@@ -3,7 +3,8 @@
 Named tuples go in and come out everywhere else. Their fields give the schema, so an operator's order is theirs.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +33,14 @@ def take(named: type[Named], values: Iterator[Any]) -> Named:
     return named(*islice(values, len(named._fields)))
 
 
+# Private to PyTorch; a test holds them for each version claimed.
+_PASS_CODE = torch.autograd.graph._engine_run_backward.__code__
+_NODE_CODES = {
+    getattr(torch.autograd.function.BackwardCFunction, name).__code__
+    for name in ("apply", "apply_boxed")
+    if hasattr(torch.autograd.function.BackwardCFunction, name)
+}
+
 OPTIONS = f"{arguments(RouteOptions)}, {arguments(Wanted, 'want_')}"
 
 
@@ -41,6 +50,29 @@ def in_backward() -> bool:
     The call is private to PyTorch; this is its only use, and a test holds it for each version claimed.
     """
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def call_after_backward(call: Callable[[], None]) -> None:
+    """Call at the end of the backward pass that this thread is inside of; of a nested one, at the end of that.
+
+    Nothing calls if the pass raises. DistributedDataParallel and FSDP wait for their last work in the same way.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+
+
+def in_nested_backward() -> bool:
+    """Whether the backward pass that calls at its end is itself inside another, as reentrant checkpointing nests them.
+
+    Told by the stack: two passes on it, or the backward of a `torch.autograd.Function`, which the thread of a device
+    begins with.
+    """
+    frame, passes = sys._getframe(), 0
+    while frame is not None:
+        passes += frame.f_code is _PASS_CODE
+        if passes > 1 or frame.f_code in _NODE_CODES:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def exporting() -> bool:

@@ -151,10 +151,20 @@ class StatefulRouter(nn.Module):
         """Whether an attachment says which forwards count, and commits."""
         return self._scope is not None
 
-    def bind(self, scope: CountingScope | None) -> None:
-        """Let `scope` say from now on which forwards count; None: training mode and gradients, as without one."""
+    @property
+    def attachment(self) -> Any:
+        """What has bound this router; None where nothing has."""
+        return None if self._scope is None else self._scope.owner
+
+    def bind(self, scope: CountingScope) -> None:
+        """Let `scope` say from now on which forwards count."""
         self._scope = scope
         self._move_plain_tensors()
+
+    def release(self, scope: CountingScope) -> None:
+        """End what `bind` began: training mode and gradients decide again. Nothing where another is bound by now."""
+        if self._scope is scope:
+            self._scope = None
 
     def commit(self, skip: Tensor | None = None) -> None:
         """Fold what forward has gathered into the state, once per optimizer step; `attach` calls it for you.
@@ -165,7 +175,16 @@ class StatefulRouter(nn.Module):
 
         With nothing pending the state does not change, so a second call does nothing. Until a K-Means router has its
         first data, one value is read back to the host.
+
+        Raises:
+            RuntimeError: called inside a backward pass, where a recomputation would meet another state.
         """
+        if ops.in_backward():
+            raise RuntimeError(
+                f"router {self.name!r} must commit outside of a backward pass, got commit() inside of one, so that a "
+                "recomputation would route by another state than its forward: call it after backward() has returned, "
+                "or kmeans_route.attach(model, optimizer), which waits for the end"
+            )
         self._commits_by_hand = True
         if not self.frozen:
             self.before_commit()
@@ -203,9 +222,21 @@ class StatefulRouter(nn.Module):
                 f"router {self.name!r} must be in eval mode to be exported, got training mode: the program would add "
                 "to this router's statistics; call model.eval() first"
             )
-        if counting and self.learns and self._scope is None and not torch.compiler.is_compiling():
-            self._check_unattached()
+        if counting and self.learns and not torch.compiler.is_compiling():
+            if self._scope is None:
+                self._check_unattached()
+            else:
+                self._check_attached(self._scope)
         return counting
+
+    def _check_attached(self, scope: CountingScope) -> None:
+        if not ops.in_backward():
+            if not self._has_gathered:  # a module's attributes are slow to set
+                self._has_gathered = True
+            return
+        scope.recomputed()
+        if scope.active is None:  # past the root, whose own entry would tell
+            self._warn_gathers_nothing("call attachment.watch(part) on the part of the model that is checkpointed")
 
     def _check_unattached(self) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -217,20 +248,22 @@ class StatefulRouter(nn.Module):
                     "with a process group of its own"
                 )
         if ops.in_backward():
-            if not (self._has_gathered or self._warned):
-                self._warned = True
-                warnings.warn(
-                    f"router {self.name!r} gathers nothing: its forward ran without gradients, as reentrant activation "
-                    "checkpointing runs it: call kmeans_route.attach(model, optimizer), or checkpoint with "
-                    "use_reentrant=False",
-                    stacklevel=5,
-                )
+            self._warn_gathers_nothing("call kmeans_route.attach(model, optimizer)")
             return
         self._has_gathered = True
         remedy = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
         if not (self._warned or self._commits_by_hand):
             self._warned = True
             warnings.warn(f"router {self.name!r} trains but nothing commits its statistics: {remedy}", stacklevel=5)
+
+    def _warn_gathers_nothing(self, remedy: str) -> None:
+        if not (self._has_gathered or self._warned):
+            self._warned = True
+            warnings.warn(
+                f"router {self.name!r} gathers nothing: its forward ran without gradients, as reentrant activation "
+                f"checkpointing runs it: {remedy}, or checkpoint with use_reentrant=False",
+                stacklevel=6,
+            )
 
     def _private_generator(self) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed_for(self.seed, self.name))

@@ -1,5 +1,9 @@
 """What forward has gathered since the last commit, and the moment at which a forward counts."""
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,11 +68,45 @@ class Pending:
 
 
 class CountingScope:
-    """Whether the forward of an attached root that is running now counts; None outside of one.
+    """Whether the forward of an attached root that is running now, on this thread, counts; None outside of one.
 
     Reentrant checkpointing runs the first forward of a router with grad disabled, exactly like a user's no_grad; only
-    the root's own entry tells the two apart.
+    the root's own entry tells the two apart. On another thread than that of the entry, modes are that thread's own.
+
+    Args:
+        recomputed: called when a router's forward runs inside a backward pass.
+        owner: whoever made the scope.
     """
 
-    def __init__(self) -> None:
-        self.active: bool | None = None
+    def __init__(self, recomputed: Callable[[], None] = lambda: None, owner: Any = None) -> None:
+        self.recomputed, self.owner = recomputed, owner
+        self._here = threading.local()
+
+    @property
+    def entered(self) -> tuple[bool, ...]:
+        """Of each root that this thread is inside of, the outermost first, whether it counts."""
+        return getattr(self._here, "entered", ())
+
+    @property
+    def active(self) -> bool | None:
+        """Whether the innermost root counts."""
+        entered = self.entered
+        return entered[-1] if entered else None
+
+    def enter(self, counts: bool) -> None:
+        """A root begins."""
+        self._here.entered = (*self.entered, counts)
+
+    def leave(self) -> bool | None:
+        """The innermost root ends; whether it counted."""
+        active = self.active
+        self._here.entered = self.entered[:-1]
+        return active
+
+    def forget(self) -> None:
+        """This thread is inside of no root, whatever was entered: an interrupt ends a forward without its hooks."""
+        self._here.entered = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy belongs to nobody; threads cannot be copied."""
+        return (CountingScope, ())

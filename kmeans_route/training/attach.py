@@ -1,14 +1,18 @@
 """Tie the routers of a model to its optimizer: one commit per optimizer step."""
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from kmeans_route import ops
 from kmeans_route.checks import check_choice, check_positive_int
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.pending import CountingScope, Pending
+from kmeans_route.training.optimizers import clocks_of, num_running_steps
+from kmeans_route.training.overdue import Overdue, unwatch_steps, watch_steps
 
 if TYPE_CHECKING:
     from kmeans_route.training.exchange import Exchange
@@ -23,7 +27,7 @@ class Attachment:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        clocks: list[Any],
         routers: dict[str, StatefulRouter],
         exchange: "Exchange | None" = None,
         every_n_steps: int = 1,
@@ -32,11 +36,14 @@ class Attachment:
         self.routers, self.every_n_steps, self.overlap_after = routers, every_n_steps, overlap_after
         self._exchange = exchange
         self._steps = self._forwards = 0
-        self._scope = CountingScope()
+        self._put_off: tuple[torch.Tensor | None] | None = None
+        self._handles = [clock.register_step_post_hook(self._after_step) for clock in _each_once(clocks)]
+        self._clocks = [weakref.ref(clock) for clock in clocks]
+        self._scope = CountingScope(self._call_after_backward, self)
         for router in routers.values():
             router.bind(self._scope)
-        self._outer: list[bool | None] = []
-        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers)
+        watch_steps(self._overdue)
         self.watch(model)
 
     def watch(self, module: nn.Module) -> None:
@@ -50,16 +57,31 @@ class Attachment:
         ]
 
     def _enter(self, root: nn.Module, _args: Any) -> None:
-        self._outer.append(self._scope.active)
-        self._scope.active = root.training and torch.is_grad_enabled()
-        outermost = len(self._outer) == 1
-        if self._scope.active and outermost and self._overlaps():
-            self._exchange.wait()  # type: ignore[union-attr]  # more forwards than said: what is sent is not all
+        outermost = not self._scope.entered
+        counts = root.training and torch.is_grad_enabled()
+        self._scope.enter(counts)
+        if outermost and not torch.compiler.is_compiling():
+            self._begin(root, counts)
+
+    def _begin(self, root: nn.Module, counts: bool) -> None:
+        """A forward of a root that is in no other; code that torch.compile makes of it leaves this out."""
+        if self._overdue is None:  # a copy of an attached model
+            return
+        if ops.in_backward():
+            if counts:
+                self._overdue.recomputation(root)
+        elif counts:
+            self._make_up()
+            if self._overlaps():
+                self._exchange.wait()  # type: ignore[union-attr]  # more forwards than said: what is sent is not all
+            self._overdue.forward()
+        elif root.training:
+            self._overdue.looked()
 
     def _leave(self, _root: nn.Module, _args: Any, output: Any) -> None:
-        counted, self._scope.active = self._scope.active, self._outer.pop() if self._outer else None
-        finished = output is not None and not self._outer  # the output of a forward that raised is None
-        if counted and finished and self._overlaps():
+        counted = self._scope.leave()
+        finished = output is not None and not self._scope.entered  # the output of a forward that raised is None
+        if counted and finished and self._overlaps() and not ops.in_backward():
             self._forwards += 1
             if self._forwards == self.overlap_after:
                 self._exchange.start(self._learning())  # type: ignore[union-attr]
@@ -71,20 +93,65 @@ class Attachment:
     def _learning(self) -> list[StatefulRouter]:
         return [router for router in self.routers.values() if not router.frozen]
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _gathers(self) -> bool:
+        return any(router.training and router.learns for router in self._learning())
+
+    def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        clocks = [clock for ref in self._clocks if (clock := ref()) is not None]
+        if num_running_steps(clocks) > 1:
+            return  # a step inside a step: the outer one commits as it ends
+        if not ops.in_backward():
+            self._scope.forget()
+            self._make_up()
+        self._stepped()
         # A fused optimizer runs its hooks on a step that the gradient scaler skips; this flag stays on the device.
         self._steps += 1
         if self._steps % self.every_n_steps:
             return
-        found_inf = getattr(optimizer, "found_inf", None)
+        flags = [getattr(clock, "found_inf", None) for clock in (optimizer, *clocks)]
+        found_inf = next((flag for flag in flags if flag is not None), None)
         self.commit(None if found_inf is None else found_inf.reshape(()) > 0)
+
+    def _stepped(self) -> None:
+        if self._overdue is not None:
+            self._overdue.stepped()
 
     def commit(self, skip: torch.Tensor | None = None) -> None:
         """Commit every router now; the optimizer's hook does this after each step. All ranks must call it.
 
+        Inside a backward pass, as by an optimizer that steps in a gradient hook, the commit waits for the end of the
+        outermost pass, since whatever is recomputed until then must be routed as its forward was. If that pass raises,
+        the commit is made up for as the next forward that counts begins.
+
         Args:
             skip: () bool; true leaves state and pending as they are. Where one rank skips, all do; all or none pass it.
         """
+        self._stepped()
+        if ops.in_backward():
+            if self._put_off is not None:  # one commit for both, unless both are skipped
+                (before,) = self._put_off
+                skip = None if skip is None or before is None else skip & before
+            self._put_off = (skip,)
+            self._call_after_backward()
+            return
+        self._make_up()
+        self._commit(skip)
+
+    def _call_after_backward(self) -> None:
+        ops.call_after_backward(self._backward_ends)
+
+    def _backward_ends(self) -> None:
+        if not ops.in_nested_backward():
+            self._make_up()
+
+    def _make_up(self) -> None:
+        """The commit that was put off, if one was."""
+        if self._put_off is not None:
+            (skip,) = self._put_off
+            self._put_off = None
+            self._commit(skip)
+
+    def _commit(self, skip: torch.Tensor | None) -> None:
         routers, exchange = self._learning(), self._exchange
         self._forwards = 0
         for router in routers:
@@ -136,16 +203,29 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model, which bring its hooks along: a copy is not attached."""
-        return {**self.__dict__, "routers": {}, "_exchange": None, "_handles": []}
+        tied = {"routers": {}, "_exchange": None, "_handles": [], "_clocks": [], "_overdue": None, "_put_off": None}
+        return {**self.__dict__, **tied}
 
     def remove(self) -> None:
-        """Undo the tie: remove the hooks; the routers keep their state and may be attached again."""
+        """Undo the tie: remove the hooks; the routers keep their state and may be attached again.
+
+        A commit that waits for the end of a backward pass is made first, or at that end. A second call does nothing.
+        """
+        if not ops.in_backward():
+            self._make_up()
         if self._exchange is not None:
             self._exchange.wait()
         for handle in self._handles:
             handle.remove()
+        if self._overdue is not None:
+            unwatch_steps(self._overdue)
         for router in self.routers.values():
-            router.bind(None)
+            router.release(self._scope)
+
+
+def _each_once(clocks: list[Any]) -> list[Any]:
+    """Without those that share the hooks of one before: wrappers that took over the attributes of what they wrap."""
+    return list({id(getattr(clock, "_optimizer_step_post_hooks", clock)): clock for clock in clocks}.values())
 
 
 def attach(
@@ -157,15 +237,24 @@ def attach(
     overlap_after: int = 0,
     wire: str = "fp32",
     shard: bool = False,
+    replace: bool = False,
 ) -> Attachment:
     """Commit every router of `model` once after each step of `optimizer`.
 
-    A forward of `model` counts when the model is in training mode and gradients are enabled as it is entered, also
-    under activation checkpointing, where each token counts once however often it is recomputed.
+    A forward of `model` counts when the model is in training mode and gradients are enabled as it is entered, each
+    thread for itself, also under activation checkpointing, where each token counts once however often it is
+    recomputed. With use_reentrant=True that holds for parts of the model; checkpointed as a whole it gathers nothing,
+    and says so.
+
+    Where forwards go on counting and the optimizer does not step, while another optimizer steps the same parameters or
+    something else updates them, a warning says so once.
 
     Args:
         model: the module whose forward is called in training; its routers are found among its submodules.
-        optimizer: its step commits, after the update of the parameters. A step that a gradient scaler skips does not.
+        optimizer: its step commits, after the update of the parameters; inside a backward pass, as that ends. A step
+            that a gradient scaler skips does not. A wrapper whose own step runs no hooks (accelerate, Lookahead,
+            schedule-free) is looked through to the one optimizer that it holds. Anything else will do that has
+            register_step_post_hook(hook) and calls hook(it, args, kwargs) after each update.
         process_group: the ranks that see different tokens, which commit their sum: a torch.distributed group, or a
             DeviceMesh of one dimension; None for all ranks. Ranks that hold replicas of the same tokens (tensor
             parallel) must be in different groups. Each step exchanges E D + 1 fp32 and E + 2 int64 a router (and
@@ -179,37 +268,57 @@ def attach(
         wire: how the sums travel: "fp32", or "bf16" with error feedback, which halves the bytes.
         shard: each rank commits its own part of the centroids in fp32, and the new ones travel in bf16; all ranks
             route by the rounded ones. A quarter fewer bytes than "fp32" alone, with exact sums.
+        replace: remove the attachments that these routers have, as for a new optimizer. What is pending stays.
 
     Returns:
         Attachment with `routers`, `metrics()`, `commit()`, `state_dict()` and `remove()`.
 
     Raises:
         ValueError: the model has no router, or an option is out of its range. RuntimeError: a router is attached
-            already, or differs between the ranks. TypeError: process_group is none.
+            already, or differs between the ranks. TypeError: process_group is none, or optimizer runs no step hooks
+            and holds no one optimizer that does (a list, a scheduler, an engine). Whatever is raised, nothing changes.
     """
     routers = {name or "router": m for name, m in model.named_modules() if isinstance(m, StatefulRouter)}
     if not routers:
         raise ValueError(
             f"model must contain at least one router, got none in {type(model).__name__}: add a KMeansRouter or an MoE"
         )
-    for name, router in routers.items():
-        if router.attached:
-            raise RuntimeError(
-                f"router {name!r} must not be attached twice, got a second attach: it would commit twice a step; call "
-                "remove() on the first attachment"
-            )
+    former = _attachments_of(routers, replace=replace)
+    clocks = clocks_of(optimizer)
     check_positive_int("every_n_steps", every_n_steps)
     if overlap_after:
         check_positive_int("overlap_after", overlap_after)
     check_choice("wire", wire, WIRES)
     group = _group_of(process_group)
-    if group is None or torch.distributed.get_world_size(group) == 1:
-        return Attachment(model, optimizer, routers, None, every_n_steps)
-    from kmeans_route.training.exchange import Exchange, check_same_routers
+    exchange = None
+    if group is not None and torch.distributed.get_world_size(group) > 1:
+        from kmeans_route.training.exchange import Exchange, check_same_routers
 
-    options = f"every_n_steps={every_n_steps}, overlap_after={overlap_after}, wire={wire!r}, shard={shard}"
-    check_same_routers(routers, options, group)
-    return Attachment(model, optimizer, routers, Exchange(group, wire=wire, shard=shard), every_n_steps, overlap_after)
+        options = f"every_n_steps={every_n_steps}, overlap_after={overlap_after}, wire={wire!r}, shard={shard}"
+        check_same_routers(routers, options, group)
+        exchange = Exchange(group, wire=wire, shard=shard)
+    for attachment in former:
+        attachment.remove()
+    return Attachment(model, clocks, routers, exchange, every_n_steps, overlap_after if exchange else 0)
+
+
+def _attachments_of(routers: dict[str, StatefulRouter], *, replace: bool) -> list[Attachment]:
+    """Those that `replace` is to remove; an error where it is not said, or where routers would be left alone."""
+    attached = {name: router for name, router in routers.items() if router.attached}
+    if attached and not replace:
+        raise RuntimeError(
+            f"router {next(iter(attached))!r} must not be attached twice, got a second attach: it would commit twice a "
+            "step; call remove() on the first attachment, or attach(..., replace=True) for a new optimizer"
+        )
+    former = {id(router.attachment): router.attachment for router in attached.values()}
+    for attachment in former.values():
+        for name, router in attachment.routers.items():
+            if not any(router is each for each in routers.values()):
+                raise RuntimeError(
+                    f"replace=True must cover every router of the former attachment, got a model without {name!r}: "
+                    "attach the model that holds them all, or call remove() on the first attachment"
+                )
+    return list(former.values())
 
 
 def _group_of(process_group: Any) -> Any:
