@@ -85,14 +85,30 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _held_by(optimizer: Any) -> list[Any]:
-    """The optimizers among its attributes, or the one whose hook it hands out by __getattr__."""
+    """The optimizers among its attributes, but for those that another of them holds in turn.
+
+    Without any, the one whose register_step_post_hook it hands out as its own.
+    """
     if not _is_optimizer(optimizer):
         return []
-    held = {id(value): value for value in getattr(optimizer, "__dict__", {}).values() if _is_optimizer(value)}
+    held = _among_attributes(optimizer)
+    deeper = {key for value in held.values() for key in _among_attributes(value)}
     if not held:
         owner = getattr(getattr(optimizer, "register_step_post_hook", None), "__self__", optimizer)
         held = {} if owner is optimizer else {id(owner): owner}
-    return list(held.values())
+    return [value for key, value in held.items() if key not in deeper]
+
+
+def _among_attributes(optimizer: Any) -> dict[int, Any]:
+    found = {}
+    for attribute in getattr(optimizer, "__dict__", {}).values():
+        values = [attribute]
+        if isinstance(attribute, list | tuple | dict):
+            values = list(attribute.values() if isinstance(attribute, dict) else attribute)
+        for value in values:
+            if _is_optimizer(value) and value is not optimizer:
+                found[id(value)] = value
+    return found
 
 
 def _ids(optimizer: Optimizer) -> set[int]:

@@ -42,7 +42,8 @@ class Overdue:
         self._clocks, self._gathers = [weakref.ref(clock) for clock in clocks], gathers
         self._name = type(clocks[0]).__name__
         trained = [p for p in parameters_of(clocks) or parameters if p.requires_grad and not p.is_inference()]
-        self._probes = [weakref.ref(p) for p in trained[:: -(-len(trained) // NUM_PROBES) or 1]]
+        self._parameters = [weakref.ref(p) for p in trained]
+        self._probes = self._parameters[:: -(-len(trained) // NUM_PROBES) or 1]
         self._same_parameters: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._most = MOST_FORWARDS
         self._told = self._told_of_reentrant = False
@@ -93,7 +94,8 @@ class Overdue:
             return
         same = self._same_parameters.get(optimizer)
         if same is None:
-            own = {id(p) for p in parameters_of(self._those())}
+            # Those of today, and those of then: the optimizer may be gone, or its parameters exchanged by a wrapper.
+            own = {id(p) for p in (*parameters_of(self._those()), *(ref() for ref in self._parameters))} - {id(None)}
             same = self._same_parameters[optimizer] = any(id(p) in own for p in parameters_of([optimizer]))
         if same:
             self._steps_of_another += 1
