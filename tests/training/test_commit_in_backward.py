@@ -1,5 +1,7 @@
 """A commit that a backward pass asks for comes as that pass ends: what it recomputes is routed as its forward was."""
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kmeans_route import KMeansRouter, MoE, attach, ops
 from tests.helpers.compare import assert_same_bits, generator
+from tests.helpers.ranks import run_on_ranks
 
 D, E, T = 16, 8, 96
 NUM_BLOCKS, NUM_STEPS = 3, 4
@@ -55,7 +58,7 @@ def batch(seed: int) -> Tensor:
 
 def step_in_backward(model: Model, kind: type[Optimizer] = AdamW, **options: Any) -> dict[str, Optimizer]:
     """One optimizer a parameter, stepped as its gradient is there."""
-    made: dict[str, Optimizer] = {name: kind([p], lr=1e-3, **options) for name, p in model.named_parameters()}  # type: ignore[call-arg]
+    made: dict[str, Optimizer] = {name: kind([p], **{"lr": 1e-3, **options}) for name, p in model.named_parameters()}  # type: ignore[call-arg]
 
     for name, parameter in model.named_parameters():
 
@@ -178,8 +181,6 @@ def test_a_thread_that_looks_does_not_commit_what_waits() -> None:
     seen: list[Any] = []
 
     def look(gradient: Tensor) -> None:
-        import threading
-
         def run() -> None:
             with torch.no_grad():
                 model(batch(5))
@@ -250,3 +251,35 @@ def test_a_backward_pass_inside_a_hook_is_nested() -> None:
     x.register_hook(lambda _: nested(told, "in a hook"))
     (x * 2).sum().backward()
     assert told == ["in a hook: True"]
+
+
+def train_on_ranks(rank: int, num_ranks: int) -> list[dict[str, Tensor]]:
+    """The state after steps inside the backward pass, and after steps behind it; under DDP, which exchanges too."""
+    states = []
+    for inside in (True, False):
+        model = Model(reentrant=False, head=False)
+        root = torch.nn.parallel.DistributedDataParallel(model)
+        if inside:
+            optimizer = step_in_backward(model, lr=0.0)["blocks.2.experts.gate_up"]
+        else:
+            optimizer = SGD(model.parameters(), lr=0.0)
+        attachment = attach(root, optimizer, wire="bf16", overlap_after=1)
+        for step in range(NUM_STEPS):
+            root(batch(10 * step + rank).detach()).backward()
+            for forward, again in model.take_ids():
+                assert_same_bits(again, forward)
+            if not inside:
+                optimizer.step()
+                model.zero_grad()
+            assert model.pending() == [0] * NUM_BLOCKS
+        attachment.remove()
+        states.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+    return states
+
+
+def test_ranks_commit_alike_at_the_end_of_their_backward_passes(tmp_path: Path) -> None:
+    ranks = run_on_ranks(train_on_ranks, 2, tmp_path, 2)
+    for inside, behind in ranks:
+        for name, value in ranks[0][1].items():
+            assert_same_bits(behind[name], value, name)
+            assert_same_bits(inside[name], value, name)

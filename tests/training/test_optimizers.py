@@ -342,7 +342,8 @@ def test_a_hook_that_cannot_be_registered_marks_nothing() -> None:
 
 def test_anything_with_step_post_hooks_is_a_clock() -> None:
     class Loop:
-        hooks: OrderedDict[int, Any] = OrderedDict()
+        def __init__(self) -> None:
+            self.hooks: OrderedDict[int, Any] = OrderedDict()
 
         def register_step_post_hook(self, hook: Any) -> RemovableHandle:
             handle = RemovableHandle(self.hooks)
