@@ -6,7 +6,9 @@ Named tuples go in and come out everywhere else. Their fields give the schema, s
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -33,7 +35,8 @@ def take(named: type[Named], values: Iterator[Any]) -> Named:
     return named(*islice(values, len(named._fields)))
 
 
-# Private to PyTorch; a test holds them for each version claimed.
+# What the frames of a backward pass and of a `torch.autograd.Function` run; its local `self` is the node. They are
+# private to PyTorch; this is their only use, and a test holds them for each version claimed.
 _PASS_CODE = torch.autograd.graph._engine_run_backward.__code__
 _NODE_CODES = {
     getattr(torch.autograd.function.BackwardCFunction, name).__code__
@@ -53,26 +56,30 @@ def in_backward() -> bool:
 
 
 def call_after_backward(call: Callable[[], None]) -> None:
-    """Call at the end of the backward pass that this thread is inside of; of a nested one, at the end of that.
+    """Call at the end of the backward pass that this thread is inside of: of the outermost, where they are nested.
 
-    Nothing calls if the pass raises. DistributedDataParallel and FSDP wait for their last work in the same way.
+    Nothing calls if a pass raises, nor at the end of one that a hook began inside another.
+    DistributedDataParallel and FSDP wait for their last work in the same way.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_pass_ends, call))
 
 
-def in_nested_backward() -> bool:
-    """Whether the backward pass that calls at its end is itself inside another, as reentrant checkpointing nests them.
-
-    Told by the stack: two passes on it, or the backward of a `torch.autograd.Function`, which the thread of a device
-    begins with.
-    """
-    frame, passes = sys._getframe(), 0
-    while frame is not None:
+def _pass_ends(call: Callable[[], None]) -> None:
+    """A pass is nested where the stack shows the node whose backward began it, as reentrant checkpointing does."""
+    frame: FrameType | None = sys._getframe()
+    passes = 0
+    while frame is not None and frame.f_code not in _NODE_CODES:
         passes += frame.f_code is _PASS_CODE
-        if passes > 1 or frame.f_code in _NODE_CODES:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        frame = frame.f_back
+    if frame is not None:  # once that node is through, the pass that it belongs to is the current one
+
+        def node_ends(*_gradients: Any) -> None:
+            handle.remove()
+            call_after_backward(call)
+
+        handle = frame.f_locals["self"].register_hook(node_ends)
+    elif passes < 2:
+        call()
 
 
 def exporting() -> bool:

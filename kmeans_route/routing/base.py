@@ -233,9 +233,7 @@ class StatefulRouter(nn.Module):
         if not ops.in_backward():
             if not self._has_gathered:  # a module's attributes are slow to set
                 self._has_gathered = True
-            return
-        scope.recomputed()
-        if scope.active is None:  # past the root, whose own entry would tell
+        elif scope.active is None:  # past the root, whose own entry would tell
             self._warn_gathers_nothing("call attachment.watch(part) on the part of the model that is checkpointed")
 
     def _check_unattached(self) -> None:

@@ -1,7 +1,6 @@
 """What forward has gathered since the last commit, and the moment at which a forward counts."""
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,12 +73,11 @@ class CountingScope:
     the root's own entry tells the two apart. On another thread than that of the entry, modes are that thread's own.
 
     Args:
-        recomputed: called when a router's forward runs inside a backward pass.
         owner: whoever made the scope.
     """
 
-    def __init__(self, recomputed: Callable[[], None] = lambda: None, owner: Any = None) -> None:
-        self.recomputed, self.owner = recomputed, owner
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = owner
         self._here = threading.local()
 
     @property

@@ -39,7 +39,7 @@ class Attachment:
         self._put_off: tuple[torch.Tensor | None] | None = None
         self._handles = [clock.register_step_post_hook(self._after_step) for clock in _each_once(clocks)]
         self._clocks = [weakref.ref(clock) for clock in clocks]
-        self._scope = CountingScope(self._call_after_backward, self)
+        self._scope = CountingScope(self)
         for router in routers.values():
             router.bind(self._scope)
         self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers)
@@ -121,7 +121,7 @@ class Attachment:
 
         Inside a backward pass, as by an optimizer that steps in a gradient hook, the commit waits for the end of the
         outermost pass, since whatever is recomputed until then must be routed as its forward was. If that pass raises,
-        the commit is made up for as the next forward that counts begins.
+        or is one that a hook began inside another, the commit is made as the next forward that counts begins.
 
         Args:
             skip: () bool; true leaves state and pending as they are. Where one rank skips, all do; all or none pass it.
@@ -132,17 +132,10 @@ class Attachment:
                 (before,) = self._put_off
                 skip = None if skip is None or before is None else skip & before
             self._put_off = (skip,)
-            self._call_after_backward()
+            ops.call_after_backward(self._make_up)
             return
         self._make_up()
         self._commit(skip)
-
-    def _call_after_backward(self) -> None:
-        ops.call_after_backward(self._backward_ends)
-
-    def _backward_ends(self) -> None:
-        if not ops.in_nested_backward():
-            self._make_up()
 
     def _make_up(self) -> None:
         """The commit that was put off, if one was."""
@@ -203,8 +196,8 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model, which bring its hooks along: a copy is not attached."""
-        tied = {"routers": {}, "_exchange": None, "_handles": [], "_clocks": [], "_overdue": None, "_put_off": None}
-        return {**self.__dict__, **tied}
+        none: dict[str, Any] = {"routers": {}, "_exchange": None, "_handles": [], "_clocks": []}
+        return {**self.__dict__, **none, "_overdue": None, "_put_off": None}
 
     def remove(self) -> None:
         """Undo the tie: remove the hooks; the routers keep their state and may be attached again.

@@ -6,6 +6,7 @@ do, may have the method that registers a hook and never call one.
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -61,11 +62,12 @@ def num_running_steps(clocks: Sequence[Any]) -> int:
 
     Two or more where a step runs inside another: a subclass that calls super().step() runs its hooks twice.
     """
-    frame, running = sys._getframe(), 0
+    frame: FrameType | None = sys._getframe()
+    running = 0
     while frame is not None:
         if frame.f_code is _STEP_CODE:
             running += any(frame.f_locals.get("self") is clock for clock in clocks)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return running
 
 

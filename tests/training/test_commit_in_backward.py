@@ -212,45 +212,71 @@ def test_a_routers_own_commit_is_refused_in_a_backward_pass() -> None:
 
 
 class Nesting(torch.autograd.Function):
+    """Its backward runs a backward pass, as reentrant checkpointing does, and asks for a call inside the deepest."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, told: list[str]) -> Tensor:
-        ctx.told = told
+    def forward(ctx: Any, x: Tensor, depth: int, told: list[str]) -> Tensor:
+        ctx.depth, ctx.told = depth, told
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        nested(ctx.told, "in a node")
-        return dy, None
-
-
-def nested(told: list[str], name: str) -> None:
-    with torch.enable_grad():
-        y = torch.ones(2, requires_grad=True) * 2
-        y.register_hook(lambda _: ops.call_after_backward(lambda: told.append(f"{name}: {ops.in_nested_backward()}")))
-        y.sum().backward()
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        with torch.enable_grad():
+            y = torch.ones(2, requires_grad=True, device=dy.device) * 2
+            y = Nesting.apply(y, ctx.depth - 1, ctx.told) if ctx.depth > 1 else y
+            if ctx.depth == 1:
+                y.register_hook(lambda _: ops.call_after_backward(lambda: ctx.told.append("called")))
+            y.sum().backward()
+        ctx.told.append(f"{ctx.depth} deep ends")
+        return dy, None, None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_end_of_the_outermost_pass_is_told_from_that_of_a_nested_one(device: str) -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_call_comes_at_the_end_of_the_outermost_pass(depth: int, device: str) -> None:
     """What is read for it is private to PyTorch: this holds it for each version claimed."""
     told: list[str] = []
     x = torch.ones(2, requires_grad=True, device=device)
-    y = Nesting.apply(x, told)
-    y.register_hook(lambda _: ops.call_after_backward(lambda: told.append(f"outermost: {ops.in_nested_backward()}")))
-    y.sum().backward()
-    assert told == ["in a node: True", "outermost: False"]
-    assert not ops.in_nested_backward()
-    told.clear()
-    nested(told, "alone")
-    assert told == ["alone: False"]
+    z = x * 1
+    z.register_hook(lambda _: told.append("the outermost goes on"))
+    y = Nesting.apply(z, depth, told)
+    for _ in range(2):  # nothing stays on a graph that is kept
+        told.clear()
+        y.sum().backward(retain_graph=True)
+        nested = [f"{level} deep ends" for level in range(1, depth + 1)]
+        assert told == [*nested, "the outermost goes on", "called"]
 
 
-def test_a_backward_pass_inside_a_hook_is_nested() -> None:
+def test_a_call_of_a_plain_pass_comes_at_its_end() -> None:
     told: list[str] = []
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda _: nested(told, "in a hook"))
-    (x * 2).sum().backward()
-    assert told == ["in a hook: True"]
+    x.register_hook(lambda _: told.append("first layer"))
+    y = x * 2
+    y.register_hook(lambda _: ops.call_after_backward(lambda: told.append("called")))
+    y.sum().backward()
+    assert told == ["first layer", "called"]
+
+
+def test_a_commit_in_a_pass_that_a_hook_began_waits_for_the_next_forward() -> None:
+    """Nothing tells the end of the outer pass there."""
+    model = Model(reentrant=False, head=False)
+    attachment = attach(model, SGD(model.parameters(), lr=1e-3))
+
+    def begin(_gradient: Tensor) -> None:
+        with torch.enable_grad():
+            y = torch.ones(2, requires_grad=True) * 2
+            y.register_hook(lambda _: attachment.commit())
+            y.sum().backward()
+
+    y = model(batch(0))
+    y.register_hook(begin)
+    y.backward()
+    for forward, again in model.take_ids():
+        assert_same_bits(again, forward)
+    assert model.pending() == [T] * NUM_BLOCKS
+    model(batch(1))
+    assert model.pending() == [T] * NUM_BLOCKS, "of the second alone"
+    assert all(router.has_data for router in model.routers())
 
 
 def train_on_ranks(rank: int, num_ranks: int) -> list[dict[str, Tensor]]:
