@@ -15,7 +15,9 @@ from kmeans_route.training.optimizers import num_running_steps, parameters_of
 MOST_UPDATES = 3
 """Updates of the parameters without a step of the optimizer attached to; with one more it is said."""
 MOST_FORWARDS = 1024
-"""Forwards without a step, where nothing tells that the parameters move; four times the most seen, if that is more."""
+"""Forwards without a step, where nothing tells that the parameters move."""
+TIMES_USUAL = 4
+"""Where more have come between two steps before, this many times as many are allowed."""
 NUM_PROBES = 16
 
 
@@ -45,14 +47,15 @@ class Overdue:
         self._parameters = [weakref.ref(p) for p in trained]
         self._probes = self._parameters[:: -(-len(trained) // NUM_PROBES) or 1]
         self._same_parameters: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._most = MOST_FORWARDS
+        self._most_forwards, self._most_updates = MOST_FORWARDS, MOST_UPDATES
         self._told = self._told_of_reentrant = False
-        self._forwards = 0
+        self._forwards = self._updates = self._steps_of_another = 0
         self.stepped()
 
     def stepped(self) -> None:
         """The optimizer has stepped, or a commit was called: all is well."""
-        self._most = max(self._most, 4 * self._forwards)
+        self._most_forwards = max(self._most_forwards, TIMES_USUAL * self._forwards)
+        self._most_updates = max(self._most_updates, TIMES_USUAL * self._updates, TIMES_USUAL * self._steps_of_another)
         self._forwards = self._updates = self._steps_of_another = 0
         self._looked = False
         self._versions: list[int] = []
@@ -71,9 +74,9 @@ class Overdue:
             changed = sum(new != old for new, old in zip(versions, self._versions, strict=True))
             self._updates += 2 * changed > len(versions)
         self._versions = versions
-        if self._updates > MOST_UPDATES:
+        if self._updates > self._most_updates:
             self._tell(f"in {self._forwards} forwards that counted its parameters were updated {self._updates} times")
-        elif self._forwards > self._most:
+        elif self._forwards > self._most_forwards:
             self._tell(f"{self._forwards} forwards have counted since")
 
     def recomputation(self, root: nn.Module) -> None:
@@ -99,7 +102,7 @@ class Overdue:
             same = self._same_parameters[optimizer] = any(id(p) in own for p in parameters_of([optimizer]))
         if same:
             self._steps_of_another += 1
-            if self._steps_of_another > MOST_UPDATES:
+            if self._steps_of_another > self._most_updates:
                 name = type(optimizer).__name__
                 self._tell(f"another {name} has stepped the same parameters {self._steps_of_another} times")
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kmeans_route import LearnedRouter, MoE, attach
 from kmeans_route.training import overdue
-from kmeans_route.training.overdue import MOST_FORWARDS, MOST_UPDATES
+from kmeans_route.training.overdue import MOST_FORWARDS, MOST_UPDATES, TIMES_USUAL
 from tests.helpers.compare import generator
 
 D, T = 8, 16
@@ -141,7 +141,7 @@ def test_the_number_of_micro_batches_that_is_usual_is_learned() -> None:
         model(batch())
     optimizer.step()
     assert attachment._overdue is not None
-    assert attachment._overdue._most == 4 * usual
+    assert attachment._overdue._most_forwards == TIMES_USUAL * usual
 
 
 @pytest.mark.parametrize("every_n_steps", [1, 5])
@@ -186,6 +186,22 @@ def test_other_optimizers_and_other_writes_are_not_overdue() -> None:
             tied.step()
 
     assert said_in(train) == []
+
+
+def test_the_steps_of_another_that_are_usual_are_learned() -> None:
+    """Actor and critic share a body: the critic steps as often as it did before."""
+    model = make()
+    actor, critic = SGD(model.parameters(), 1e-3), SGD(model.parameters(), 1e-3)
+    attach(model, actor)
+
+    def train(updates: int) -> None:
+        for _ in range(updates):
+            backward(model)
+            critic.step()
+
+    assert said_in(lambda: (train(MOST_UPDATES), actor.step(), train(TIMES_USUAL * MOST_UPDATES), actor.step())) == []
+    (said,) = said_in(lambda: train(2 * TIMES_USUAL**2 * MOST_UPDATES))
+    assert f"another SGD has stepped the same parameters {TIMES_USUAL**2 * MOST_UPDATES + 1} times" in said
 
 
 @pytest.mark.parametrize("still", ["eval", "no_grad", "frozen", "softmax"])
