@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from kmeans_route import KMeansRouter, MoE, attach, ops
 from tests.helpers.compare import assert_same_bits, generator
@@ -153,7 +153,8 @@ class Found(SGD):
 
 
 @pytest.mark.parametrize(
-    ("flags", "pending"), [([1.0], T), ([0.0], 0), ([1.0, 0.0], 0), ([1.0, 1.0], T), ([1.0, None], 0)]
+    ("flags", "pending"),
+    [([1.0], T), ([0.0], 0), ([1.0, 0.0], 0), ([0.0, 1.0], 0), ([1.0, 1.0], T), ([1.0, None], 0), ([None, 1.0], 0)],
 )
 def test_a_skipped_step_is_skipped_at_the_end_too(flags: list[float | None], pending: int) -> None:
     """Of two commits that one pass asks for, one is made, unless both are skipped."""
@@ -309,3 +310,25 @@ def test_ranks_commit_alike_at_the_end_of_their_backward_passes(tmp_path: Path) 
         for name, value in ranks[0][1].items():
             assert_same_bits(behind[name], value, name)
             assert_same_bits(inside[name], value, name)
+
+
+def recompute_the_whole(rank: int) -> list[tuple[int, bool]]:
+    """After each backward pass, the forwards counted, and whether the exchange that the forward began is under way."""
+    model = Model(reentrant=False, head=False)
+    optimizer = SGD(model.parameters(), lr=0.0)
+    attachment = attach(model, optimizer, overlap_after=1)
+    told = []
+    for step in range(2):
+        with set_checkpoint_early_stop(False):  # by default the last layers are not run again
+            loss = checkpoint(model, batch(10 * step + rank), use_reentrant=False)
+        loss.backward()
+        assert attachment._exchange is not None
+        told.append((attachment._forwards, attachment._exchange.under_way(model.routers())))  # type: ignore[arg-type]
+        optimizer.step()
+        assert model.pending() == [0] * NUM_BLOCKS
+    return told
+
+
+def test_the_recomputation_of_the_whole_is_no_forward_more(tmp_path: Path) -> None:
+    """One that counted would give up the exchange that runs beside the backward pass."""
+    assert run_on_ranks(recompute_the_whole, 2, tmp_path) == [[(1, True)] * 2] * 2

@@ -346,3 +346,15 @@ def test_parts_and_the_other_kind_are_counted_and_nothing_is_said(reentrant: boo
 
     assert said_in(train) == []
     assert int(model.moe.router.steps) == 2
+
+
+def test_a_commit_between_a_forward_and_its_backward_pass_is_no_reentrant_checkpoint() -> None:
+    model = make()
+    attachment = attach(model, SGD(model.parameters(), 1e-3))
+
+    def train() -> None:
+        loss = checkpoint(model, batch().requires_grad_(), use_reentrant=False).square().mean()
+        attachment.commit()
+        loss.backward()
+
+    assert said_in(train) == []
