@@ -37,8 +37,9 @@ class Attachment:
         self._exchange = exchange
         self._steps = self._forwards = 0
         self._put_off: tuple[torch.Tensor | None] | None = None
-        self._handles = [clock.register_step_post_hook(self._after_step) for clock in _each_once(clocks)]
         self._clocks = [weakref.ref(clock) for clock in clocks]
+        # First of all that marks something, since a foreign clock may refuse.
+        self._handles = [clock.register_step_post_hook(self._after_step) for clock in _each_once(clocks)]
         self._scope = CountingScope(self)
         for router in routers.values():
             router.bind(self._scope)
