@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kmeans_route.backends.torch import zero_past_end_
+
 
 def _one_call(rows: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm takes these shapes: rows of a multiple of 16 bytes, in a dtype it knows, and some of them."""
@@ -25,16 +27,18 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """rows[offsets[e] : offsets[e+1]] @ weight[e].T for every e: (M, N) from (M, D), (E, N, D), (E+1,) int32.
 
     One grouped_mm where it takes the shapes, else a loop over the experts, which reads the offsets back to the host.
-    Rows at offsets[E] and after come out undefined. An operator of its own, because torch.compile knows grouped_mm in
-    bf16 only, and because its own backward refuses expanded gradients.
+    Rows at offsets[E] and after may hold anything and come out 0: grouped_mm leaves them unwritten, and anomaly mode
+    and hooks that look for NaN would find some there. An operator of its own, because torch.compile knows grouped_mm
+    in bf16 only, and because its own backward refuses expanded gradients.
     """
     with torch.autocast(rows.device.type, enabled=False):
         if _one_call(rows, weight):
-            return F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets[1:])
-        y = rows.new_zeros(rows.shape[0], weight.shape[1])
-        for e, span in enumerate(_spans(offsets)):
-            torch.mm(rows[span], weight[e].T, out=y[span])
-        return y
+            y = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets[1:])
+        else:
+            y = rows.new_empty(rows.shape[0], weight.shape[1])
+            for e, span in enumerate(_spans(offsets)):
+                torch.mm(rows[span], weight[e].T, out=y[span])
+        return zero_past_end_(y, offsets)
 
 
 @grouped_linear.register_fake
@@ -48,12 +52,13 @@ def _grouped_linear_bwd(dy: Tensor, rows: Tensor, weight: Tensor, offsets: Tenso
         dy = dy.contiguous()
         if _one_call(rows, weight):
             d_rows = F.grouped_mm(dy, weight, offs=offsets[1:])
-            return d_rows, F.grouped_mm(dy.T, rows.contiguous(), offs=offsets[1:])
-        d_rows, d_weight = torch.zeros_like(rows), torch.zeros_like(weight)
-        for e, span in enumerate(_spans(offsets)):
-            torch.mm(dy[span], weight[e], out=d_rows[span])
-            torch.mm(dy[span].T, rows[span], out=d_weight[e])
-        return d_rows, d_weight
+            d_weight = F.grouped_mm(dy.T, rows.contiguous(), offs=offsets[1:])
+        else:
+            d_rows, d_weight = rows.new_empty(rows.shape), weight.new_empty(weight.shape)
+            for e, span in enumerate(_spans(offsets)):
+                torch.mm(dy[span], weight[e], out=d_rows[span])
+                torch.mm(dy[span].T, rows[span], out=d_weight[e])
+        return zero_past_end_(d_rows, offsets), d_weight
 
 
 @_grouped_linear_bwd.register_fake

@@ -122,9 +122,10 @@ def _to_experts(rows: Tensor, order: Tensor, pieces: Pieces) -> Tensor:
 
 
 def _to_tokens(rows: Tensor, place: Tensor, pieces: Pieces) -> Tensor:
-    """(T*K, D), undefined after the rows that were sent, from (M, D) in expert order."""
-    y = rows.new_empty(pieces.num_rows, rows.shape[1])
-    returned, sent = y[: sum(pieces.to_ranks)], rows.index_select(0, place)
+    """(T*K, D), 0 after the rows that were sent, from (M, D) in expert order."""
+    y, num_sent = rows.new_empty(pieces.num_rows, rows.shape[1]), sum(pieces.to_ranks)
+    y[num_sent:] = 0.0
+    returned, sent = y[:num_sent], rows.index_select(0, place)
     dist.all_to_all_single(returned, sent, pieces.to_ranks, pieces.from_ranks, group=pieces.group)
     return y
 
@@ -199,8 +200,7 @@ class ParallelExperts(nn.Module):
         average_gradients: divide the gradients of the weights by R.
 
     Shape:
-        x_sorted (M, D), offsets (E+1,) int32 -> (M, D), of this rank's tokens. Rows at offsets[E] and after come out
-        undefined.
+        x_sorted (M, D), offsets (E+1,) int32 -> (M, D), of this rank's tokens. Rows at offsets[E] and after come out 0.
     """
 
     def __init__(self, experts: Experts, mesh: DeviceMesh, *, average_gradients: bool) -> None:

@@ -28,7 +28,7 @@ class Experts(nn.Module):
         num_experts, hidden_size, intermediate_size: E, D, I.
 
     Shape:
-        x_sorted (M, D), offsets (E+1,) int32 -> (M, D). Rows at offsets[E] and after come out undefined.
+        x_sorted (M, D), offsets (E+1,) int32 -> (M, D). Rows at offsets[E] and after may hold anything and come out 0.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:

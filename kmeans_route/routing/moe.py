@@ -127,5 +127,4 @@ class MoE(nn.Module):
         tokens = self.router.enter(x, mask)
         routing, sent = self.router.route_dispatch(tokens)
         y, y_sorted = self._apply_experts(tokens, routing, sent)
-        past = torch.arange(y_sorted.shape[0], device=y_sorted.device) >= sent.offsets[-1]
-        return MoEDetails(routing, sent, y_sorted.masked_fill(past[:, None], 0.0), y.view(x.shape))
+        return MoEDetails(routing, sent, y_sorted, y.view(x.shape))
