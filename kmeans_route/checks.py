@@ -17,6 +17,10 @@ GROUP_SCORES = ("top2", "max")
 ACCUMULATES = ("unit", "raw")
 DEFAULT_TAU = 0.2
 """Temperature of the gates: the winner of docs/quality.md."""
+MIN_TAU = 1e-6
+"""A cosine in fp32 is not known to less; and from 1e-39 on 1 / tau is infinite, and gates are NaN."""
+MAX_FACTOR = 1e30
+"""Of gates and bias steps: products with fp32 values stay finite, also divided by the smallest tau."""
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -62,8 +66,8 @@ def check_route_options(
         raise ValueError(f"top_k must be in [1, {num_experts}], got {top_k}: lower top_k or raise num_experts")
     check_choice("gate", gate, GATES)
     check_choice("group_score", group_score, GROUP_SCORES)
-    check_range("tau", tau, 0.0, math.inf, low_open=True)
-    check_range("scaling", scaling, 0.0, math.inf, low_open=True)
+    check_range("tau", tau, MIN_TAU, math.inf)
+    check_range("scaling", scaling, 1 / MAX_FACTOR, MAX_FACTOR)
     if (n_group is None) != (topk_group is None):
         raise ValueError(
             f"n_group and topk_group must be given together, got n_group={n_group}, topk_group={topk_group}: "

@@ -101,10 +101,10 @@ def route(
             looking at them would stall the device, a row that is not so is routed as if none had been given.
         directions: (E, D) in x's dtype, finite, what `directions(weight, x.dtype)` returns, to save that step.
         gate: "softmax", "sigmoid", "cosine" or "uniform" over the selected scores.
-        tau: temperature of the softmax and sigmoid gates, > 0, in units of cosine.
+        tau: temperature of the softmax and sigmoid gates, at least 1e-6, in units of cosine.
         normalize: True: gates sum to `scaling` over the selected experts. False: softmax over all candidates, the
             others without the division.
-        scaling: factor on the gates, > 0.
+        scaling: factor on the gates, in [1e-30, 1e30).
         n_group, topk_group: choose from the `topk_group` best of `n_group` equal groups of experts; None for all.
         group_score: a group's score: "top2", the sum of its two largest s + b, or "max".
         return_scores: also return all scores (T, E).

@@ -8,6 +8,7 @@ Legend: T tokens, D hidden size, E experts, K top_k. x_t hidden state, c_e centr
 s_te score, g_te gate weight. Computation is in fp32, or fp64 when x is fp64.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,22 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def exporting_onnx() -> bool:
+    """Whether torch.onnx.export is at work; PyTorch imports torch.onnx when somebody asks for it."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and not torch.compiler.is_dynamo_compiling() and bool(onnx.is_in_onnx_export())
+
+
+def stable_order(values: Tensor, k: int, *, descending: bool) -> Tensor:
+    """Ids (..., k) of the first k in the order of the last dimension, ties to the lower id."""
+    if exporting_onnx():  # which has no stable sort; its TopK, unlike PyTorch's, gives ties to the lower id
+        return values.topk(k, largest=descending).indices
+    return values.sort(dim=-1, descending=descending, stable=True).indices[..., :k]
+
+
 def stable_topk(values: Tensor, k: int) -> Tensor:
     """Ids (..., k) of the k largest along the last dimension, by decreasing value, ties to the lower id."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return stable_order(values, k, descending=True)
 
 
 def finite_bias(bias: Tensor) -> Tensor:
@@ -141,7 +155,12 @@ def route_reference(
 
 def loads_reference(indices: Tensor, valid: Tensor, num_experts: int) -> Tensor:
     """The number of valid tokens that chose each expert, (E,) int64."""
-    return F.one_hot(indices, num_experts).sum(1)[valid].sum(0)
+    return (chosen_reference(indices, num_experts) * valid[:, None]).sum(0)
+
+
+def chosen_reference(indices: Tensor, num_experts: int) -> Tensor:
+    """How often each expert stands in each row of ids, (T, E) int64; F.one_hot looks at values, as vmap forbids."""
+    return (indices[:, :, None] == torch.arange(num_experts, device=indices.device)).sum(1)
 
 
 def score_std_reference(scores: Tensor) -> Tensor:
@@ -180,13 +199,26 @@ def dispatch_reference(x: Tensor, indices: Tensor, tokens_per_expert: Tensor, va
     """Copy each valid token to the rows of its K experts, in expert order; the others to zero rows at the end."""
     num_experts, top_k = tokens_per_expert.shape[0], indices.shape[1]
     key = torch.where(valid[:, None], indices, num_experts).flatten()
-    order = key.sort(stable=True).indices
+    order = stable_order(key, key.shape[0], descending=False)
     token_of_row = order // top_k
     positions = torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=x.device))
-    offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
-    offsets[1:] = tokens_per_expert.cumsum(0)
+    offsets = F.pad(tokens_per_expert.cumsum(0), (1, 0)).int()
     x_sorted = torch.where(valid[:, None], x, 0.0)[token_of_row]
     return Dispatch(x_sorted, positions.view_as(indices), token_of_row, offsets)
+
+
+def grouped_linear_reference(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """rows[offsets[e] : offsets[e+1]] @ weight[e].T for every e: (M, N) from (M, D), (E, N, D), (E+1,).
+
+    Every expert multiplies all rows, so that nothing hangs on the offsets but a mask: E times the arithmetic.
+    """
+    row = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    rows = torch.where(row < offsets[-1], rows, 0.0)
+    y = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for e in range(weight.shape[0]):
+        own = (row >= offsets[e]) & (row < offsets[e + 1])
+        y = y + torch.where(own, rows @ weight[e].T, 0.0)
+    return y
 
 
 def combine_reference(y_sorted: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
@@ -207,7 +239,7 @@ def centroid_sums_reference(
     dtype = compute_dtype(x.dtype)
     rows = torch.where(valid[:, None], x.detach(), 0.0).to(dtype)
     rows = rows if factor is None else rows * factor[:, None]
-    member = F.one_hot(indices, num_experts).sum(1).to(dtype) * valid[:, None]
+    member = chosen_reference(indices, num_experts).to(dtype) * valid[:, None]
     with torch.autocast(x.device.type, enabled=False):
         return member.T @ rows
 

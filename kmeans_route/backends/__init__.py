@@ -10,10 +10,12 @@ import os
 from importlib.util import find_spec
 from types import ModuleType
 
-from torch import bfloat16, device, dtype, float16, float32
+from torch import _C, bfloat16, compiler, device, dtype, float16, float32
+from torch.autograd import forward_ad
 
 from kmeans_route.backends import reference, torch, triton  # not PyTorch and Triton: the modules beside this one
 from kmeans_route.checks import check_choice
+from kmeans_route.reference import exporting_onnx
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 FUNCTIONS = ("accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd")
@@ -28,6 +30,19 @@ TRITON_MAX_EXPERTS = {float32: 512, float16: 1024, bfloat16: 1024}
 _MODULES: dict[str, ModuleType] = {"reference": reference, "torch": torch, "triton": triton}
 
 
+def by_definition() -> bool:
+    """Whether the definition runs now in place of every backend: inside torch.func transforms, forward-mode
+    derivatives and ONNX export, which know the operators of PyTorch alone.
+
+    Two of the flags are private to PyTorch; this is their only use, and tests hold them for each version claimed.
+    """
+    if _C._are_functorch_transforms_active():
+        return True
+    if compiler.is_dynamo_compiling():
+        return False
+    return forward_ad._current_level >= 0 or exporting_onnx()
+
+
 def get(name: str) -> ModuleType:
     """The module of a backend, by the name that `choose` gave."""
     return _MODULES[name]
@@ -36,17 +51,21 @@ def get(name: str) -> ModuleType:
 def choose(backend: str, where: device, kind: dtype | None = None, num_experts: int = 1) -> ModuleType:
     """The backend that runs on this device, for hidden states of this dtype, or of one that is not known yet.
 
+    Whatever its name, it is the definition where nothing else would do: see `by_definition`.
+
     Raises:
         ValueError: an unknown name, or "triton" for more experts than it takes. RuntimeError: "triton" where it cannot
         run: it is not installed, or the tensor is not on a GPU (and TRITON_INTERPRET is not set). TypeError: "triton"
         for a dtype that it does not take.
     """
     check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        _check_triton(where, kind, num_experts)
+    if by_definition():
+        return reference
     if backend == "auto":
         able = where.type == "cuda" and num_experts <= _most_experts(kind)
         return triton if TRITON_INSTALLED and able else torch
-    if backend == "triton":
-        _check_triton(where, kind, num_experts)
     return _MODULES[backend]
 
 

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kmeans_route import backends
 from kmeans_route.backends.torch import zero_past_end_
+from kmeans_route.ops.schema import no_autocast
+from kmeans_route.reference import grouped_linear_reference
 
 
 def _one_call(rows: Tensor, weight: Tensor) -> bool:
@@ -22,11 +25,18 @@ def _spans(offsets: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-@torch.library.custom_op("kmeans_route::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """rows[offsets[e] : offsets[e+1]] @ weight[e].T for every e: (M, N) from (M, D), (E, N, D), (E+1,) int32.
+    """rows[offsets[e] : offsets[e+1]] @ weight[e].T for every e: (M, N) from (M, D), (E, N, D), (E+1,) int32."""
+    if backends.by_definition():
+        with no_autocast(rows):
+            return grouped_linear_reference(rows, weight, offsets)
+    y: Tensor = _grouped_linear(rows, weight, offsets)
+    return y
 
-    One grouped_mm where it takes the shapes, else a loop over the experts, which reads the offsets back to the host.
+
+@torch.library.custom_op("kmeans_route::grouped_linear", mutates_args=())
+def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """One grouped_mm where it takes the shapes, else a loop over the experts, which reads the offsets back to the host.
     Rows at offsets[E] and after may hold anything and come out 0: grouped_mm leaves them unwritten, and anomaly mode
     and hooks that look for NaN would find some there. An operator of its own, because torch.compile knows grouped_mm
     in bf16 only, and because its own backward refuses expanded gradients.
@@ -41,7 +51,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return zero_past_end_(y, offsets)
 
 
-@grouped_linear.register_fake
+@_grouped_linear.register_fake
 def _(rows: Tensor, weight: Tensor, _offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
@@ -74,4 +84,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *_grouped_linear_bwd(dy, *ctx.saved_tensors), None
 
 
-grouped_linear.register_autograd(_backward, setup_context=_setup)
+_grouped_linear.register_autograd(_backward, setup_context=_setup)

@@ -28,7 +28,7 @@ def route(
 
 
 def _route_body(inputs: RouteInputs, options: RouteOptions, wanted: Wanted, backend: Any) -> Routed:
-    if inputs.indices is not None:
+    if inputs.indices is not None and not backends.by_definition():
         check_index_values(inputs.indices, inputs.directions.shape[0])
     with no_autocast(inputs.x):
         routed: Routed = backend.route_fwd(inputs, options, wanted)

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from kmeans_route import backends
+from kmeans_route.reference import exporting_onnx
 from kmeans_route.types import RouteOptions, Wanted
 
 Named = TypeVar("Named", bound=NamedTuple)
@@ -91,9 +95,26 @@ def exporting() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def traced() -> str:
+    """What makes a program of a forward, or another function of it, so that it may leave nothing behind; "" for none.
+
+    torch.compile does not: its programs write into the state as the forward does.
+    """
+    if exporting():
+        return "exported"
+    if backends.by_definition():
+        return "exported to ONNX" if exporting_onnx() else "transformed by torch.func or differentiated forward"
+    if torch.jit.is_tracing():
+        return "traced by torch.jit"
+    if not torch.compiler.is_compiling() and get_proxy_mode() is not None:
+        return "traced by make_fx"
+    return ""
+
+
 def recorded(*tensors: Tensor) -> bool:
-    """Whether autograd, a compiler or a tensor of another kind has to see an operator; it costs 0.15 ms on a CPU."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Whether autograd, a compiler, a tracer, a dispatch mode (which counts FLOPs, say) or a tensor of another kind has
+    to see an operator; it costs 0.15 ms on a CPU."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
     return set(map(type, tensors)) != {Tensor}
 

@@ -217,9 +217,9 @@ class StatefulRouter(nn.Module):
             return False
         active = None if self._scope is None else self._scope.active
         counting = self.training and torch.is_grad_enabled() if active is None else active
-        if counting and ops.exporting():
+        if counting and (how := ops.traced()):
             raise RuntimeError(
-                f"router {self.name!r} must be in eval mode to be exported, got training mode: the program would add "
+                f"router {self.name!r} must be in eval mode to be {how}, got training mode: what comes of it would add "
                 "to this router's statistics; call model.eval() first"
             )
         if counting and self.learns and not torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ from kmeans_route import backends, ops, reference
 from kmeans_route.checks import (
     ACCUMULATES,
     DEFAULT_TAU,
+    MAX_FACTOR,
     check_bias,
     check_choice,
     check_positive_int,
@@ -50,7 +51,7 @@ class KMeansRouter(CentroidCommit):
         accumulate: "unit" averages x_t / ||x_t||, "raw" averages x_t.
         balance: how the selection bias learns: "proportional" to the excess load in units of the score's spread,
             "sign" (the paper's), "quantile" (Kimi K3 report 2.3.3), or "none".
-        bias_rate: step of that rule, >= 0; None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile). Where a commit
+        bias_rate: step of that rule, in [0, 1e30); None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile). Where a commit
             has fewer than about 100 tokens an expert, 0.015 (proportional) leaves half of the imbalance, and takes
             twice as long to follow a change.
         gate, tau, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
@@ -122,7 +123,7 @@ class KMeansRouter(CentroidCommit):
         check_choice("init", init, INITS)
         check_range("decay", decay, 0.0, 1.0)
         bias_rate = BIAS_RATES[balance] if bias_rate is None else bias_rate
-        check_range("bias_rate", bias_rate, 0.0, math.inf)
+        check_range("bias_rate", bias_rate, 0.0, MAX_FACTOR)
         super().__init__(hidden_size, num_experts, seed=seed, name=name)
         self.options = check_route_options(
             num_experts,
@@ -296,7 +297,8 @@ class KMeansRouter(CentroidCommit):
         Nothing tells for certain that a buffer was written: not its address, which memory of another use may take, and
         not its version, which `.data`, collectives and other processes leave alone.
         """
-        if not self.frozen or torch.compiler.is_compiling() or _is_capturing(self.weight.device):
+        looked_at = torch.compiler.is_compiling() or bool(ops.traced())  # whoever that is shall not find a constant
+        if not self.frozen or looked_at or _is_capturing(self.weight.device):
             return ops.directions(self.weight, dtype, backend)
         whose, pinned = self._pinned.get(dtype, (None, self.weight))
         if whose is not self.weight:  # functional_call, for one, puts another tensor in its place

@@ -17,6 +17,7 @@ from kmeans_route import backends, metrics, ops, reference
 from kmeans_route.backends.torch import count_experts, margin_hist
 from kmeans_route.backends.torch_topk import exact_topk
 from kmeans_route.checks import (
+    MAX_FACTOR,
     check_choice,
     check_positive_int,
     check_range,
@@ -42,7 +43,7 @@ class LearnedRouter(StatefulRouter):
             None for "aux" with softmax and "sign" with sigmoid.
         aux_loss_coef: factor on the Switch loss, >= 0.
         bias_rate: step of the bias rule, >= 0; None for 0.01 (sign), 0.1 (quantile).
-        scaling: factor on the gates, > 0.
+        scaling: factor on the gates, in [1e-30, 1e30).
         seed, name: seed of the private generator that draws the weights.
 
     Shape:
@@ -75,7 +76,7 @@ class LearnedRouter(StatefulRouter):
         check_choice("balance", balance, BALANCES)
         check_range("aux_loss_coef", aux_loss_coef, 0.0, math.inf)
         bias_rate = BIAS_RATES[balance] if bias_rate is None else bias_rate
-        check_range("bias_rate", bias_rate, 0.0, math.inf)
+        check_range("bias_rate", bias_rate, 0.0, MAX_FACTOR)
         super().__init__(hidden_size, num_experts, seed=seed, name=name)
         self.options = check_route_options(num_experts, top_k, scaling=scaling)
         self.top_k, self.kind, self.balance, self.scaling = top_k, kind, balance, scaling
@@ -139,7 +140,7 @@ class LearnedRouter(StatefulRouter):
         return self._tell(tokens, routing)
 
     def _learn(self, x: Tensor, probabilities: Tensor, routing: Routing) -> None:
-        if self.balance == "aux" and not ops.exporting():
+        if self.balance == "aux" and not ops.traced():
             self._check_aux_loss_trains()
             self.switch_loss = self._switch_loss(probabilities, routing)
         if self.counts_now():
@@ -165,7 +166,8 @@ class LearnedRouter(StatefulRouter):
         num_tokens = logits.shape[0]
         valid = logits.new_ones(num_tokens, dtype=torch.bool) if mask is None else mask
         if self.balance in ("sign", "quantile"):
-            choose = stable_topk if torch.compiler.is_compiling() else exact_topk  # the latter branches on data
+            by_definition = torch.compiler.is_compiling() or backends.by_definition()
+            choose = stable_topk if by_definition else exact_topk  # the latter branches on data
             indices = choose(probabilities.detach() + self.expert_bias, self.top_k)
             selected = probabilities.gather(1, indices)
         else:
@@ -175,7 +177,10 @@ class LearnedRouter(StatefulRouter):
             first_ids = torch.arange(self.top_k, device=indices.device)
             indices = torch.where(mask[:, None], indices, first_ids)
             weights = torch.where(mask[:, None], weights, 0.0)
-        counts = count_experts(indices, valid, self.num_experts, all_valid=mask is None)
+        if backends.by_definition():
+            counts = reference.loads_reference(indices, valid, self.num_experts)
+        else:
+            counts = count_experts(indices, valid, self.num_experts, all_valid=mask is None)
         inv_norm = logits.new_zeros(num_tokens)
         return Routing(indices, weights, selected, logits, counts, inv_norm, valid)
 

@@ -51,6 +51,11 @@ OPTION_CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tau zero": ({"tau": 0.0}, ValueError, r"tau must be .*0.*got 0"),
     "tau negative": ({"tau": -0.05}, ValueError, r"tau must be .*0.*got -0\.05"),
     "tau NaN": ({"tau": float("nan")}, ValueError, r"tau must be .*got nan"),
+    "tau next to zero": ({"tau": 1e-40}, ValueError, r"tau must be in \[1e-06, inf\), got 1e-40"),
+    "tau next to zero, sigmoid": ({"tau": 9.9e-7, "gate": "sigmoid"}, ValueError, r"tau must be in \[1e-06, inf\)"),
+    "scaling beyond fp32": ({"scaling": 1e39}, ValueError, r"scaling must be in \[1e-30, 1e\+30\), got 1e\+39"),
+    "scaling below fp32": ({"scaling": 1e-46}, ValueError, r"scaling must be in \[1e-30, 1e\+30\), got 1e-46"),
+    "scaling infinite": ({"scaling": float("inf")}, ValueError, r"scaling must be .*got inf"),
     "scaling NaN": ({"scaling": float("nan")}, ValueError, r"scaling must be .*got nan"),
     "gate": (
         {"gate": "relu"},
@@ -81,6 +86,57 @@ def test_options(case: str) -> None:
     arguments = dict(arguments)
     with raises(error, match):
         route(X, WEIGHT, arguments.pop("top_k", K), **arguments)
+
+
+@pytest.mark.parametrize("balance", ["proportional", "sign", "quantile"])
+def test_bias_steps_beyond_fp32_are_refused(balance: str) -> None:
+    """Infinite times the 0 of a balanced expert would be NaN in the state."""
+    with raises(ValueError, r"bias_rate must be in \[0, 1e\+30\), got 1e\+39"):
+        KMeansRouter(D, E, K, balance=balance, bias_rate=1e39)
+    if balance != "proportional":
+        with raises(ValueError, r"bias_rate must be in \[0, 1e\+30\), got 1e\+39"):
+            LearnedRouter(D, E, K, kind="sigmoid", balance=balance, bias_rate=1e39)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "cosine"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    "edge", [{"tau": 1e-6}, {"tau": 1e30}, {"scaling": 9e29}, {"tau": 1e-6, "scaling": 9e29}], ids=str
+)
+def test_the_extremes_that_are_let_in_stay_finite(
+    edge: dict[str, float], normalize: bool, gate: str, backend: str
+) -> None:
+    x = X.clone().requires_grad_()
+    weights = route(x, WEIGHT, K, gate=gate, normalize=normalize, backend=backend, **edge).weights
+    assert weights.isfinite().all()
+    assert (weights >= 0).all()
+    if normalize:
+        torch.testing.assert_close(weights.sum(1), torch.full((T,), edge.get("scaling", 1.0)))
+    weights[:, 0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias_rate": 9e29},
+        {"bias_rate": 9e29, "balance": "sign"},
+        {"bias_rate": 9e29, "balance": "quantile"},
+        {"decay": 1 - 1e-9},
+        {"decay": 0.0},
+    ],
+    ids=str,
+)
+def test_extreme_steps_leave_a_finite_state(options: dict[str, Any]) -> None:
+    router = KMeansRouter(D, E, K, **options)
+    for _ in range(3):
+        router(X.clone().requires_grad_()).weights.sum().backward()
+        router.commit()
+    assert router.weight.isfinite().all()
+    assert router.expert_bias.isfinite().all()
+    assert (router.expert_bias.abs() <= 2).all()
 
 
 def test_top_k_message_word_for_word() -> None:

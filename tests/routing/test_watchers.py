@@ -149,7 +149,9 @@ def test_watched_training_is_plain_training(how: str) -> None:
 
     def call(*args: Any) -> Tensor:
         checkpointed = how == "checkpointed"
-        y: Tensor = torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False) if checkpointed else layer(*args)
+        y: Tensor = (
+            torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False) if checkpointed else layer(*args)
+        )
         return y
 
     with torch.autograd.detect_anomaly(check_nan=True):
