@@ -5,6 +5,7 @@ RuntimeError for device and state.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -88,8 +89,14 @@ def check_route_options(
 
 def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
     """Check hidden states (..., D) and return them as (T, D)."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            "x must be a torch.Tensor, got the Proxy of torch.fx.symbolic_trace: give torch.fx.Tracer an is_leaf_module "
+            "that is true for this module, or use torch.export, in eval mode"
+        )
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}: convert it first")
+    check_plain("x", x)
     if x.is_nested:
         raise TypeError("x must be a dense tensor, got a nested one: pass x.values(), or pad it and pass a mask")
     if x.dim() < 1 or x.shape[-1] != hidden_size:
@@ -104,6 +111,26 @@ def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
             f"x must have at least 16 bits an element, got {x.dtype}: route before quantising, or x.bfloat16()"
         )
     return x if x.dim() == 2 else x.reshape(-1, hidden_size)
+
+
+def check_plain(name: str, tensor: Tensor, *, state: bool = False) -> None:
+    """Raise TypeError for a DTensor: whether ranks hold other tokens, and gradients add up, only its owner knows.
+
+    Args:
+        state: it belongs to a module, and does not come with the tokens.
+    """
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none, and importing it takes time
+    if module is None or not isinstance(tensor, module.DTensor):
+        return
+    remedy = f"pass what this rank holds, {name}.to_local(), and make a DTensor of the result"
+    if state:
+        remedy = (
+            "keep routers and experts out of distribute_module and parallelize_module; fully_shard and "
+            "kmeans_route.expert_parallel know them"
+        )
+    raise TypeError(f"{name} must be a plain tensor, got a DTensor with {tensor.placements}: {remedy}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, owner: str) -> None:
@@ -128,6 +155,7 @@ def flatten_mask(mask: Tensor | None, x: Tensor, name: str = "mask") -> Tensor |
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {got}: convert it with {name}.bool(), true for real tokens")
+    check_plain(name, mask)
     num_tokens = math.prod(x.shape[:-1])
     if tuple(mask.shape) not in (tuple(x.shape[:-1]), (num_tokens,)):
         raise ValueError(
@@ -145,6 +173,7 @@ def check_indices(indices: Tensor | None, x: Tensor, top_k: int) -> Tensor | Non
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be an int64 tensor, got {got}: convert it with indices.long()")
+    check_plain("indices", indices)
     num_tokens = math.prod(x.shape[:-1])
     if tuple(indices.shape) not in ((num_tokens, top_k), (*x.shape[:-1], top_k)):
         raise ValueError(

@@ -11,6 +11,7 @@ from kmeans_route.checks import (
     check_choice,
     check_device,
     check_indices,
+    check_plain,
     check_route_options,
     flatten_hidden_states,
     flatten_mask,
@@ -34,6 +35,8 @@ def enter(
     Args:
         centroids: (E, D), on the device where x must be. owner: whose they are, for the message.
     """
+    ops.tell_flop_counters()
+    check_plain(owner, centroids, state=True)
     num_experts, hidden_size = centroids.shape
     x_TD = flatten_hidden_states(x, hidden_size)
     check_device("x", x, centroids.device, owner)
@@ -142,6 +145,7 @@ def route(
     )
     tokens = enter(x, mask, None, indices, centroids=weight, owner="weight", top_k=top_k, backend=backend)
     if expert_bias is not None:
+        check_plain("expert_bias", expert_bias)
         check_bias(expert_bias, num_experts, x.device, "x")
     if directions is None:
         directions = ops.directions(weight, x.dtype, tokens.backend)
@@ -205,6 +209,7 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
         ValueError: y_sorted has not T*K rows. RuntimeError: another device.
     """
     rows = routing.indices.numel()
+    check_plain("y_sorted", y_sorted)
     if y_sorted.dim() != 2 or y_sorted.shape[0] != rows:
         raise ValueError(
             f"y_sorted must have shape ({rows}, D), got {tuple(y_sorted.shape)}: one row for each row of x_sorted"

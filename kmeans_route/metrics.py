@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from kmeans_route.reference import product
+
 MIN_NORM = 1e-12  # a centroid shorter than this has no direction, as in `directions`
 
 
@@ -154,7 +156,7 @@ def effective_experts(indices: Tensor, num_experts: int, mask: Tensor | None = N
     total = keep.sum(-2, keepdim=True).clamp_min(1)
     centred = (chosen - (chosen * keep).sum(-2, keepdim=True) / total) * keep
     with torch.autocast(indices.device.type, enabled=False):
-        covariance = centred.mT @ centred / total
+        covariance = product(centred.mT, centred) / total
     trace, squares = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), covariance.square().sum((-2, -1))
     return (1 + trace**2 / torch.where(squares > 0, squares, 1.0)).clamp(1, num_experts)
 
@@ -174,7 +176,7 @@ def pairwise_cosine(weight: Tensor) -> Tensor:
     """
     d = _directions(weight, "weight")
     with torch.autocast(d.device.type, enabled=False):
-        return (d @ d.mT).clamp(-1, 1)
+        return product(d, d.mT).clamp(-1, 1)
 
 
 def mean_pairwise_cosine(weight: Tensor) -> Tensor:

@@ -32,6 +32,27 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in fp32 as exact as fp32 is, whatever `torch.set_float32_matmul_precision` says.
+
+    "medium" would round fp32 factors to bf16 on a CPU, "high" to TF32 on a GPU: errors of 1e-3 in a score, where
+    hidden states share an offset as large as the margins between experts. The setting belongs to all threads of the
+    process and cannot be changed for one product, so there the product is taken in fp64.
+    """
+    if a.dtype == torch.float32 and _rounds_fp32(a.device.type):
+        return (a.double() @ b.double()).float()
+    return a @ b
+
+
+def _rounds_fp32(device_type: str) -> bool:
+    if device_type not in ("cpu", "cuda"):
+        return False
+    if torch.compiler.is_dynamo_compiling():  # which cannot ask
+        return True
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    return backend.matmul.fp32_precision in ("bf16", "tf32")
+
+
 def exporting_onnx() -> bool:
     """Whether torch.onnx.export is at work; PyTorch imports torch.onnx when somebody asks for it."""
     onnx = sys.modules.get("torch.onnx")
@@ -95,8 +116,7 @@ def candidates_reference(ranking: Tensor, options: RouteOptions) -> Tensor:
     grouped = ranking.view(num_tokens, options.n_group, size)
     best = min(2, size) if options.group_score == "top2" else 1
     group_score = grouped.topk(best, dim=2).values.sum(2)
-    kept = torch.zeros_like(group_score, dtype=torch.bool)
-    kept.scatter_(1, stable_topk(group_score, options.topk_group), True)
+    kept = chosen_reference(stable_topk(group_score, options.topk_group), options.n_group) > 0
     return kept.repeat_interleave(size, dim=1)
 
 
@@ -136,7 +156,7 @@ def route_reference(
         rows = torch.where(valid[:, None], x, 0.0).to(dtype)
         squared_norm = torch.where(valid, rows.square().sum(1), 1.0)
         inv_norm = torch.where(valid, squared_norm.rsqrt(), 0.0)
-        s_TE = (rows @ directions.to(dtype).T) * inv_norm[:, None]
+        s_TE = product(rows, directions.to(dtype).T) * inv_norm[:, None]
 
         ranking = s_TE.detach() if expert_bias is None else s_TE.detach() + finite_bias(expert_bias).to(dtype)
         candidates = candidates_reference(ranking, options)
@@ -144,7 +164,7 @@ def route_reference(
         indices = chosen if indices is None else replay_or_choose(indices, chosen, num_experts)
         first_ids = torch.arange(options.top_k, device=x.device)
         indices = torch.where(valid[:, None], indices, first_ids)
-        candidates = candidates.scatter(1, indices, True)  # replayed ids count as candidates
+        candidates = candidates | (chosen_reference(indices, num_experts) > 0)  # replayed ids count as candidates
 
         s_TK = s_TE.gather(1, indices)
         g_TK = gates_reference(s_TK, s_TE, candidates, options)
@@ -241,7 +261,7 @@ def centroid_sums_reference(
     rows = rows if factor is None else rows * factor[:, None]
     member = chosen_reference(indices, num_experts).to(dtype) * valid[:, None]
     with torch.autocast(x.device.type, enabled=False):
-        return member.T @ rows
+        return product(member.T, rows)
 
 
 class State(NamedTuple):

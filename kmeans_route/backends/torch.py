@@ -30,6 +30,7 @@ from kmeans_route.reference import (
     directions_reference,
     finite_bias,
     gates_reference,
+    product,
     replay_or_choose,
 )
 from kmeans_route.types import (
@@ -72,14 +73,14 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
     d_DE = directions.to(dtype).T
     if x.numel() * dtype.itemsize <= CHUNK_BYTES:
         x_c = x.to(dtype)
-        norm, scores = torch.linalg.vector_norm(x_c, dim=1), x_c @ d_DE
+        norm, scores = torch.linalg.vector_norm(x_c, dim=1), product(x_c, d_DE)
     else:
         scores = x.new_empty(x.shape[0], directions.shape[0], dtype=dtype)
         norm = x.new_empty(x.shape[0], dtype=dtype)
         for c in chunks(x):
             x_c = x[c].to(dtype)
             torch.linalg.vector_norm(x_c, dim=1, out=norm[c])
-            torch.mm(x_c, d_DE, out=scores[c])
+            scores[c] = product(x_c, d_DE)
             del x_c  # one fp32 copy of 16-bit rows at a time
     valid, all_valid = _validity(norm, mask)
     inv_norm = norm.reciprocal_()
@@ -214,7 +215,7 @@ def softmax_rows(z: Tensor) -> Tensor:
 
 def row_sums(values: Tensor) -> Tensor:
     """(T, K) -> (T, 1), as a product with ones: quicker than a sum over so short a dimension."""
-    return values @ values.new_ones(values.shape[1], 1)
+    return product(values, values.new_ones(values.shape[1], 1))
 
 
 def _score_std(scores: Tensor) -> Tensor:
@@ -301,7 +302,7 @@ def route_bwd(
     def rows(c: slice) -> Tensor:
         if sparse:
             return F.embedding_bag(indices[c], d_ED, per_sample_weights=ds[c], mode="sum")
-        return ds[c] @ d_ED
+        return product(ds[c], d_ED)
 
     if x.dtype == selected.dtype:
         dx = rows(slice(None)).addcmul_(x, coef)
@@ -349,7 +350,7 @@ def directions_bwd(
     if not _all_true(saved.valid):  # a factor 0 would leave the NaN of a bad row standing
         bad = ~saved.valid[:, None]
         ds, x = ds.masked_fill(bad, 0.0), x.masked_fill(bad, 0.0)
-    return (ds.T @ x.to(ds.dtype)).to(x.dtype)
+    return product(ds.T, x.to(ds.dtype)).to(x.dtype)
 
 
 def _zero_rows(rows: Tensor, valid: Tensor) -> Tensor:
@@ -373,7 +374,7 @@ def _add_centroid_sums_(sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor
     member.scatter_(1, indices, factor[:, None].expand_as(indices))
     for c in chunks(x):
         clean = x[c].masked_fill(~valid[c][:, None], 0.0)
-        sums.addmm_(member[c].T, clean.to(sums.dtype))
+        sums += product(member[c].T, clean.to(sums.dtype))
     return sums
 
 
@@ -516,7 +517,7 @@ def combine_bwd(
     dot_of_row = torch.empty_like(weight_of_row)
     for c in chunks(d_rows):
         dy_c = dy.index_select(0, token_of_row[c]).to(dtype)
-        dot_of_row[c] = torch.bmm(dy_c[:, None], y_sorted[c].to(dtype)[:, :, None]).flatten()  # 3x vecdot
+        dot_of_row[c] = product(dy_c[:, None], y_sorted[c].to(dtype)[:, :, None]).flatten()  # 3x vecdot
         d_rows[c] = dy_c.mul_(weight_of_row[c][:, None])
     d_weights = dot_of_row[positions].to(weights.dtype)
     if not _all_true(valid):

@@ -19,6 +19,7 @@ from kmeans_route.conversion.compare import (
     shared_choices,
     watch,
 )
+from kmeans_route.reference import product
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.learned import KINDS, LearnedRouter
 from kmeans_route.types import RouteOptions
@@ -257,7 +258,7 @@ class _Form(NamedTuple):
 
     def of(self, values: Tensor) -> Tensor:
         """(..., E): what the rows have where directions have these values."""
-        return values + self.along_E * (values @ self.v_E)[..., None]
+        return values + self.along_E * product(values, self.v_E)[..., None]
 
 
 def fit_gate(router: KMeansRouter, text: Sample, kind: str, bias: str) -> VanillaGate:

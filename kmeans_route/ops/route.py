@@ -115,14 +115,15 @@ _route.register_autograd(_backward, setup_context=_setup)
 BACK = f"Tensor x, Tensor directions, {arguments(SavedRouting)}, {arguments(RoutingGrads, 'd_')}"
 
 
-def _split_back(flat: tuple[Any, ...]) -> tuple[Tensor, Tensor, SavedRouting, RoutingGrads, list[Any]]:
+def split_back(flat: tuple[Any, ...]) -> tuple[Tensor, Tensor, SavedRouting, RoutingGrads, list[Any]]:
+    """The arguments of an operator of the backward by name, and those after them."""
     values = iter(flat)
     return next(values), next(values), take(SavedRouting, values), take(RoutingGrads, values), list(values)
 
 
 def _route_bwd_by_name(*flat: Any) -> Tensor:
     """dx of the routing, plus, where d_x_sorted is given, of the dispatch."""
-    x, directions, saved, grads, (d_x_sorted, positions, *options, name) = _split_back(flat)
+    x, directions, saved, grads, (d_x_sorted, positions, *options, name) = split_back(flat)
     with no_autocast(x):
         dx: Tensor = backends.get(name).route_bwd(
             x, directions, saved, grads, d_x_sorted, positions, RouteOptions(*options)
@@ -145,7 +146,7 @@ def _(x: Tensor, *_flat: Any) -> Tensor:
 
 def _directions_bwd_by_name(*flat: Any) -> Tensor:
     """The gradient of the directions (E, D), for those that are learned in part. The same on every backend."""
-    x, directions, saved, grads, options = _split_back(flat)
+    x, directions, saved, grads, options = split_back(flat)
     with no_autocast(x):
         return directions_bwd(x, directions.shape[0], saved, grads, RouteOptions(*options))
 

@@ -100,10 +100,10 @@ def traced() -> str:
 
     torch.compile does not: its programs write into the state as the forward does.
     """
-    if exporting():
+    if exporting() or exporting_onnx():
         return "exported"
     if backends.by_definition():
-        return "exported to ONNX" if exporting_onnx() else "transformed by torch.func or differentiated forward"
+        return "transformed by torch.func" if torch._C._are_functorch_transforms_active() else "differentiated forward"
     if torch.jit.is_tracing():
         return "traced by torch.jit"
     if not torch.compiler.is_compiling() and get_proxy_mode() is not None:

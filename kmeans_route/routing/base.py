@@ -48,6 +48,7 @@ class StatefulRouter(nn.Module):
     PLAIN_TENSORS: tuple[str, ...] = ("tokens_per_expert",)
 
     def __init__(self, hidden_size: int, num_experts: int, *, seed: int, name: str) -> None:
+        ops.tell_flop_counters()
         nn.Module.__init__(self)  # not super(): adapters put a class of another framework behind this one
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.seed, self.name = seed, name

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kmeans_route.checks import check_plain
 from kmeans_route.ops.grouped_linear import grouped_linear
 
 
@@ -45,6 +46,11 @@ class Experts(nn.Module):
         for weight in (self.gate_up, self.down):
             for expert in weight.detach():
                 nn.init.normal_(expert, std=weight.shape[2] ** -0.5)
+
+    def check_plain(self) -> None:
+        """Raise TypeError where the weights are DTensors."""
+        check_plain("experts.gate_up", self.gate_up, state=True)
+        check_plain("experts.down", self.down, state=True)
 
     def extra_repr(self) -> str:
         """E, D and I."""

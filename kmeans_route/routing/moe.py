@@ -96,6 +96,8 @@ class MoE(nn.Module):
             indices: (T, K) ids to replay instead of choosing, router="kmeans" only; gates are those of its scores.
         """
         tokens = self.router.enter(x, mask, indices)
+        if type(self.experts) is Experts:  # fully_shard makes a class of its own, which has DTensors until it runs
+            self.experts.check_plain()
         routing, sent = self.router.route_dispatch(tokens, gather=True)
         self._record_loads(routing.tokens_per_expert)
         return self._apply_experts(tokens, routing, sent)[0].view(x.shape)
