@@ -73,7 +73,7 @@ def stable_topk(values: Tensor, k: int) -> Tensor:
 
 def finite_bias(bias: Tensor) -> Tensor:
     """The bias as it enters selection: within MAX_BIAS of 0, NaN at the low end, so that s + b always has an order."""
-    return bias.nan_to_num(nan=-MAX_BIAS).clamp_(-MAX_BIAS, MAX_BIAS)
+    return bias.nan_to_num(nan=-MAX_BIAS).clamp(-MAX_BIAS, MAX_BIAS)
 
 
 def replay_or_choose(given: Tensor, chosen: Tensor, num_experts: int) -> Tensor:

@@ -41,7 +41,7 @@ def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     and hooks that look for NaN would find some there. An operator of its own, because torch.compile knows grouped_mm
     in bf16 only, and because its own backward refuses expanded gradients.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with no_autocast(rows):
         if _one_call(rows, weight):
             y = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=offsets[1:])
         else:
@@ -58,7 +58,7 @@ def _(rows: Tensor, weight: Tensor, _offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("kmeans_route::grouped_linear_bwd", mutates_args=())
 def _grouped_linear_bwd(dy: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast(rows.device.type, enabled=False):
+    with no_autocast(rows):
         dy = dy.contiguous()
         if _one_call(rows, weight):
             d_rows = F.grouped_mm(dy, weight, offs=offsets[1:])

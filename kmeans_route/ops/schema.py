@@ -122,4 +122,5 @@ def recorded(*tensors: Tensor) -> bool:
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The operators compute in the dtypes that they promise."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()

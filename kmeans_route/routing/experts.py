@@ -10,8 +10,9 @@ from kmeans_route.ops.grouped_linear import grouped_linear
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the experts compute in: autocast's, or that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device = x.device.type  # "meta" has no autocast, and does not like to be asked
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def apply_experts(x_sorted: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor) -> Tensor:

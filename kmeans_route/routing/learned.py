@@ -166,8 +166,8 @@ class LearnedRouter(StatefulRouter):
         num_tokens = logits.shape[0]
         valid = logits.new_ones(num_tokens, dtype=torch.bool) if mask is None else mask
         if self.balance in ("sign", "quantile"):
-            by_definition = torch.compiler.is_compiling() or backends.by_definition()
-            choose = stable_topk if by_definition else exact_topk  # the latter branches on data
+            plain = torch.compiler.is_compiling() or ops.traced()  # the other branches on data
+            choose = stable_topk if plain else exact_topk
             indices = choose(probabilities.detach() + self.expert_bias, self.top_k)
             selected = probabilities.gather(1, indices)
         else:
@@ -177,7 +177,7 @@ class LearnedRouter(StatefulRouter):
             first_ids = torch.arange(self.top_k, device=indices.device)
             indices = torch.where(mask[:, None], indices, first_ids)
             weights = torch.where(mask[:, None], weights, 0.0)
-        if backends.by_definition():
+        if ops.traced():
             counts = reference.loads_reference(indices, valid, self.num_experts)
         else:
             counts = count_experts(indices, valid, self.num_experts, all_valid=mask is None)
