@@ -55,8 +55,8 @@ def _rounds_fp32(device_type: str) -> bool:
 
 def exporting_onnx() -> bool:
     """Whether torch.onnx.export is at work; PyTorch imports torch.onnx when somebody asks for it."""
-    onnx = sys.modules.get("torch.onnx")
-    return onnx is not None and not torch.compiler.is_dynamo_compiling() and bool(onnx.is_in_onnx_export())
+    onnx = None if torch.compiler.is_dynamo_compiling() else sys.modules.get("torch.onnx")
+    return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
 def stable_order(values: Tensor, k: int, *, descending: bool) -> Tensor:

@@ -30,13 +30,19 @@ TRITON_MAX_EXPERTS = {float32: 512, float16: 1024, bfloat16: 1024}
 _MODULES: dict[str, ModuleType] = {"reference": reference, "torch": torch, "triton": triton}
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform is active. As `by_definition`: private, one use, a test."""
+    return bool(_C._are_functorch_transforms_active())
+
+
 def by_definition() -> bool:
     """Whether the definition runs now in place of every backend: inside torch.func transforms, forward-mode
     derivatives and ONNX export, which know the operators of PyTorch alone.
 
-    Two of the flags are private to PyTorch; this is their only use, and tests hold them for each version claimed.
+    The level of forward-mode derivatives is private to PyTorch; this is its only use, and a test holds it for each
+    version claimed.
     """
-    if _C._are_functorch_transforms_active():
+    if transformed():
         return True
     if compiler.is_dynamo_compiling():
         return False

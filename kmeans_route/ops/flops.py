@@ -25,18 +25,18 @@ from kmeans_route.types import RouteOptions
 
 def _scores(x: Any, directions: Any, *_: Any, **__: Any) -> int:
     """x (T, D) by directions (E, D)."""
-    return 2 * prod(x) * int(directions[0])
+    return 2 * int(prod(x)) * int(directions[0])
 
 
 def _route_bwd(*flat: Any, **_: Any) -> int:
     x, directions, _saved, grads, (_d_x_sorted, _positions, *options, _name) = split_back(flat)
     through = RouteOptions(*options)
     dense = grads.scores is not None or (through.over_all and grads.weights is not None)
-    return 2 * prod(x) * (int(directions[0]) if dense else through.top_k)
+    return 2 * int(prod(x)) * (int(directions[0]) if dense else through.top_k)
 
 
 def _grouped_linear(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(rows) * int(weight[1])
+    return 2 * int(prod(rows)) * int(weight[1])
 
 
 def _grouped_linear_bwd(_dy: Any, rows: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -44,7 +44,7 @@ def _grouped_linear_bwd(_dy: Any, rows: Any, weight: Any, *_: Any, **__: Any) ->
 
 
 def _combine(y_sorted: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(y_sorted)
+    return 2 * int(prod(y_sorted))
 
 
 def _combine_bwd(_dy: Any, y_sorted: Any, *_: Any, **__: Any) -> int:

@@ -95,16 +95,23 @@ def exporting() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def traced() -> str:
     """What makes a program of a forward, or another function of it, so that it may leave nothing behind; "" for none.
 
     torch.compile does not: its programs write into the state as the forward does.
     """
-    if exporting() or exporting_onnx():
+    if exporting():
         return "exported"
     if backends.by_definition():
-        return "transformed by torch.func" if torch._C._are_functorch_transforms_active() else "differentiated forward"
-    if torch.jit.is_tracing():
+        if backends.transformed():
+            return "transformed by torch.func"
+        return "exported" if exporting_onnx() else "differentiated forward"
+    if jit_tracing():
         return "traced by torch.jit"
     if not torch.compiler.is_compiling() and get_proxy_mode() is not None:
         return "traced by make_fx"
@@ -114,7 +121,7 @@ def traced() -> str:
 def recorded(*tensors: Tensor) -> bool:
     """Whether autograd, a compiler, a tracer, a dispatch mode (which counts FLOPs, say) or a tensor of another kind has
     to see an operator; it costs 0.15 ms on a CPU."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or jit_tracing() or is_in_torch_dispatch_mode():
         return True
     return set(map(type, tensors)) != {Tensor}
 

@@ -3,7 +3,6 @@
 Source of the method: arXiv 2605.12476 (Ahrac, Hochwald, Geva 2026).
 """
 
-import math
 from typing import Any, Self
 
 import torch
@@ -51,9 +50,9 @@ class KMeansRouter(CentroidCommit):
         accumulate: "unit" averages x_t / ||x_t||, "raw" averages x_t.
         balance: how the selection bias learns: "proportional" to the excess load in units of the score's spread,
             "sign" (the paper's), "quantile" (Kimi K3 report 2.3.3), or "none".
-        bias_rate: step of that rule, in [0, 1e30); None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile). Where a commit
-            has fewer than about 100 tokens an expert, 0.015 (proportional) leaves half of the imbalance, and takes
-            twice as long to follow a change.
+        bias_rate: step of that rule, in [0, 1e30); None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile). Where a
+            commit has fewer than about 100 tokens an expert, 0.015 (proportional) leaves half of the imbalance, and
+            takes twice as long to follow a change.
         gate, tau, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
         init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
             "normal" (the first averages over Gaussian directions). Until then the tokens are kept: E or 16 E rows of D
@@ -297,8 +296,7 @@ class KMeansRouter(CentroidCommit):
         Nothing tells for certain that a buffer was written: not its address, which memory of another use may take, and
         not its version, which `.data`, collectives and other processes leave alone.
         """
-        looked_at = torch.compiler.is_compiling() or bool(ops.traced())  # whoever that is shall not find a constant
-        if not self.frozen or looked_at or _is_capturing(self.weight.device):
+        if not self.frozen or torch.compiler.is_compiling() or ops.traced() or _is_capturing(self.weight.device):
             return ops.directions(self.weight, dtype, backend)
         whose, pinned = self._pinned.get(dtype, (None, self.weight))
         if whose is not self.weight:  # functional_call, for one, puts another tensor in its place

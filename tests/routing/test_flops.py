@@ -143,17 +143,13 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_whenever_the_counter_comes(order: str, use: str) -> None:
     program = f"import torch, sys; {ORDERS[order]}; x = torch.randn(24, 16)\n{USES[use]}\nprint(f.get_total_flops())"
-    done = subprocess.run(  # noqa: S603 (this interpreter, a constant program)
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) == (FORWARD if use == "a layer" else SCORES)
 
 
 def test_importing_the_package_imports_no_counter() -> None:
     program = "import kmeans_route, sys; kmeans_route.MoE(8, 8, 4, 2); print('torch.utils.flop_counter' in sys.modules)"
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 

@@ -143,7 +143,8 @@ def test_autocast_on_top(low: None) -> None:
     want = route(X, WEIGHT, K, return_scores=True).scores
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = route(X, WEIGHT, K, return_scores=True).scores
-    assert want is not None and got is not None
+    assert want is not None
+    assert got is not None
     assert torch.equal(got, want)
 
 

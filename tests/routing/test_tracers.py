@@ -136,7 +136,7 @@ def test_refused_in_training(kind: str, tracer: str, attached: bool) -> None:
 def test_symbolic_trace_is_refused_by_name_or_keeps_the_layer_whole(train: bool) -> None:
     model = nn.Sequential(make().train(train), nn.Linear(D, D))
     with pytest.raises(
-        TypeError, match=r"got the Proxy of torch\.fx\.symbolic_trace: give torch\.fx\.Tracer an is_leaf"
+        TypeError, match=r"got Proxy: torch\.fx\.symbolic_trace sees no values; give torch\.fx\.Tracer an is_leaf"
     ):
         torch.fx.symbolic_trace(model)
 
