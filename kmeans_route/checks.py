@@ -19,8 +19,8 @@ ACCUMULATES = ("unit", "raw")
 DEFAULT_TAU = 0.2
 """Temperature of the gates: the winner of docs/quality.md."""
 FOREIGN = {
-    "Proxy": "torch.fx.symbolic_trace sees no values; give torch.fx.Tracer an is_leaf_module that is true for this module, "
-    "or use torch.export, in eval mode"
+    "Proxy": "torch.fx.symbolic_trace sees no values; give torch.fx.Tracer an is_leaf_module that is true for this "
+    "module, or use torch.export, in eval mode"
 }
 """What to do about what is no tensor, by the name of its type."""
 MIN_TAU = 1e-6
@@ -95,8 +95,9 @@ def check_route_options(
 def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:
     """Check hidden states (..., D) and return them as (T, D)."""
     if not isinstance(x, Tensor):
-        kind = type(x).__name__
-        raise TypeError(f"x must be a torch.Tensor, got {kind}: {FOREIGN.get(kind, 'convert it first')}")
+        raise TypeError(
+            f"x must be a torch.Tensor, got {type(x).__name__}: {FOREIGN.get(type(x).__name__, 'convert it first')}"
+        )
     check_plain("x", x)
     if x.is_nested:
         raise TypeError("x must be a dense tensor, got a nested one: pass x.values(), or pad it and pass a mask")

@@ -165,7 +165,7 @@ def test_refusals_leave_no_checkpoint(runs: Path, tmp_path: Path) -> None:
         (("convert", runs / "kmeans", "--out", out), "must hold a learned router, got K-Means"),
         (("convert", runs / "softmax", "--out", out, "--balance", "aux"), "balance must be one of proportional"),
         (("convert", runs / "softmax", "--out", out, "--start", "seeds"), "start must be one of 'means', 'rows'"),
-        (("convert", runs / "softmax", "--out", out, "--tau", 0), "tau must be in (0, inf)"),
+        (("convert", runs / "softmax", "--out", out, "--tau", 0), "tau must be in [1e-06, inf)"),
         (("convert", runs / "softmax", "--out", runs / "sigmoid"), "already holds a run: name another --out, or"),
         (("convert", runs / "softmax", "--out", runs / "softmax", "--overwrite"), "already holds a run: name another"),
         (("export", runs / "softmax", "--out", out), "must hold K-Means routers, got softmax"),

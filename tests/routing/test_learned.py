@@ -253,8 +253,8 @@ def test_metrics_are_flat_scalars() -> None:
             "balance must be one of 'aux', 'sign', 'quantile', 'none', got 'proportional'",
         ),
         ({"aux_loss_coef": -1.0}, ValueError, r"aux_loss_coef must be in \[0, inf\), got -1.0"),
-        ({"bias_rate": -0.5}, ValueError, r"bias_rate must be in \[0, inf\), got -0.5"),
-        ({"scaling": 0.0}, ValueError, r"scaling must be in \(0, inf\), got 0.0"),
+        ({"bias_rate": -0.5}, ValueError, r"bias_rate must be in \[0, 1e\+30\), got -0.5"),
+        ({"scaling": 0.0}, ValueError, r"scaling must be in \[1e-30, 1e\+30\), got 0.0"),
     ],
     ids=str,
 )
