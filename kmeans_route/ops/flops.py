@@ -63,6 +63,9 @@ FORMULAS = {
 }
 
 
+NAMESPACE = "kmeans_route::".removesuffix("::")  # `hub/build.py` writes another one, and leaves out grouped products
+
+
 def tell_flop_counters() -> None:
     """Register the formulas, once, as soon as somebody has imported PyTorch's counter.
 
@@ -70,9 +73,10 @@ def tell_flop_counters() -> None:
     that is counting already is told by itself.
     """
     counter = None if torch.compiler.is_compiling() else sys.modules.get("torch.utils.flop_counter")
-    if counter is None or torch.ops.kmeans_route.route in counter.flop_registry:
+    operators = getattr(torch.ops, NAMESPACE)
+    if counter is None or operators.route in counter.flop_registry:
         return
-    packets = {getattr(torch.ops.kmeans_route, name): formula for name, formula in FORMULAS.items()}
+    packets = {getattr(operators, name): formula for name, formula in FORMULAS.items() if hasattr(operators, name)}
     for packet, formula in packets.items():
         counter.register_flop_formula(packet)(formula)
     for mode in _get_current_dispatch_mode_stack():
