@@ -370,7 +370,12 @@ def commit_reference(
     moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
-    new = State(
-        centroid_directions(moved, state.weight), moved, bias, sigma, steps + 1, None if seen is None else seen + counts
+    weight = centroid_directions(moved, state.weight)
+    return State(
+        torch.where(some, weight, state.weight),
+        torch.where(some, moved, state.centroids),
+        torch.where(some, bias, state.expert_bias),
+        torch.where(some, sigma, state.score_std),
+        torch.where(some, steps + 1, state.steps),
+        None if seen is None or state.tokens_seen is None else torch.where(some, seen + counts, state.tokens_seen),
     )
-    return State(*(None if old is None else torch.where(some, now, old) for now, old in zip(new, state, strict=True)))

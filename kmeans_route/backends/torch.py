@@ -109,7 +109,7 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
         c = weight.detach()
         norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
         if _all_true((norm >= MIN_CENTROID_NORM) & (norm <= MAX_NORM)):
-            return (c / norm).to(dtype)
+            return torch.div(c, norm).to(dtype)
     return directions_reference(weight, dtype)
 
 

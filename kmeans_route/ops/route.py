@@ -12,7 +12,7 @@ from kmeans_route import backends
 from kmeans_route.backends.torch import directions_bwd
 from kmeans_route.checks import check_index_values
 from kmeans_route.ops.dispatch import dispatch
-from kmeans_route.ops.schema import OPTIONS, arguments, no_autocast, recorded, results, take
+from kmeans_route.ops.schema import OPTIONS, arguments, looked_at, no_autocast, recorded, results, take
 from kmeans_route.reference import NUM_MARGIN_BINS, compute_dtype
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, RoutingGrads, SavedRouting, Tokens, Wanted
 
@@ -225,10 +225,10 @@ _route_dispatch.register_autograd(_backward, setup_context=_setup)
 def directions(weight: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:
     """Unit rows of weight (E, D) in `dtype`, without a gradient; one operator to whoever traces, so that compiled and
     eager routing have the same bits."""
-    if torch.compiler.is_compiling() or type(weight) is not Tensor:
-        unit: Tensor = _directions(weight, dtype, backend.NAME)
+    if backend.PLAIN or not looked_at(weight):
+        unit: Tensor = backend.directions(weight, dtype)
     else:
-        unit = backend.directions(weight, dtype)
+        unit = _directions(weight, dtype, backend.NAME)
     return unit
 
 

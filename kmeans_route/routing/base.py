@@ -136,11 +136,18 @@ class StatefulRouter(nn.Module):
     def observe(self, see: Observer) -> RemovableHandle:
         """Call see(tokens, routing) after each routing, by whichever way it came; `remove()` of the answer ends that.
 
-        Forward hooks see `forward` alone, which a layer like `MoE` goes past.
+        Forward hooks see one way alone: of `forward` its output, of `MoE` the (Routing, Dispatch) that it asks for.
         """
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = see
         return handle
+
+    def call_hooks(self, tokens: Tokens, answer: tuple[Routing, Dispatch]) -> None:
+        """Show the answer of `route_dispatch` to the forward hooks, for a layer that goes past `forward`; they may look
+        and change nothing."""
+        for key, hook in self._forward_hooks.items():
+            keywords: tuple[Any, ...] = ({},) if key in self._forward_hooks_with_kwargs else ()
+            hook(self, (tokens.x,), *keywords, answer)
 
     def _tell(self, tokens: Tokens, routing: Routing) -> Routing:
         for see in self._observers.values():

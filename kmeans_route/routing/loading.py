@@ -86,7 +86,7 @@ class CentroidState(StatefulRouter):
         rows = torch.randn(
             (self.num_experts, self.hidden_size), generator=self._private_generator(), dtype=torch.float32, device="cpu"
         )
-        return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return torch.div(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     def _await_data(self, awaits: bool) -> None:
         """Gather for the first centroids, or no more; nothing is pending then.

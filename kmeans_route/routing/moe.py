@@ -99,6 +99,7 @@ class MoE(nn.Module):
         if type(self.experts) is Experts:  # fully_shard makes a class of its own, which has DTensors until it runs
             self.experts.check_plain()
         routing, sent = self.router.route_dispatch(tokens, gather=True)
+        self.router.call_hooks(tokens, (routing, sent))
         self._record_loads(routing.tokens_per_expert)
         return self._apply_experts(tokens, routing, sent)[0].view(x.shape)
 

@@ -508,3 +508,20 @@ def test_arguments_are_refused(kind: str) -> None:
             call(torch.zeros(4, D), torch.ones(4))
         with pytest.raises(ValueError, match=r"mask must have shape \(2, 2\)"):
             call(torch.zeros(2, 2, D), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_forward_hooks_on_the_router_see_what_the_layer_gets(with_kwargs: bool) -> None:
+    layer, seen = MoE(D, 8, E, K), []
+    x = torch.randn(2, 5, D)
+    handle = layer.router.register_forward_hook(lambda *given: seen.append(given), with_kwargs=with_kwargs)
+    layer.eval()(x)
+    router, (rows,), *keywords, (routing, sent) = seen[0]
+    assert router is layer.router
+    assert keywords == [{}] * with_kwargs
+    assert torch.equal(rows, x.view(10, D))
+    assert torch.equal(routing.indices, layer.router.route(x).indices)
+    assert sent.x_sorted.shape == (10 * K, D)
+    handle.remove()
+    layer(x)
+    assert len(seen) == 1
