@@ -17,6 +17,7 @@ GATES = ("softmax", "sigmoid", "cosine", "uniform")
 GROUP_SCORES = ("top2", "max")
 ACCUMULATES = ("unit", "raw")
 DEFAULT_TAU = 0.2
+WHITENED_TAU = 0.1  # about one standard deviation of the scores of whitened directions
 """Temperature of the gates: the winner of docs/quality.md."""
 FOREIGN = {
     "Proxy": "torch.fx.symbolic_trace sees no values; give torch.fx.Tracer an is_leaf_module that is true for this "

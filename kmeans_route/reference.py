@@ -23,6 +23,7 @@ MIN_CENTROID_NORM = 1e-12
 MIN_COSINE_GATE = 1e-3
 NUM_MARGIN_BINS = 1024
 MARGIN_RANGE = 2.0  # margins are binned over [-2, 2]
+WHITENING_EPS = 0.01  # of the mean eigenvalue, added to all of them
 GIVEN_TOKENS = 10_000_000  # that a given centroid stands for in a cumulative mean
 MAX_BIAS = 1024.0  # the state's own biases lie within 2; beyond this s + b would lose s
 
@@ -322,6 +323,30 @@ def centroid_directions(centroids: Tensor, weight: Tensor) -> Tensor:
     return torch.where(usable, centroids / torch.where(usable, norm, 1.0), weight)
 
 
+def whitened_reference(centroids: Tensor, weight: Tensor) -> Tensor:
+    """The other rule for `weight`: differences from the mean of all centroids, decorrelated. (E, D).
+
+        Delta_e = c_e - mu;  A = Delta Delta^T + eps tr(Delta Delta^T) / E I;  W = A^(-1/2) Delta
+        weight_e = unit(mu + n unit(W_e)),  n the mean norm of Delta_e
+
+    Symmetric decorrelation (Hyvarinen and Oja 2000), in fp64 by eigenvalues. An expert without a centroid is in neither
+    mean nor A, and keeps its direction; exact copies stay copies; one expert alone keeps its own direction.
+    """
+    here = torch.linalg.vector_norm(centroids, dim=1) >= MIN_CENTROID_NORM
+    if not bool(here.any()):
+        return weight
+    c = centroids[here].double()
+    mu = c.mean(0)
+    delta = c - mu
+    gram = delta @ delta.T
+    a = gram + WHITENING_EPS * gram.trace() / c.shape[0] * torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors @ torch.diag(values.clamp_min(torch.finfo(c.dtype).tiny).rsqrt()) @ vectors.T
+    n = torch.linalg.vector_norm(delta, dim=1).mean()
+    unit = F.normalize(mu + n * F.normalize(root @ delta, dim=1), dim=1)
+    return weight.clone().masked_scatter(here[:, None].expand_as(weight), unit.to(weight.dtype))
+
+
 def given_steps(decay: float) -> int:
     """Steps of centroids that were given, so that the next commit moves them by no more than a late one."""
     return round(decay / (1 - decay))
@@ -348,7 +373,8 @@ def commit_reference(
 ) -> State:
     """The state after one optimizer step: running average, directions, scale of the scores, balance bias.
 
-    With num_tokens = 0 the state comes back unchanged, decided on the device. A value that is not finite, which only
+    Whitened directions are another step, of all layers at once: `whitened_reference` of the new centroids. With
+    num_tokens = 0 the state comes back unchanged, decided on the device. A value that is not finite, which only
     somebody else can have written, counts as 0.
     """
     some = num_tokens > 0
@@ -370,7 +396,7 @@ def commit_reference(
     moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
-    weight = centroid_directions(moved, state.weight)
+    weight = centroid_directions(moved, state.weight) if options.directions == "centroids" else state.weight
     return State(
         torch.where(some, weight, state.weight),
         torch.where(some, moved, state.centroids),

@@ -49,6 +49,7 @@ class CommitOptions(NamedTuple):
     average: str
     balance: str
     bias_rate: float
+    directions: str = "centroids"
 
 
 class Tokens(NamedTuple):

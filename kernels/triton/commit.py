@@ -57,9 +57,9 @@ def _finite(value):
 
 
 @triton.jit
-def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, BD: tl.constexpr):
-    """Where `go`, c = beta c + (1 - beta) s / count if anything was counted, and w = c / ||c|| if c has a direction; s
-    is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the old and the new direction."""
+def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, FOLLOW: tl.constexpr, BD: tl.constexpr):
+    """Where `go`, c = beta c + (1 - beta) s / count if anything was counted, and with FOLLOW w = c / ||c|| if c has a
+    direction; s is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the old and the new direction."""
     columns = tl.arange(0, BD)
     share = tl.maximum(count, 1).to(tl.float32)
     before = tl.zeros([BD], dtype=tl.float32)
@@ -75,7 +75,7 @@ def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, BD: tl.constex
     norm_before = tl.sqrt(tl.sum(before, axis=0))
     norm_after = tl.sqrt(tl.sum(after, axis=0))
     scale_before = tl.where(norm_before >= MIN_CENTROID_NORM, 1.0 / norm_before, 0.0)
-    has_direction = go & (norm_after >= MIN_CENTROID_NORM)
+    has_direction = FOLLOW & go & (norm_after >= MIN_CENTROID_NORM)
     scale_after = 1.0 / tl.where(has_direction, norm_after, 1.0)
     apart = tl.zeros([BD], dtype=tl.float32)
     along = tl.zeros([BD], dtype=tl.float32)
@@ -119,7 +119,7 @@ def _commit_kernel(
     std_sum_ptr, num_tokens_ptr, num_dropped_ptr,
     load_ptr, turn_ptr, skip_ptr, ticket_ptr,
     D, decay, bias_rate, given_steps,
-    E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, FOLLOW: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):
     """Grid (E,). seen None: EMA, else cumulative means. turn (2, E): ||u - v|| and ||u + v||, old and new direction."""
     expert = tl.program_id(0)
@@ -142,7 +142,7 @@ def _commit_kernel(
         beta = tl.minimum(steps.to(tl.float32) / (steps + 1).to(tl.float32), decay)
     row = expert.to(tl.int64) * D
     apart, along = _move_centroid(
-        weight_ptr + row, centroids_ptr + row, sums_ptr + row, count, beta, go, keep, D, BD
+        weight_ptr + row, centroids_ptr + row, sums_ptr + row, count, beta, go, keep, D, FOLLOW, BD
     )
     tl.store(turn_ptr + expert, apart, mask=go)
     tl.store(turn_ptr + E + expert, along, mask=go)
@@ -198,11 +198,12 @@ def commit(
     decay: float,
     balance: str,
     bias_rate: float,
+    directions: str = "centroids",
 ) -> None:
     """One launch of `_commit_kernel`: fold the pending state (sums to margin_hist) into the state, and empty it.
 
     All in place. turn: (2, E) fp32, from which the angle of each centroid's turn is 2 atan2(turn[0], turn[1]).
-    skip: () bool; true leaves everything as it is.
+    skip: () bool; true leaves everything as it is. directions: with "whitened" weight stays as it is, for another step.
     """
     num_experts, hidden_size = weight.shape
     rule = "none" if top_k == num_experts else balance
@@ -212,6 +213,6 @@ def commit(
         expert_bias, score_std, steps, dropped_total, std_sum, num_tokens, num_dropped,
         tokens_per_expert, turn, skip, *counters(weight.device, 1), hidden_size, decay, bias_rate,
         round(decay / (1 - decay)),
-        E=num_experts, K=top_k, RULE=rule, BE=padded_experts(num_experts), BD=BLOCK,
+        E=num_experts, K=top_k, RULE=rule, FOLLOW=directions == "centroids", BE=padded_experts(num_experts), BD=BLOCK,
         num_warps=4, **all_registers(4, architecture(weight.device)),
     )

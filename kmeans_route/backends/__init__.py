@@ -18,7 +18,9 @@ from kmeans_route.checks import check_choice
 from kmeans_route.reference import exporting_onnx
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-FUNCTIONS = ("accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd")
+FUNCTIONS = (
+    "accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd", "whitened",
+)  # fmt: skip
 BACKWARDS = ("combine_bwd", "route_bwd")
 """Of those that are not PLAIN."""
 FUSED = ("num_partials", "route_dispatch_fwd")

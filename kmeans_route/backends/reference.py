@@ -13,12 +13,20 @@ from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, Want
 
 NAME, PLAIN, FUSED = "reference", True, False
 
-__all__ = ["accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd"]
+__all__ = [
+    "accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd",
+    "whitened",
+]  # fmt: skip
 
 
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows of weight (E, D) in `dtype`."""
     return reference.directions_reference(weight, dtype)
+
+
+def whitened(centroids: Tensor, weight: Tensor) -> Tensor:
+    """Directions (L, E, D) of the centroids of L layers."""
+    return torch.stack([reference.whitened_reference(*layer) for layer in zip(centroids, weight, strict=True)])
 
 
 def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed:

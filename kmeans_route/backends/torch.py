@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kmeans_route import metrics
 from kmeans_route.backends.torch_topk import exact_topk
+from kmeans_route.backends.whitening import whitened as whitened
 from kmeans_route.reference import (
     MARGIN_RANGE,
     MAX_SQUARED_NORM,

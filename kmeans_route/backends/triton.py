@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route.backends import torch as plain
+from kmeans_route.backends.whitening import whitened as whitened
 from kmeans_route.types import (
     CommitOptions,
     Dispatch,
@@ -175,4 +176,4 @@ def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, 
     """Fold what is pending into the state and empty it, in place: one launch."""
     from kmeans_route.kernels.commit import commit as launch
 
-    launch(*state, *pending, skip, options.top_k, options.decay, options.balance, options.bias_rate)
+    launch(*state, *pending, skip, options.top_k, options.decay, options.balance, options.bias_rate, options.directions)

@@ -84,7 +84,7 @@ def train_command(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULT.lr,
     warmup: Annotated[float, typer.Option(help="Part of the steps spent warming up.")] = _DEFAULT.warmup,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = _DEFAULT.weight_decay,
-    tau: Annotated[float, typer.Option(help="Gate temperature of K-Means.")] = _DEFAULT.tau,
+    tau: Annotated[float | None, typer.Option(help="Gate temperature of K-Means [default: the router's].")] = None,
     decay: Annotated[float, typer.Option(help="Of K-Means' running average.")] = _DEFAULT.decay,
     router_options: Annotated[
         list[str] | None,

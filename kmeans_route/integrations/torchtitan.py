@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kmeans_route.checks import DEFAULT_TAU, check_choice
+from kmeans_route.checks import check_choice
 from kmeans_route.integrations import require
 from kmeans_route.routing.kmeans import BALANCES, KMeansRouter
 from kmeans_route.training.attach import Attachment, attach
@@ -51,7 +51,8 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
 
         score_func: str = "softmax"
         route_norm: bool = True
-        tau: float = DEFAULT_TAU
+        directions: str = "centroids"
+        tau: float | None = None
         decay: float = 0.999
         average: str = "ema"
         accumulate: str = "unit"

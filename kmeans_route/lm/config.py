@@ -32,7 +32,8 @@ class TrainConfig:
         seq_len, batch: bytes a sequence, sequences an optimizer step.
         accumulate: micro-batches that a step is cut into; divides batch. The tokens of a step do not depend on it.
         lr, warmup: peak learning rate, and the part of the steps before it; then a cosine down to a tenth.
-        tau, decay: of the K-Means router. router_options: anything else that the router's class takes, by name.
+        tau, decay: of the K-Means router; tau None takes the router's default. router_options: anything else that the
+            router's class takes, by name.
         commit_every: optimizer steps from one commit to the next.
         bias_rate: of the bias rules; None takes the router's default. aux_loss_coef: of balance="aux".
         eval_every: steps between validation passes; 0 evaluates at the end only.
@@ -58,7 +59,7 @@ class TrainConfig:
     lr: float = 3e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    tau: float = DEFAULT_TAU
+    tau: float | None = None
     decay: float = 0.999
     router_options: dict[str, Any] = field(default_factory=dict)
     commit_every: int = 1
@@ -104,7 +105,7 @@ class TrainConfig:
         if self.router != "kmeans":
             rules["sign"] = "loss-free sign"
             return f"{self.router}, {rules.get(self.balance, self.balance)}"
-        tau = "" if self.tau == DEFAULT_TAU else f", tau {self.tau:g}"
+        tau = "" if self.tau is None or self.tau == DEFAULT_TAU else f", tau {self.tau:g}"
         more = "".join(f", {name} {value}" for name, value in self.router_options.items())
         return f"K-Means, {rules.get(self.balance, self.balance)}{tau}{more}"
 

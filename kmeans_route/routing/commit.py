@@ -1,13 +1,44 @@
 """The commit of a K-Means router: first data sets the centroids, each step moves them and the bias."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kmeans_route import backends, metrics, reference
 from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
+from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.loading import CentroidState
 from kmeans_route.routing.pending import Pending
 from kmeans_route.types import RouterState
+
+WHITENED_BYTES = 64 << 20  # of centroids at once; working space takes a few times as much
+
+
+def point(routers: Iterable[StatefulRouter]) -> None:
+    """Write the whitened directions of all routers whose centroids a commit has moved, those of equal shape at once."""
+    alike: dict[Any, list[CentroidCommit]] = {}
+    for router in routers:
+        if isinstance(router, CentroidCommit) and router.commit_options.directions == "whitened":
+            alike.setdefault((router.weight.shape, router.weight.device, router.backend), []).append(router)
+    for (shape, device, name), those in alike.items():
+        backend = backends.choose(name, device, num_experts=shape[0])
+        together = max(1, WHITENED_BYTES // (4 * shape.numel()))
+        for start in range(0, len(those), together):
+            _point_at_once(those[start : start + together], backend)
+
+
+@torch.no_grad()
+def _point_at_once(routers: "list[CentroidCommit]", backend: Any) -> None:
+    old = torch.stack([router.weight for router in routers])
+    moved = torch.stack([router._moved for router in routers])[:, None, None]
+    new = torch.where(moved, backend.whitened(torch.stack([router.centroids for router in routers]), old), old)
+    turns = metrics.centroid_turn(old, new).movedim(1, 0)
+    for router, weight, turn in zip(routers, new, turns, strict=True):
+        router.weight.copy_(weight)
+        router.centroid_turn.copy_(torch.where(router._moved, turn, router.centroid_turn))
+        router._moved.zero_()
 
 
 class CentroidCommit(CentroidState):
@@ -29,6 +60,7 @@ class CentroidCommit(CentroidState):
     def _commit_first_data(self, batch: Pending) -> None:
         """Set the centroids from the reservoir and nothing else: steps, bias and sigma stay 0."""
         self._set_from_reservoir(batch.hashes, batch.rows)
+        self._moved = torch.ones((), dtype=torch.bool, device=self.weight.device)
         self.dropped_total.add_(batch.num_dropped)
         self.tokens_per_expert = batch.counts.clone()
         self.pending.clear_()
@@ -36,11 +68,13 @@ class CentroidCommit(CentroidState):
 
     def _commit_step(self, skip: Tensor | None, batch: Pending) -> None:
         backend = backends.choose(self.backend, self.weight.device, num_experts=self.num_experts)
+        steps = self.steps.clone()
         state = RouterState(
             self.weight, self.centroids, self.expert_bias, self.score_std, self.steps, self.tokens_seen,
             self.dropped_total, self.tokens_per_expert, self.centroid_turn,
         )  # fmt: skip
         backend.commit(state, batch.statistics, skip, self.commit_options)
+        self._moved = self.steps != steps
         self._pinned = {}
         if batch is not self.pending:
             self.pending.clear_(skip)
@@ -51,8 +85,14 @@ class CentroidCommit(CentroidState):
         if self.init == "kmeans++":
             chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
         found = hashes[chosen] != EMPTY_HASH
-        self.centroids.copy_(torch.where(found[:, None], rows[chosen], 0.0))
-        self.weight.copy_(reference.centroid_directions(self.centroids, self.weight))
+        self.centroids.copy_(torch.where(found[:, None], _parted(rows[chosen], self.weight), 0.0))
+        if self.commit_options.directions == "centroids":
+            self.weight.copy_(reference.centroid_directions(self.centroids, self.weight))
+
+    def commit(self, skip: Tensor | None = None) -> None:
+        """See `StatefulRouter.commit`."""
+        super().commit(skip)
+        point([self])
 
     def metrics(self) -> dict[str, float]:
         """Flat scalars of the last committed step, for any logger. Reads values back: not for the routing path."""
@@ -73,3 +113,11 @@ class CentroidCommit(CentroidState):
             "dropped_total": self.dropped_total,
         }
         return {name: float(value) for name, value in values.items()}
+
+
+def _parted(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows (E, D), with a tenth of its direction in weight added to each that is a copy of an earlier one's direction:
+    equal centroids would have equal scores for ever, and whitening keeps copies."""
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    copies = torch.tril(unit @ unit.T, diagonal=-1).amax(1) > 1 - 1e-6
+    return torch.where(copies[:, None], rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * weight, rows)

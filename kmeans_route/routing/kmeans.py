@@ -13,6 +13,7 @@ from kmeans_route.checks import (
     ACCUMULATES,
     DEFAULT_TAU,
     MAX_FACTOR,
+    WHITENED_TAU,
     check_bias,
     check_choice,
     check_positive_int,
@@ -20,12 +21,13 @@ from kmeans_route.checks import (
     check_route_options,
 )
 from kmeans_route.routing.base import seed_for
-from kmeans_route.routing.commit import CentroidCommit
+from kmeans_route.routing.commit import CentroidCommit, point
 from kmeans_route.types import CommitOptions, Dispatch, Routed, Routing, Statistics, Tokens, Wanted
 
 AVERAGES = ("ema", "cumulative")
 BALANCES = ("proportional", "sign", "quantile", "none")
 INITS = ("tokens", "kmeans++", "normal")
+DIRECTIONS = ("centroids", "whitened")
 BIAS_RATES = {"proportional": 0.05, "sign": 0.001, "quantile": 0.1, "none": 0.0}
 
 
@@ -53,7 +55,12 @@ class KMeansRouter(CentroidCommit):
         bias_rate: step of that rule, in [0, 1e30); None for 0.05 (proportional), 0.001 (sign), 0.1 (quantile). Where a
             commit has fewer than about 100 tokens an expert, 0.015 (proportional) leaves half of the imbalance, and
             takes twice as long to follow a change.
-        gate, tau, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
+        directions: how a commit writes `weight`: "centroids", their directions (the paper's), or "whitened", their
+            differences from the mean of all, decorrelated (`reference.whitened_reference`). With top_k > 1 plain
+            averages drift to the first principal axis and experts become one; whitened ones stay apart.
+        tau: temperature of the gates, at least 1e-6; None for 0.2 with directions="centroids", for 0.1 with "whitened",
+            about one standard deviation of the scores.
+        gate, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
         init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
             "normal" (the first averages over Gaussian directions). Until then the tokens are kept: E or 16 E rows of D
             fp32; for 58 layers of E = 256, D = 7168 that is 425 MB, or 6.8 GB.
@@ -98,8 +105,9 @@ class KMeansRouter(CentroidCommit):
         accumulate: str = "unit",
         balance: str = "proportional",
         bias_rate: float | None = None,
+        directions: str = "centroids",
         gate: str = "softmax",
-        tau: float = DEFAULT_TAU,
+        tau: float | None = None,
         normalize: bool = True,
         scaling: float = 1.0,
         n_group: int | None = None,
@@ -120,6 +128,8 @@ class KMeansRouter(CentroidCommit):
         check_choice("accumulate", accumulate, ACCUMULATES)
         check_choice("balance", balance, BALANCES)
         check_choice("init", init, INITS)
+        check_choice("directions", directions, DIRECTIONS)
+        tau = {"centroids": DEFAULT_TAU, "whitened": WHITENED_TAU}[directions] if tau is None else tau
         check_range("decay", decay, 0.0, 1.0)
         bias_rate = BIAS_RATES[balance] if bias_rate is None else bias_rate
         check_range("bias_rate", bias_rate, 0.0, MAX_FACTOR)
@@ -138,7 +148,7 @@ class KMeansRouter(CentroidCommit):
         self.top_k = top_k
         self.average, self.accumulate, self.init = average, accumulate, init
         self.detach_gates, self.return_scores = detach_gates, return_scores
-        self.commit_options = CommitOptions(top_k, decay, average, balance, bias_rate)
+        self.commit_options = CommitOptions(top_k, decay, average, balance, bias_rate, directions)
         self._check_together(gate, learned_offset=learned_offset)
         self.backend = backend
         self._reservoir_seed = seed_for(seed, "reservoir")
@@ -178,6 +188,7 @@ class KMeansRouter(CentroidCommit):
         o, c = self.options, self.commit_options
         groups = f", n_group={o.n_group}, topk_group={o.topk_group}" if o.grouped else ""
         groups += "" if self.offset is None else ", learned_offset=True"
+        groups += ", directions='whitened'" if c.directions == "whitened" else ""
         name = f", name={self.name!r}" if self.name else ""
         return (
             f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, gate={o.gate!r}, "
@@ -333,3 +344,4 @@ class KMeansRouter(CentroidCommit):
         routed = ops.route(tokens, self._directions(tokens), self._bias(None), self.options, self._wanted(gather=True))
         self._gather(tokens, routed, None)
         self.commit_pending()
+        point([self])

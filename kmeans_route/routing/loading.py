@@ -33,7 +33,7 @@ class CentroidState(StatefulRouter):
     commit_options: CommitOptions
     FP32_STATE = ("weight", "centroids", "expert_bias", "score_std")
     INT64_STATE = ("steps", "dropped_total", "tokens_seen")
-    PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn")
+    PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn", "_moved")
 
     def _make_state(self, device: torch.device | str | None, *, cumulative: bool, learned_offset: bool) -> None:
         num_experts, hidden_size = self.num_experts, self.hidden_size
@@ -71,6 +71,7 @@ class CentroidState(StatefulRouter):
         """Gaussian unit rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
         self._pinned: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._first_rows: Tensor | None = None
+        self._moved = torch.zeros((), dtype=torch.bool, device=self.weight.device)
         self._await_data(True)
         self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
         if self.weight.is_meta:
@@ -226,7 +227,10 @@ class CentroidState(StatefulRouter):
         if not self.has_data:
             return
         if "weight" not in brought:
-            self.weight.copy_(reference.centroid_directions(self.centroids, self.weight))
+            rule = reference.centroid_directions
+            if self.commit_options.directions == "whitened":
+                rule = reference.whitened_reference
+            self.weight.copy_(rule(self.centroids, self.weight))
         counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
         if not counters <= brought:
             self._warn_of_part(f"centroids without {' and '.join(sorted(counters - brought))}", "taken as given")

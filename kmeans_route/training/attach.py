@@ -10,6 +10,7 @@ from torch import nn
 from kmeans_route import ops
 from kmeans_route.checks import check_choice, check_positive_int
 from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.commit import point
 from kmeans_route.routing.pending import CountingScope, Pending
 from kmeans_route.training.optimizers import clocks_of, num_running_steps
 from kmeans_route.training.overdue import Overdue, unwatch_steps, watch_steps
@@ -161,6 +162,7 @@ class Attachment:
             router.commit_pending(None if skip is None else skip.to(router.expert_bias.device), batch)
         if exchange is not None:
             exchange.settle(skip)
+        point(routers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-for-bit resume needs beside the model's and the optimizer's state, of this rank alone.

@@ -155,6 +155,8 @@ class Exchange:
         self._set_centroids(torch.where(moved, gathered, self._before))
         places = zip(self._averaging, self._weights_before, committed, averaged, strict=True)
         for (router, _), old, go, turned in places:
+            if router.commit_options.directions == "whitened":  # written from what was gathered, after this
+                continue
             weight = centroid_directions(router.centroids, old)
             router.weight.copy_(torch.where(go, weight, router.weight))
             turn = metrics.centroid_turn(old, weight)

@@ -1,0 +1,262 @@
+"""directions="whitened": the rule, its commit, and that experts stay apart."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kmeans_route import KMeansRouter, MoE, attach, metrics
+from kmeans_route.backends.whitening import inverse_root, newton_schulz_steps, whitened
+from kmeans_route.reference import whitened_reference
+from tests.helpers.compare import assert_same_bits, generator
+from tests.helpers.ranks import run_on_ranks
+
+D, E, K = 16, 6, 2
+pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
+
+
+def some_centroids(num_experts: int, hidden_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Averages around an offset that all share, as those of hidden states are, and directions from before."""
+    gen = generator(seed)
+    centroids = 0.3 * torch.randn(num_experts, hidden_size, generator=gen) + torch.randn(hidden_size, generator=gen)
+    return centroids, nn.functional.normalize(torch.randn(num_experts, hidden_size, generator=gen), dim=1)
+
+
+def hidden_states(seed: int, num_tokens: int = 120, hidden_size: int = D) -> Tensor:
+    gen = generator(seed)
+    return torch.randn(num_tokens, hidden_size, generator=gen) + 0.5 * torch.randn(hidden_size, generator=gen)
+
+
+SHAPES = [(1, 8), (2, 8), (6, 16), (16, 64), (32, 8), (64, 256), (128, 40)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "zero rows", "copies", "low rank", "huge", "tiny"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_alone_give_the_definition(shape: tuple[int, int], kind: str) -> None:
+    centroids, weight = some_centroids(*shape)
+    if kind == "zero rows":
+        centroids[::3] = 0
+    elif kind == "copies":
+        centroids[-1] = centroids[0]
+    elif kind == "low rank":  # the sum of squares of what is left out is 1e-6 of the whole
+        centroids = centroids[:, :1] * centroids[:1] + 1e-3 * centroids
+    elif kind in ("huge", "tiny"):
+        centroids *= {"huge": 1e12, "tiny": 1e-9}[kind]
+    got, want = whitened(centroids[None], weight[None])[0], whitened_reference(centroids.double(), weight.double())
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4 if kind == "low rank" else 2e-5)
+    torch.testing.assert_close(got.norm(dim=1), torch.ones(shape[0]), rtol=0, atol=1e-5)
+    if kind == "zero rows":
+        assert_same_bits(got[::3], weight[::3])
+    if kind == "copies":
+        torch.testing.assert_close(got[-1], got[0], rtol=0, atol=1e-5)
+
+
+def test_the_definition_by_hand() -> None:
+    """Three orthogonal differences of lengths that differ: the decorrelated ones are orthogonal and of one length."""
+    eps = 0.01
+    delta = torch.tensor([[3.0, 0, 0, 0], [-3.0, 0, 0, 0], [0, 1.0, 0, 0], [0, -1.0, 0, 0]]).double()
+    mu = torch.tensor([0, 0, 2.0, 0]).double()
+    gram = delta @ delta.T
+    # The pairs +-3 and +-1 are the eigenvectors: W keeps their directions, so weight is mu + 2 e of each, at length 1.
+    n = (3 + 3 + 1 + 1) / 4
+    want = nn.functional.normalize(mu + n * nn.functional.normalize(delta, dim=1), dim=1)
+    weight = torch.zeros(4, 4).double()
+    torch.testing.assert_close(whitened_reference(delta + mu, weight), want)
+    a = gram + eps * gram.trace() / 4 * torch.eye(4)
+    root = inverse_root((a / a.norm()).float()[None])[0].double() / a.norm().sqrt()
+    torch.testing.assert_close(root @ a @ root, torch.eye(4).double(), rtol=0, atol=1e-4)
+
+
+def test_no_centroid_leaves_everything_and_one_keeps_its_direction() -> None:
+    centroids, weight = some_centroids(4, 8)
+    assert_same_bits(whitened(torch.zeros(1, 4, 8), weight[None])[0], weight)
+    assert_same_bits(whitened_reference(torch.zeros(4, 8), weight), weight)
+    centroids[1:] = 0
+    got = whitened(centroids[None], weight[None])[0]
+    torch.testing.assert_close(got[0], nn.functional.normalize(centroids[0], dim=0))
+
+
+def test_neither_scale_nor_order_of_experts_matters() -> None:
+    centroids, weight = some_centroids(12, 20)
+    want, order = whitened(centroids[None], weight[None])[0], torch.randperm(12, generator=generator(1))
+    torch.testing.assert_close(whitened(7.5 * centroids[None], weight[None])[0], want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whitened(centroids[order][None], weight[order][None])[0], want[order], rtol=0, atol=1e-5)
+    for _ in range(3):
+        assert_same_bits(whitened(centroids[None], weight[None])[0], want)
+
+
+@pytest.mark.parametrize("num_experts", [1, 16, 256, 1024])
+def test_enough_steps_for_the_smallest_eigenvalue(num_experts: int) -> None:
+    x = 0.01 / num_experts / 1.01
+    for _ in range(newton_schulz_steps(num_experts)):
+        x = x * (3 - x) ** 2 / 4  # an eigenvalue of Z Y
+    assert abs(1 - x) < 1e-7
+
+
+@pytest.mark.parametrize("average", ["ema", "cumulative"])
+@pytest.mark.parametrize("init", ["tokens", "kmeans++", "normal"])
+def test_a_commit_writes_the_whitened_directions(init: str, average: str, backend: str) -> None:
+    router = KMeansRouter(D, E, K, directions="whitened", init=init, average=average, backend=backend)
+    plain = KMeansRouter(D, E, K, init=init, average=average, backend=backend)
+    for step in range(3):
+        weight, x = router.weight.clone(), hidden_states(step)
+        ids = router(x).indices
+        plain(x, indices=ids)
+        router.commit()
+        plain.commit()
+        if step < 2:  # after it the two route differently, so the scale of their scores and the biases part
+            assert_same_bits(router.centroids, plain.centroids)
+        want = whitened_reference(router.centroids.double(), weight.double())
+        torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
+        assert step == 0 or router.metrics()["centroid_drift"] > 0
+
+
+def test_a_commit_of_nothing_leaves_what_was_written() -> None:
+    router = KMeansRouter(D, E, K, directions="whitened")
+    for step in range(2):
+        router(hidden_states(step))
+        router.commit()
+    new = nn.functional.normalize(torch.randn(E, D, generator=generator(9)), dim=1)
+    router.weight.data.copy_(new)
+    router.commit()
+    assert_same_bits(router.weight, new)
+    router(hidden_states(3))
+    router.commit(torch.tensor(True))
+    assert_same_bits(router.weight, new)
+    router.commit(torch.tensor(False))
+    torch.testing.assert_close(
+        router.weight.double(), whitened_reference(router.centroids.double(), new.double()), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
+def test_first_centroids_that_are_equal_part(directions: str) -> None:
+    """Tokens of one direction and different lengths are different tokens; as centroids they would stay equal."""
+    router = KMeansRouter(D, E, K, directions=directions)
+    gen = generator(0)
+    x = torch.randn(1, D, generator=gen) * torch.rand(64, 1, generator=gen)
+    router(x)
+    router.commit()
+    unit = nn.functional.normalize(router.centroids, dim=1)
+    assert float((unit @ unit.T - 2 * torch.eye(E)).max()) < 1 - 1e-4
+    for step in range(20):
+        router(hidden_states(step))
+        router.commit()
+    assert float((router.weight @ router.weight.T - 2 * torch.eye(E)).max()) < 0.999
+
+
+class Layers(nn.Module):
+    """Two routers of one shape and one of another."""
+
+    def __init__(self, directions: str = "whitened", **options: Any) -> None:
+        super().__init__()
+        shapes = [(E, K), (E, K), (2 * E, 1)]
+        self.routers = nn.ModuleList(
+            KMeansRouter(D, e, k, directions=directions, name=str(i), **options) for i, (e, k) in enumerate(shapes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([router(x).weights.sum() for router in self.routers]).sum()
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def train(model: Layers, optimizer: Any, steps: range, rank: int = 0, num_ranks: int = 1) -> None:
+    for step in steps:
+        model(hidden_states(step)[rank::num_ranks].requires_grad_())
+        optimizer.step()
+
+
+def still() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
+
+
+def test_layers_of_one_shape_together_are_as_each_alone() -> None:
+    together, alone, optimizer = Layers(), Layers(), still()
+    attach(together, optimizer)
+    for step in range(4):
+        train(together, optimizer, range(step, step + 1))
+        alone(hidden_states(step).requires_grad_())
+        for router in alone.routers:
+            router.commit()  # type: ignore[operator]
+    for name, value in state_of(alone).items():
+        torch.testing.assert_close(state_of(together)[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_resume_is_bit_for_bit(stop: int) -> None:
+    straight, first, second = Layers(), Layers(), Layers()
+    for model, steps in ((straight, range(6)), (first, range(stop))):
+        optimizer = still()
+        attach(model, optimizer)
+        train(model, optimizer, steps)
+    second.load_state_dict(first.state_dict())
+    optimizer = still()
+    attach(second, optimizer)
+    train(second, optimizer, range(stop, 6))
+    for name, value in state_of(straight).items():
+        assert_same_bits(state_of(second)[name], value, name)
+
+
+WIRES: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": {"wire": "bf16"}, "shard": {"shard": True}}
+
+
+def on_ranks(rank: int, num_ranks: int) -> dict[str, dict[str, Tensor]]:
+    warnings.simplefilter("ignore")
+    states = {}
+    for name, options in WIRES.items():
+        model, optimizer = Layers(), still()
+        attachment = attach(model, optimizer, **options)
+        train(model, optimizer, range(5), rank, num_ranks)
+        attachment.remove()
+        states[name] = state_of(model)
+    return states
+
+
+def test_ranks_are_equal_and_agree_with_one_process(tmp_path: Path) -> None:
+    first, second = run_on_ranks(on_ranks, 2, tmp_path, 2)
+    model, optimizer = Layers(), still()
+    attach(model, optimizer)
+    train(model, optimizer, range(5))
+    for name in WIRES:
+        for key, value in first[name].items():
+            assert_same_bits(second[name][key], value, f"{name} {key}")
+        for i in range(3):
+            made, centroids = (first[name][f"routers.{i}.{which}"].double() for which in ("weight", "centroids"))
+            torch.testing.assert_close(made, whitened_reference(centroids, made), rtol=0, atol=1e-5)
+    for key, value in state_of(model).items():
+        torch.testing.assert_close(first["fp32"][key], value, rtol=0, atol=1e-5, msg=key)
+
+
+def tokens_with_few_strong_axes(seed: int) -> Tensor:
+    gen = generator(seed)
+    return torch.randn(256, 32, generator=gen) * torch.logspace(0, -2, 32) + 0.3
+
+
+@pytest.mark.parametrize("top_k", [2, 8])
+def test_experts_stay_apart_where_plain_averages_become_one(top_k: int) -> None:
+    """Averages of a token's K experts alike are a power iteration: they turn to the first axes of the data."""
+    found = {}
+    for directions in ("centroids", "whitened"):
+        router = KMeansRouter(32, 16, top_k, directions=directions)
+        for step in range(60):
+            router(tokens_with_few_strong_axes(step))
+            router.commit()
+        ids = torch.cat([router.route(tokens_with_few_strong_axes(1000 + i)).indices for i in range(4)])
+        found[directions] = float(metrics.effective_experts(ids, 16))
+    assert found["whitened"] > (1.1 if top_k == 2 else 2.0) * found["centroids"], found
+    assert found["whitened"] > 0.4 * 16, found
+
+
+def test_options() -> None:
+    assert KMeansRouter(D, E, K).options.tau == 0.2
+    assert KMeansRouter(D, E, K, directions="whitened").options.tau == 0.1
+    assert KMeansRouter(D, E, K, directions="whitened", tau=0.3).options.tau == 0.3
+    assert "directions='whitened'" in repr(MoE(D, 8, E, K, directions="whitened"))
+    with pytest.raises(ValueError, match="directions must be one of"):
+        KMeansRouter(D, E, K, directions="white")
