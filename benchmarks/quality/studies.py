@@ -87,6 +87,14 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
 TRIES = {name: MAIN[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
 CHANGED_BY = {name: base for base, tries in _TRIES.items() for name in tries}
 """Try -> the contestant of the main study that it changes."""
+DIRECTIONS: dict[str, dict[str, Any]] = {
+    f"K-Means, whitened{', learned offset' if offset else ''}": {
+        "router": "kmeans", "balance": "proportional", "tau": 0.1,
+        **_options(directions="whitened", **({"learned_offset": True} if offset else {})),
+    }
+    for offset in (False, True)
+}  # fmt: skip
+"""The rule for directions that the main study, run before it was there, has no contestant with."""
 CHANGES = {
     "prose": "the text turns from code to prose",
     "lr": "the learning rate doubles",
@@ -100,6 +108,7 @@ CHANGED = (
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
     "tries": TRIES,
+    "directions": DIRECTIONS,
     **{change: {f"{name}; {change}": MAIN[name] for name in CHANGED} for change in CHANGES},
 }
 """Study -> contestants. The last three change something after half of the steps, see `one.py`."""

@@ -1,6 +1,6 @@
 """Trains what `studies.py` lists, several runs side by side, and appends a JSON line for each that is finished.
 
-    python -m benchmarks.quality.sweep [--study main|tries|prose|lr|batch] [--size D64-E16-K2 ...] [--seeds 0 1 2]
+    python -m benchmarks.quality.sweep [--study main|tries|directions|prose|lr|batch] [--size D64-E16-K2 ...] [--seeds 0 1 2]
         [--steps 2400] [--workers 2] [--device cpu] [--minutes N] [--only NAME ...] [--out DIR] [--results FILE]
         [--json] [--list]
 
