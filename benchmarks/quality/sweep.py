@@ -1,8 +1,8 @@
 """Trains what `studies.py` lists, several runs side by side, and appends a JSON line for each that is finished.
 
-    python -m benchmarks.quality.sweep [--study main|tries|directions|prose|lr|batch] [--size D64-E16-K2 ...] [--seeds 0 1 2]
-        [--steps 2400] [--workers 2] [--device cpu] [--minutes N] [--only NAME ...] [--out DIR] [--results FILE]
-        [--json] [--list]
+    python -m benchmarks.quality.sweep [--study main|tries|directions|prose|lr|batch] [--size D64-E16-K2 ...]
+        [--seeds 0 1 2] [--steps 2400] [--workers 2] [--device cpu] [--minutes N] [--only NAME ...] [--out DIR]
+        [--results FILE] [--json] [--list]
 
 Stop it when you like, with Ctrl-C or --minutes: runs under way keep their checkpoints in --out, and the same command
 goes on from there. Runs whose line is in --results already are not done again. Each run has one thread.

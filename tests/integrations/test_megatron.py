@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 import kmeans_route.integrations.megatron as adapter
 from kmeans_route import KMeansRouter, ops, route
 from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter
+from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.examples import run_example
 from tests.helpers.ranks import run_on_ranks
@@ -354,3 +355,13 @@ def test_the_example_of_the_docstring_runs() -> None:
     cfg.finalize_model_grads_func([model])
     assert len(called) == 1
     assert bool(routers_of(model)[0].initialized)
+
+
+def test_whitened_directions_are_an_option_of_the_router() -> None:
+    router = KMeansTopKRouter(config(), directions="whitened")
+    for step in range(3):
+        router(hidden(step).requires_grad_())
+        router.commit()
+    assert router.options.tau == 0.1
+    want = whitened_reference(router.centroids.double(), router.weight.double())
+    torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-4)

@@ -23,6 +23,7 @@ from torchtitan.models.deepseek_v3 import model_registry
 import kmeans_route.integrations.torchtitan as adapter
 from kmeans_route import KMeansRouter, route
 from kmeans_route.integrations.torchtitan import KMeansRouting, KMeansTokenChoiceRouter, kmeans_routing
+from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.examples import run_example
 
@@ -245,3 +246,12 @@ def test_options_and_models_that_do_not_fit_are_refused() -> None:
 def test_the_example_of_the_docstring_runs() -> None:
     names = run_example(adapter)
     assert isinstance(names["model"].layers["1"].moe.router, KMeansRouter)
+
+
+def test_whitened_directions_train_through_the_converter() -> None:
+    model, spec = make(directions="whitened")
+    train(model, spec, 4)
+    for one in routers_of(model):
+        assert one.options.tau == 0.1
+        want = whitened_reference(one.centroids.double(), one.weight.double())
+        torch.testing.assert_close(one.weight.double(), want, rtol=0, atol=1e-4)

@@ -27,6 +27,7 @@ from kmeans_route.integrations.transformers import (  # noqa: E402
     revert,
 )
 from kmeans_route.integrations.transformers.router import ROUTERS  # noqa: E402
+from kmeans_route.reference import whitened_reference  # noqa: E402
 from tests.helpers.compare import assert_same_bits  # noqa: E402
 from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_config, tiny_model  # noqa: E402
 
@@ -696,3 +697,17 @@ def test_the_config_takes_no_part_in_other_models() -> None:
     model = tiny_model("mixtral")
     apply_kmeans_routing(model)
     assert not hasattr(tiny_config("mixtral"), "kmeans_route")
+
+
+def test_whitened_directions_train_and_come_back_from_a_folder(tmp_path: Path) -> None:
+    model, tokens = tiny_model("mixtral"), some_tokens()
+    apply_kmeans_routing(model, directions="whitened")
+    train(model, 4)
+    for router in routers_of(model):
+        want = whitened_reference(router.centroids.double(), router.weight.double())
+        torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = load_kmeans_pretrained(type(model), tmp_path)
+    assert_same_bits(loaded.eval()(tokens).logits, model.eval()(tokens).logits)
+    assert all(router.commit_options.directions == "whitened" for router in routers_of(loaded))
+    assert all(router.options.tau == 0.1 for router in routers_of(loaded))
