@@ -157,8 +157,24 @@ def effective_experts(indices: Tensor, num_experts: int, mask: Tensor | None = N
     centred = (chosen - (chosen * keep).sum(-2, keepdim=True) / total) * keep
     with torch.autocast(indices.device.type, enabled=False):
         covariance = product(centred.mT, centred) / total
+    return _participation(covariance)
+
+
+def effective_experts_of(chosen_together: Tensor, top_k: int) -> Tensor:
+    """`effective_experts` from counts (..., E, E) of tokens that chose both of two experts, its own on the diagonal.
+
+    0 where nothing was counted.
+    """
+    num_tokens = chosen_together.diagonal(dim1=-2, dim2=-1).sum(-1) / top_k
+    share = chosen_together.double() / num_tokens.clamp_min(1)[..., None, None]
+    load = share.diagonal(dim1=-2, dim2=-1)
+    found = _participation(share - load[..., :, None] * load[..., None, :])
+    return torch.where(num_tokens > 0, found, 0.0)
+
+
+def _participation(covariance: Tensor) -> Tensor:
     trace, squares = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), covariance.square().sum((-2, -1))
-    return (1 + trace**2 / torch.where(squares > 0, squares, 1.0)).clamp(1, num_experts)
+    return (1 + trace**2 / torch.where(squares > 0, squares, 1.0)).clamp(1, covariance.shape[-1])
 
 
 def pairwise_cosine(weight: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from kmeans_route.ops.schema import arguments, in_backward, no_autocast, recorde
 from kmeans_route.reference import compute_dtype
 from kmeans_route.types import PendingStatistics, Statistics
 
+PAIRS_FROM = 1024  # tokens of a batch of which one looks who was chosen with whom
+
 
 def centroid_sums(
     x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int, backend: Any
@@ -90,6 +92,26 @@ def reservoir(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Ten
     if not in_backward():
         with no_autocast(x):
             keep_smallest_hashes_(x, inv_norm, valid, seed, hashes, rows)
+
+
+@torch.library.custom_op("kmeans_route::count_pairs", mutates_args=("pairs",))
+def count_pairs(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
+    """Add to pairs (E, E) fp32 how many of the first tokens chose both of two experts; nothing in a backward pass.
+
+    An (E, E) product over at most `PAIRS_FROM` tokens: sums of ones, so exact in any order.
+    """
+    if in_backward():
+        return
+    some = slice(0, PAIRS_FROM)
+    chosen = torch.zeros(indices[some].shape[0], pairs.shape[0], device=pairs.device)
+    chosen.scatter_(1, indices[some], counted[some, None].float().expand(-1, indices.shape[1]))
+    with no_autocast(pairs):
+        pairs.addmm_(chosen.T, chosen)
+
+
+@count_pairs.register_fake
+def _(*_args: Any, **_kwargs: Any) -> None:
+    return None
 
 
 @reservoir.register_fake

@@ -1,5 +1,6 @@
 """The commit of a K-Means router: first data sets the centroids, each step moves them and the bias."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,6 +64,7 @@ class CentroidCommit(CentroidState):
         self._moved = torch.ones((), dtype=torch.bool, device=self.weight.device)
         self.dropped_total.add_(batch.num_dropped)
         self.tokens_per_expert = batch.counts.clone()
+        self.chosen_together.copy_(self.pending.pairs)
         self.pending.clear_()
         self._have_data()
 
@@ -75,6 +77,9 @@ class CentroidCommit(CentroidState):
         )  # fmt: skip
         backend.commit(state, batch.statistics, skip, self.commit_options)
         self._moved = self.steps != steps
+        pairs = self.pending.pairs
+        self.chosen_together.copy_(torch.where(self._moved, pairs, self.chosen_together))
+        pairs.masked_fill_(self._moved, 0.0)
         self._pinned = {}
         if batch is not self.pending:
             self.pending.clear_(skip)
@@ -94,6 +99,21 @@ class CentroidCommit(CentroidState):
         super().commit(skip)
         point([self])
 
+    def _effective_experts(self) -> Tensor:
+        """Of this rank's tokens of the last step, the first 1024 of each forward; says once when few are left."""
+        together = torch.diag(self.tokens_per_expert) if self.top_k == 1 else self.chosen_together
+        found = metrics.effective_experts_of(together, self.top_k)
+        enough = float(together.diagonal().sum()) >= 8 * self.num_experts * self.top_k
+        few = bool(found < self.num_experts / 4) and 1 < self.top_k < self.num_experts
+        if enough and few and self.commit_options.directions == "centroids" and not self._told_of_collapse:
+            self._told_of_collapse = True
+            warnings.warn(
+                f"router {self.name!r} must not have its experts chosen together, got {float(found):.1f} effective "
+                f'experts of {self.num_experts}: use directions="whitened", which keeps them apart',
+                stacklevel=3,
+            )
+        return found
+
     def metrics(self) -> dict[str, float]:
         """Flat scalars of the last committed step, for any logger. Reads values back: not for the routing path."""
         self._move_plain_tensors()
@@ -105,6 +125,7 @@ class CentroidCommit(CentroidState):
             "load_entropy": metrics.load_entropy(counts),
             "load_gini": metrics.gini(counts),
             "dead_experts": metrics.dead_experts(counts),
+            "effective_experts": self._effective_experts(),
             "bias_abs_max": bias.abs().max(),
             "score_std": self.score_std,
             "direction_cosine": metrics.mean_pairwise_cosine(self.weight),

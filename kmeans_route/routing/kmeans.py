@@ -135,16 +135,9 @@ class KMeansRouter(CentroidCommit):
         check_range("bias_rate", bias_rate, 0.0, MAX_FACTOR)
         super().__init__(hidden_size, num_experts, seed=seed, name=name)
         self.options = check_route_options(
-            num_experts,
-            top_k,
-            gate=gate,
-            tau=tau,
-            normalize=normalize,
-            scaling=scaling,
-            n_group=n_group,
-            topk_group=topk_group,
-            group_score=group_score,
-        )
+            num_experts, top_k, gate=gate, tau=tau, normalize=normalize, scaling=scaling, n_group=n_group,
+            topk_group=topk_group, group_score=group_score,
+        )  # fmt: skip
         self.top_k = top_k
         self.average, self.accumulate, self.init = average, accumulate, init
         self.detach_gates, self.return_scores = detach_gates, return_scores
@@ -283,6 +276,8 @@ class KMeansRouter(CentroidCommit):
             x, routed.indices, inv_norm if unit else None, counted, None if partials is None else partials.detach(),
             batch, p.statistics, tokens.backend,
         )  # fmt: skip
+        if self.top_k > 1:
+            ops.count_pairs(routed.indices, counted, p.pairs)
         if p.hashes.numel():
             factor = inv_norm if unit else counted.float()
             ops.reservoir(x, factor, counted, self._reservoir_seed, p.hashes, p.rows)

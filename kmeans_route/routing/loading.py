@@ -33,7 +33,7 @@ class CentroidState(StatefulRouter):
     commit_options: CommitOptions
     FP32_STATE = ("weight", "centroids", "expert_bias", "score_std")
     INT64_STATE = ("steps", "dropped_total", "tokens_seen")
-    PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn", "_moved")
+    PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn", "chosen_together", "_moved")
 
     def _make_state(self, device: torch.device | str | None, *, cumulative: bool, learned_offset: bool) -> None:
         num_experts, hidden_size = self.num_experts, self.hidden_size
@@ -50,6 +50,7 @@ class CentroidState(StatefulRouter):
         self.register_buffer("tokens_seen", buffer(num_experts, dtype=torch.int64) if cumulative else None)
         offset = nn.Parameter(buffer(num_experts, hidden_size)) if learned_offset else None
         self.register_parameter("offset", offset)
+        self._told_of_collapse = False
         self.reset_parameters()
 
     @property
@@ -74,6 +75,9 @@ class CentroidState(StatefulRouter):
         self._moved = torch.zeros((), dtype=torch.bool, device=self.weight.device)
         self._await_data(True)
         self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
+        self.chosen_together = torch.zeros(
+            self.num_experts, self.num_experts, dtype=torch.float32, device=self.weight.device
+        )
         if self.weight.is_meta:
             return
         with torch.no_grad():
@@ -147,7 +151,7 @@ class CentroidState(StatefulRouter):
 
     def snapshot(self) -> dict[str, Any]:
         """All that gathering and committing change, and the options of routing, as they are now: for `restore`."""
-        names = ("options", "pending", "tokens_per_expert", "centroid_turn", "_awaits_data", "_first_rows")
+        names = ("options", "pending", "_awaits_data", "_first_rows", *self.PLAIN_TENSORS)
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
         return {"attributes": copy.deepcopy({name: getattr(self, name) for name in names}), "buffers": buffers}
 

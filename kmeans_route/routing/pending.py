@@ -18,10 +18,11 @@ class Pending:
     sums: (E, D) fp32, sums_e = sum of x_t / ||x_t|| over tokens routed to e; (0, 0) for learned routers.
     counts: (E,) int64. std_sum: () fp32. num_tokens, num_dropped: () int64.
     margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
+    pairs: (E, E) fp32, tokens of a sample that chose both of two experts; (0, 0) for learned routers.
     hashes, rows: the token reservoir (R,), (R, D) until the centroids have data, else (0,), (0, D).
     """
 
-    FIELDS = (*PendingStatistics._fields, "hashes", "rows")
+    FIELDS = (*PendingStatistics._fields, "pairs", "hashes", "rows")
 
     def __init__(
         self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, places: int = 0
@@ -35,6 +36,8 @@ class Pending:
         self.num_dropped = torch.zeros((), dtype=torch.int64, device=device)
         bins = (num_experts if with_hist else 0, NUM_MARGIN_BINS)
         self.margin_hist = torch.zeros(bins, dtype=torch.int32, device=device)
+        by_pair = (num_experts, num_experts) if hidden_size else (0, 0)
+        self.pairs = torch.zeros(by_pair, dtype=torch.float32, device=device)
         self.hashes = torch.full((places,), EMPTY_HASH, dtype=torch.int64, device=device)
         self.rows = torch.zeros(places, hidden_size, dtype=torch.float32, device=device)
 

@@ -93,6 +93,8 @@ def sample_values(dtype: torch.dtype) -> dict[str, Any]:
         "num_dropped": torch.zeros((), dtype=torch.int64),
         "margin_hist": torch.zeros(E, 1024, dtype=torch.int32),
         "seed": 3,
+        "pairs": torch.zeros(E, E),
+        "dtype": torch.bfloat16,
         "hashes": torch.full((16 * E,), torch.iinfo(torch.int64).max),
         "weight": torch.randn(E, 16, D, generator=gen).to(dtype),
     }

@@ -408,7 +408,7 @@ def test_inference_mode_follows_the_centroids_until_they_are_pinned(monkeypatch:
     with torch.inference_mode():
         router(x)
         router.weight.copy_(router.weight.flip(0))
-        d = reference.directions_reference(router.weight, x.dtype)
+        d = make(router.weight, x.dtype)
         want = kmeans_route.route(x, router.weight, K, directions=d).weights.clone()
         assert_same_bits(router(x).weights, want)
         assert len(made) == 2
@@ -433,7 +433,8 @@ def test_metrics_are_flat_scalars_of_the_last_step() -> None:
     router.initialize(hidden_states(200, 0))
     x = hidden_states(100, 1)
     x[0] = torch.nan
-    counts = router.route(x, gather=True).tokens_per_expert.double()
+    routing = router.route(x, gather=True)
+    counts = routing.tokens_per_expert.double()
     old = router.weight.double()
     router.commit()
     assert torch.equal(router.tokens_per_expert.double(), counts)
@@ -449,6 +450,7 @@ def test_metrics_are_flat_scalars_of_the_last_step() -> None:
         "load_entropy": -(share * share.clamp_min(1e-30).log()).sum() / np.log(E),
         "load_gini": (share[:, None] - share).abs().sum() / (2 * E),
         "dead_experts": (counts == 0).sum(),
+        "effective_experts": kmeans_route.metrics.effective_experts(routing.indices, E, routing.valid),
         "bias_abs_max": router.expert_bias.abs().max(),
         "score_std": router.score_std,
         "direction_cosine": (cosine.sum() - E) / (E * (E - 1)),

@@ -260,3 +260,49 @@ def test_options() -> None:
     assert "directions='whitened'" in repr(MoE(D, 8, E, K, directions="whitened"))
     with pytest.raises(ValueError, match="directions must be one of"):
         KMeansRouter(D, E, K, directions="white")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_effective_experts_is_that_of_the_last_step(top_k: int) -> None:
+    router = KMeansRouter(32, 16, top_k, directions="whitened")
+    assert router.metrics()["effective_experts"] == 0
+    for step in range(4):
+        ids = torch.cat([router(tokens_with_few_strong_axes(10 * step + part)).indices for part in range(2)])
+        router.eval()(tokens_with_few_strong_axes(99))
+        router.train()
+        router.commit()
+        want = float(metrics.effective_experts(ids, 16))
+        assert router.metrics()["effective_experts"] == pytest.approx(want, rel=1e-5)
+    router.commit()
+    assert router.metrics()["effective_experts"] == pytest.approx(want, rel=1e-5)
+
+
+def test_pairs_count_once_and_only_what_counts() -> None:
+    router = KMeansRouter(D, E, K)
+    x = hidden_states(0).requires_grad_()
+    x.data[3] = torch.nan
+    count_mask = torch.arange(120) % 3 > 0
+    ids = router.route(x, count_mask=count_mask, gather=True).indices
+    torch.utils.checkpoint.checkpoint(lambda x: router(x).weights, x, use_reentrant=False)[:, 0].sum().backward()
+    want = torch.zeros(E, E)
+    for seen in (count_mask, torch.ones(120, dtype=torch.bool)):
+        for token in range(120):
+            if seen[token] and token != 3:
+                for one in ids[token]:
+                    for other in ids[token]:
+                        want[one, other] += 1
+    assert_same_bits(router.pending.pairs, want)
+
+
+def test_few_effective_experts_are_said_once() -> None:
+    router = KMeansRouter(32, 16, 8, name="layers.3")
+    for step in range(60):
+        router(tokens_with_few_strong_axes(step))
+        router.commit()
+    with pytest.warns(
+        UserWarning, match=r"router 'layers.3' must not have .*, got [0-3]\.[0-9] effective experts of 16"
+    ):
+        router.metrics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert router.metrics()["effective_experts"] < 4
