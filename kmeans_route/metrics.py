@@ -299,7 +299,7 @@ def _directions(weight: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} must be (..., E, D), got {tuple(weight.shape)}: pass one centroid a row")
     rows = weight.to(_float_dtype(weight))
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    has_direction = norm >= MIN_NORM
+    has_direction = (norm >= MIN_NORM) & norm.isfinite()
     return torch.where(has_direction, rows / torch.where(has_direction, norm, torch.ones_like(norm)), 0.0)
 
 

@@ -74,8 +74,9 @@ def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, FOLLOW: tl.con
         after += new * new
     norm_before = tl.sqrt(tl.sum(before, axis=0))
     norm_after = tl.sqrt(tl.sum(after, axis=0))
-    scale_before = tl.where(norm_before >= MIN_CENTROID_NORM, 1.0 / norm_before, 0.0)
-    has_direction = FOLLOW & go & (norm_after >= MIN_CENTROID_NORM)
+    had_direction = (norm_before >= MIN_CENTROID_NORM) & (norm_before < float("inf"))  # NaN fails both
+    scale_before = 1.0 / tl.where(had_direction, norm_before, 1.0)
+    has_direction = FOLLOW & go & (norm_after >= MIN_CENTROID_NORM) & (norm_after < float("inf"))
     scale_after = 1.0 / tl.where(has_direction, norm_after, 1.0)
     apart = tl.zeros([BD], dtype=tl.float32)
     along = tl.zeros([BD], dtype=tl.float32)
@@ -86,7 +87,7 @@ def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, FOLLOW: tl.con
         s = tl.load(s_row + column, mask=column < D, other=0.0)
         c = _finite(old)
         new = tl.where(count > 0, beta * c + (1.0 - beta) * (s / share), c)
-        u = w * scale_before
+        u = tl.where(had_direction, w * scale_before, 0.0)
         v = tl.where(has_direction, new * scale_after, u)
         apart += (u - v) * (u - v)
         along += (u + v) * (u + v)

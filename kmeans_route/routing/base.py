@@ -26,6 +26,18 @@ def seed_for(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _undo_casts(buffers: dict[str, Tensor | None], own: dict[str, torch.dtype]) -> list[str]:
+    """Give buffers their own dtypes again; which had another, in words."""
+    cast = []
+    for name, dtype in own.items():
+        buffer = buffers[name]
+        if buffer is not None and buffer.dtype != dtype:
+            cast.append(f"{name} to {str(buffer.dtype).removeprefix('torch.')}")
+            with torch.inference_mode(False):  # a commit will write into what is made here
+                buffers[name] = buffer.to(dtype)
+    return cast
+
+
 Observer = Callable[[Tokens, Routing], None]
 
 
@@ -59,6 +71,7 @@ class StatefulRouter(nn.Module):
         self._observers: dict[int, Observer] = OrderedDict()
         self._commits_by_hand = False
         self._warned = self._has_gathered = self._told_of_cast = False
+        self._cast: tuple[str, ...] = ()
 
     @property
     def aux_loss(self) -> Tensor:
@@ -277,18 +290,16 @@ class StatefulRouter(nn.Module):
     def _own_dtypes_again(self, *, tell: bool) -> None:
         """Undo a cast that has gone past the module: FSDP1's buffer_dtype, `.data` casts, a checkpoint cast whole."""
         own = dict.fromkeys(self.FP32_STATE, torch.float32) | dict.fromkeys(self.INT64_STATE, torch.int64)
-        cast = []
-        for name, dtype in own.items():
-            buffer = self._buffers[name]
-            if buffer is not None and buffer.dtype != dtype:
-                cast.append(f"{name} to {str(buffer.dtype).removeprefix('torch.')}")
-                self._buffers[name] = buffer.to(dtype)
-        if cast and tell and not self._told_of_cast:
+        cast = _undo_casts(self._buffers, own)
+        if cast and tell and not self._cast:
+            self._cast = tuple(cast)
+        # A compiled graph cannot tell, so that the next commit does.
+        if self._cast and not torch.compiler.is_compiling() and not self._told_of_cast:
             self._told_of_cast = True
             warnings.warn(
-                f"a router's state must keep its dtypes, got {', '.join(cast)}: they are as they were again, but their "
-                "values rounded; leave buffers out of the cast (FSDP: buffer_dtype=None), since an average in bf16 "
-                "stalls",
+                f"a router's state must keep its dtypes, got {', '.join(self._cast)}: they are as they were again, but "
+                "their values rounded; leave buffers out of the cast (FSDP: buffer_dtype=None), since an average in "
+                "bf16 stalls",
                 stacklevel=2,
             )
 
@@ -304,6 +315,7 @@ class StatefulRouter(nn.Module):
         self._move_plain_tensors()
         return self
 
+    @torch.inference_mode(False)  # a commit will write into what is made here
     def _move_plain_tensors(self) -> None:
         """Bring what is no buffer to the device of the buffers; what was on the meta device starts at zero."""
         device = self.expert_bias.device
@@ -321,6 +333,7 @@ class StatefulRouter(nn.Module):
                 "save right after an optimizer step",
                 stacklevel=2,
             )
+        self._own_dtypes_again(tell=True)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -334,6 +347,7 @@ class StatefulRouter(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load all of this module's state, or none of it: a foreign or non-finite entry refuses the rest by name."""
+        self._own_dtypes_again(tell=True)  # else loading would round to what the buffers were cast to
         problems = []
         for name, own in [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]:
             given = state_dict.get(prefix + name)

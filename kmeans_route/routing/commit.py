@@ -139,6 +139,7 @@ class CentroidCommit(CentroidState):
 def _parted(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows (E, D), with a tenth of its direction in weight added to each that is a copy of an earlier one's direction:
     equal centroids would have equal scores for ever, and whitening keeps copies."""
-    unit = torch.nn.functional.normalize(rows, dim=1)
-    copies = torch.tril(unit @ unit.T, diagonal=-1).amax(1) > 1 - 1e-6
-    return torch.where(copies[:, None], rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * weight, rows)
+    unit, other = (torch.nn.functional.normalize(each, dim=1) for each in (rows, weight))
+    copies = torch.tril(reference.product(unit, unit.T), diagonal=-1).amax(1) > 1 - 1e-6
+    aside = rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * other
+    return torch.where(copies[:, None], aside, rows)

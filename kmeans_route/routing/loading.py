@@ -2,11 +2,14 @@
 
 `weight` holds the directions that score, `centroids` the averages, zero until there is data. Anybody may write either,
 past this module too: the next forward routes by `weight`, and the first commit looks at what lies in both before it
-sets centroids from data, so that it never wipes what was loaded.
+sets centroids from data, so that it never wipes what was loaded. What lies there is all that it goes by, so that ranks
+of one state decide alike, and a state dict of a state behaves as the state: rows that nobody has given are told by
+their length, `FIRST_NORM`, whatever the seed that they were drawn with.
 """
 
 import copy
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from kmeans_route.backends.reservoir import TOKENS_PER_EXPERT
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.pending import Pending
 from kmeans_route.types import CommitOptions
+
+FIRST_NORM = 2.0**-7  # of the rows that score before there is data; a power of two, so that directions keep their bits
 
 
 class CentroidState(StatefulRouter):
@@ -69,9 +74,9 @@ class CentroidState(StatefulRouter):
         return self.commit_options.balance == "quantile" and self.top_k < self.num_experts
 
     def reset_parameters(self) -> None:
-        """Gaussian unit rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
+        """Gaussian rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
         self._pinned: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._first_rows: Tensor | None = None
+        self._own_dtypes_again(tell=False)
         self._moved = torch.zeros((), dtype=torch.bool, device=self.weight.device)
         self._await_data(True)
         self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
@@ -84,14 +89,10 @@ class CentroidState(StatefulRouter):
             for tensor in (*self.buffers(recurse=False), self.offset):
                 if tensor is not None:
                     tensor.zero_()
-            self.weight.copy_(self._gaussian_rows())
-
-    def _gaussian_rows(self) -> Tensor:
-        """(E, D) on the CPU: what `weight` holds before there is data."""
-        rows = torch.randn(
-            (self.num_experts, self.hidden_size), generator=self._private_generator(), dtype=torch.float32, device="cpu"
-        )
-        return torch.div(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+            rows = torch.randn(
+                self.weight.shape, generator=self._private_generator(), dtype=torch.float32, device="cpu"
+            )
+            self.weight.copy_(FIRST_NORM * rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     def _await_data(self, awaits: bool) -> None:
         """Gather for the first centroids, or no more; nothing is pending then.
@@ -138,10 +139,11 @@ class CentroidState(StatefulRouter):
         self.centroids.copy_(reference.directions_reference(self.weight, torch.float32))
         self._count_as_given(tokens_seen=tokens_seen)
 
-    def _count_as_given(self, *, steps: bool = True, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
-        if steps:
+    def _count_as_given(self, *, kept: Collection[str] = (), tokens_seen: int = reference.GIVEN_TOKENS) -> None:
+        """kept: counters that stay as they are."""
+        if "steps" not in kept:
             self.steps.fill_(reference.given_steps(self.commit_options.decay))
-        if self.tokens_seen is not None:
+        if self.tokens_seen is not None and "tokens_seen" not in kept:
             self.tokens_seen.fill_(tokens_seen)
 
     def _have_data(self) -> None:
@@ -151,13 +153,14 @@ class CentroidState(StatefulRouter):
 
     def snapshot(self) -> dict[str, Any]:
         """All that gathering and committing change, and the options of routing, as they are now: for `restore`."""
-        names = ("options", "pending", "_awaits_data", "_first_rows", *self.PLAIN_TENSORS)
+        names = ("options", "pending", "_awaits_data", *self.PLAIN_TENSORS)
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
         return {"attributes": copy.deepcopy({name: getattr(self, name) for name in names}), "buffers": buffers}
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Put back what `snapshot` gave."""
+        self._own_dtypes_again(tell=True)
         for name, value in copy.deepcopy(snapshot["attributes"]).items():  # it may be put back again
             setattr(self, name, value)
         for name, value in snapshot["buffers"].items():
@@ -180,6 +183,9 @@ class CentroidState(StatefulRouter):
                     "checkpoint from before that"
                 )
         if self.has_data:
+            if self.tokens_seen is not None and bool(self.steps) and not bool(self.tokens_seen.any()):
+                self._warn_of_part("centroids without tokens_seen", "taken as given")
+                self._count_as_given(kept=["steps"])
             self._have_data()
         elif not self._has_first_rows():
             self._warn_of_part("a weight without centroids", "taken as given centroids")
@@ -187,9 +193,9 @@ class CentroidState(StatefulRouter):
             self._have_data()
 
     def _has_first_rows(self) -> bool:
-        """Whether `weight` is as it was made, or as a checkpoint without data brought it; a cast may have rounded."""
-        rows = self._gaussian_rows() if self._first_rows is None else self._first_rows
-        return torch.allclose(self.weight.cpu(), rows, rtol=2**-7, atol=1e-6)
+        """Whether `weight` is as some router was made, and nobody has given it since; a cast may have rounded."""
+        norms = torch.linalg.vector_norm(self.weight, dim=1)
+        return bool(((norms / FIRST_NORM - 1).abs() < 2**-8).all())
 
     def _warn_of_part(self, got: str, taken: str) -> None:
         warnings.warn(
@@ -205,28 +211,36 @@ class CentroidState(StatefulRouter):
 
     def _after_load(self, brought: set[str]) -> None:
         """Make whole what was loaded in part."""
+        self._pinned = {}
+        self._materialize(brought)
         super()._after_load(brought)
-        self._pinned, self._first_rows = {}, None
         if self.weight.is_meta:
             return
         with torch.no_grad():
             self._complete(brought)
         awaits = not self.has_data
-        if awaits and not self._has_first_rows():  # of a checkpoint from before there was data, with another seed
-            self._first_rows = self.weight.cpu().clone()
         if bool(self.pending.hashes.numel()) != (awaits and self.init != "normal"):
             self._await_data(awaits)
         else:
             self._awaits_data = awaits
             self.tokens_per_expert.zero_()  # in place: a captured graph may write here
 
+    def _materialize(self, brought: set[str]) -> None:
+        """Zeros for what load_state_dict(assign=True) has left on the meta device, where it has brought directions."""
+        devices = [self.get_buffer(name).device for name in ("weight", "centroids") if name in brought]
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.is_meta and devices:
+                self._buffers[name] = torch.zeros_like(buffer, device=devices[0])
+
     def _complete(self, brought: set[str]) -> None:
         if "centroids" not in brought:
             if "weight" in brought:
-                self._warn_of_part("a weight without centroids", "taken as given centroids")
-                for tensor in (self.expert_bias, self.score_std, self.dropped_total):
-                    tensor.zero_()
-                self._take_weight_as_given()
+                for name, buffer in self.named_buffers(recurse=False):
+                    if name != "weight":  # a bias that came with a gate is not for cosines
+                        buffer.zero_()
+                if not self._has_first_rows():
+                    self._warn_of_part("a weight without centroids", "taken as given centroids")
+                    self._take_weight_as_given()
             return
         if not self.has_data:
             return
@@ -238,7 +252,7 @@ class CentroidState(StatefulRouter):
         counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
         if not counters <= brought:
             self._warn_of_part(f"centroids without {' and '.join(sorted(counters - brought))}", "taken as given")
-            self._count_as_given(steps="steps" not in brought)
+            self._count_as_given(kept=brought)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_pinned": {}}

@@ -86,7 +86,10 @@ class Attachment:
         if counted and finished and self._overlaps() and not ops.in_backward():
             self._forwards += 1
             if self._forwards == self.overlap_after:
-                self._exchange.start(self._learning())  # type: ignore[union-attr]
+                routers = self._learning()
+                for router in routers:
+                    router.before_commit()  # decides whether a reservoir is sent
+                self._exchange.start(routers)  # type: ignore[union-attr]
 
     def _overlaps(self) -> bool:
         """Not inside a compiled graph, which has no place for it: there the exchange starts after the step."""

@@ -28,6 +28,7 @@ from kmeans_route.integrations.transformers import (  # noqa: E402
 )
 from kmeans_route.integrations.transformers.router import ROUTERS  # noqa: E402
 from kmeans_route.reference import whitened_reference  # noqa: E402
+from kmeans_route.routing.loading import FIRST_NORM  # noqa: E402
 from tests.helpers.compare import assert_same_bits  # noqa: E402
 from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_config, tiny_model  # noqa: E402
 
@@ -498,8 +499,33 @@ def test_a_gate_that_a_checkpoint_lacks_starts_from_seeded_directions(tmp_path: 
     without = {name: value for name, value in model.state_dict().items() if "mlp.gate." not in name}
     model.save_pretrained(tmp_path, state_dict=without)
     for router in routers_of(SwappedAtBirth.from_pretrained(tmp_path)):
-        torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(8))  # transformers would draw 0.02 * normal
+        torch.testing.assert_close(router.weight.norm(dim=1) / FIRST_NORM, torch.ones(8))  # and not 0.02 * normal
         assert not bool(router.initialized)
+
+
+def test_a_vanilla_state_dict_onto_a_swapped_model_on_meta() -> None:
+    """With assign=True, as parameters come there: the gate is the first centroids there too."""
+    vanilla = tiny_model("mixtral")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config("mixtral"))
+        apply_kmeans_routing(model)
+    model.load_state_dict(vanilla.state_dict(), assign=True)
+    for path, router in zip(_paths(vanilla), routers_of(model), strict=True):
+        assert not any(buffer.is_meta for buffer in router.buffers())
+        torch.testing.assert_close(router.weight, nn.functional.normalize(_gate(vanilla, path)), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(router.centroids, router.weight, rtol=1e-6, atol=1e-7)
+        assert int(router.steps) == 999
+
+
+def test_an_untrained_weight_alone_is_no_gate(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model, seed=7)
+    alone = {name: value for name, value in model.state_dict().items() if ".gate." not in name or name[-6:] == "weight"}
+    model.save_pretrained(tmp_path, state_dict=alone)
+    for router in routers_of(MixtralSwappedAtBirth.from_pretrained(tmp_path)):
+        assert not router.has_data
+        assert router._has_first_rows()
+        assert int(router.steps) == 0
 
 
 def _swapped_paths(model: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kmeans_route
 from kmeans_route import KMeansRouter
+from kmeans_route.routing.loading import FIRST_NORM
 from tests.helpers import oracle
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
@@ -28,7 +29,7 @@ def hidden_states(num_tokens: int, seed: int, size: int = D) -> Tensor:
 
 def first_rows(router: KMeansRouter, rows: Tensor) -> None:
     """Start from these directions, as a checkpoint from before there was data brings them."""
-    router.load_state_dict({**router.state_dict(), "weight": rows})
+    router.load_state_dict({**router.state_dict(), "weight": FIRST_NORM * rows})
 
 
 def state_of(router: KMeansRouter) -> dict[str, Tensor]:

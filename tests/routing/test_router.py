@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import kmeans_route
-from kmeans_route import KMeansRouter, reference
+from kmeans_route import KMeansRouter
 from kmeans_route.backends import torch as torch_backend
+from kmeans_route.routing.loading import FIRST_NORM
 from tests.helpers import oracle
 from tests.helpers.compare import OPTIONS, assert_same_bits, assert_same_routing, generator, numpy
 
@@ -344,18 +345,18 @@ def test_gradient_reaches_x_but_not_through_detached_gates() -> None:
     assert int(detached.pending.num_tokens) == 10
 
 
-def test_state_starts_as_seeded_gaussian_unit_rows() -> None:
+def test_state_starts_as_seeded_gaussian_rows_of_one_length() -> None:
     router = KMeansRouter(D, E, K, seed=3, name="layers.0")
-    torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(E))
+    torch.testing.assert_close(router.weight.norm(dim=1), torch.full((E,), FIRST_NORM))
     torch.manual_seed(99)
     assert_same_bits(KMeansRouter(D, E, K, seed=3, name="layers.0").weight, router.weight)
     for seed, name in ((4, "layers.0"), (3, "layers.1"), (3, "")):
         other = KMeansRouter(D, E, K, seed=seed, name=name).weight
-        assert float((other * router.weight).sum(1).abs().max()) < 0.95
+        assert float(torch.cosine_similarity(other, router.weight).abs().max()) < 0.95
     for name in ("centroids", "expert_bias", "score_std", "steps", "dropped_total", "initialized"):
         assert not getattr(router, name).any()
     # Gaussian directions of many experts have mean 0 and covariance 1 / D.
-    many = KMeansRouter(8, 4096, 1).weight
+    many = KMeansRouter(8, 4096, 1).weight / FIRST_NORM
     assert float(many.mean(0).abs().max()) < 0.03
     torch.testing.assert_close(many.T @ many / 4096, torch.eye(8) / 8, rtol=0, atol=0.01)
 

@@ -203,7 +203,9 @@ class TransformersRouter(KMeansRouter):
         if gate is None or prefix + "centroids" in state_dict:
             super()._load_from_state_dict(state_dict, prefix, *rest)
             return
-        *_, error_msgs = rest
+        metadata, *_, error_msgs = rest
+        if self.weight.is_meta and not gate.is_meta and metadata.get("assign_to_params_buffers"):
+            self.to_empty(device=gate.device)
         try:
             self.set_centroids(gate)
         except ValueError as error:
@@ -233,7 +235,7 @@ class TransformersRouter(KMeansRouter):
                 if name not in brought:
                     buffer.zero_()
             self._after_load(brought)
-        elif "weight" in brought:
+        elif "weight" in brought and not self._has_first_rows():
             self.set_centroids(self.weight)
         else:
             self.reset_parameters()
