@@ -151,6 +151,7 @@ def training_launches(
         "num_tokens": x.new_empty((), dtype=torch.int64),
         "num_dropped": x.new_empty((), dtype=torch.int64),
     }
+    no_hist = x.new_empty(0, 1024, dtype=torch.int32)
     parts: dict[str, list[Launch]] = {}
     with recorded() as parts["forward"]:
         r = route.route_fwd(
@@ -161,7 +162,7 @@ def training_launches(
             x, r.indices, r.valid, num_experts, ranks, r.inv_norm, copies=copies, want_sums=True
         )
         accumulate.accumulate(
-            sent.partials, r.counts, r.score_std, r.dropped, r.margin_hist, top_k, *pending.values(), r.margin_hist
+            sent.partials, r.counts, r.score_std, r.dropped, None, top_k, *pending.values(), no_hist
         )
     y_sorted = x.new_empty(num_tokens * top_k, hidden_size)
     with recorded() as parts["combine"]:
@@ -177,7 +178,7 @@ def training_launches(
     with recorded() as parts["commit"]:
         commit.commit(
             weight, weight, bias, scalar, pending["num_tokens"], None, pending["num_dropped"], pending["counts"], turn,
-            *pending.values(), r.margin_hist, None, top_k, 0.999, "proportional", 0.05,
+            *pending.values(), no_hist, None, top_k, 0.999, "proportional", 0.05,
         )  # fmt: skip
     with recorded() as parts["directions"]:
         directions.directions(weight, dtype)

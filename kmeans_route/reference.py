@@ -121,14 +121,15 @@ def candidates_reference(ranking: Tensor, options: RouteOptions) -> Tensor:
     return kept.repeat_interleave(size, dim=1)
 
 
-def gates_reference(s_TK: Tensor, s_TE: Tensor, candidates: Tensor, options: RouteOptions) -> Tensor:
-    """Gate weights (T, K) of the selected scores, before validity: the table of gates, times `scaling`."""
+def gates_reference(s_TK: Tensor, s_TE: Tensor, candidates: Tensor | None, options: RouteOptions) -> Tensor:
+    """Gate weights (T, K) of the selected scores, before validity: the table of gates, times `scaling`. candidates: (T, E)
+    bool, None for all."""
     tau, normalize = options.tau, options.normalize
     if options.gate == "softmax":
         if normalize:
             g = (s_TK / tau).softmax(1)
         else:
-            over_all = (s_TE / tau).masked_fill(~candidates, -torch.inf)
+            over_all = s_TE / tau if candidates is None else (s_TE / tau).masked_fill(~candidates, -torch.inf)
             g = (s_TK / tau - over_all.logsumexp(1, keepdim=True)).exp()
     elif options.gate == "sigmoid":
         # p / sum p, taken in logs: for a small tau every sigmoid of a negative cosine underflows to 0.

@@ -107,25 +107,26 @@ class Dispatch(NamedTuple):
 class Routed(NamedTuple):
     """What a backend makes of one routing: the fields of `Routing`, and what backward and statistics go on with.
 
-    scores: (T, E), or (0, E) where nobody needs them. candidates: (T, E) bool, what a softmax over all candidates runs
-        over, else (0, E).
-    counted: (E,) int64, `tokens_per_expert` of the tokens inside count_mask; (0,) where no count_mask was given.
-    score_std: (T,) population standard deviation over e of s_te, 0 where a token is not valid or not counted; or (0,).
-    margin_hist: (E, 1024) int32, margins of the counted tokens; or (0, 1024).
+    scores: (T, E), where somebody needs them. candidates: (T, E) bool, where a softmax over all candidates runs over it.
+    counted: (E,) int64, `tokens_per_expert` of the tokens inside count_mask, where one was given.
+    score_std: (T,) population standard deviation over e of s_te, 0 where a token is not valid or not counted.
+    margin_hist: (E, 1024) int32, margins of the counted tokens.
     num_dropped: () int64, tokens that the masks let in and that are not valid.
+
+    What nobody asked for is None, and empty where an operator returned it.
     """
 
     indices: Tensor
     weights: Tensor
     selected_scores: Tensor
-    scores: Tensor
-    candidates: Tensor
+    scores: Tensor | None
+    candidates: Tensor | None
     tokens_per_expert: Tensor
     inv_norm: Tensor
     valid: Tensor
-    counted: Tensor
-    score_std: Tensor
-    margin_hist: Tensor
+    counted: Tensor | None
+    score_std: Tensor | None
+    margin_hist: Tensor | None
     num_dropped: Tensor
 
     def routing(self, *, want_scores: bool) -> Routing:
@@ -177,12 +178,13 @@ class RoutingGrads(NamedTuple):
 class Statistics(NamedTuple):
     """What one routing adds to the pending state, beside the centroid sums: loads, spread, margins, dropped tokens.
 
-    counts: (E,) int64. score_std: (T,) or (0,). margin_hist: (E, 1024) int32 or (0, 1024). num_dropped: () int64.
+    counts: (E,) int64. score_std: (T,) or (0,). margin_hist: (E, 1024) int32 where it is gathered. num_dropped: ()
+    int64.
     """
 
     counts: Tensor
     score_std: Tensor
-    margin_hist: Tensor
+    margin_hist: Tensor | None
     num_dropped: Tensor
 
 

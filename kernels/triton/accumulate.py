@@ -60,7 +60,7 @@ def accumulate(
     batch_counts: Tensor,
     batch_std: Tensor,
     dropped: Tensor,
-    batch_hist: Tensor,
+    batch_hist: Tensor | None,
     top_k: int,
     sums: Tensor,
     counts: Tensor,

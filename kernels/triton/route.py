@@ -173,25 +173,25 @@ def _route_split_kernel(
 class RouteResult(NamedTuple):
     """What a launch leaves: the fields of `Routing`, and what dispatch and accumulate go on with.
 
-    scores, candidates: (T, E), or (0, E) when not wanted. score_std: (T,) fp32 or (0,). margin_hist: (E, 1024) int32 or
-    (0, 1024). dropped: () int64, tokens that the mask let in and that are not valid. offsets: (E+1,) int32. rank:
-    (T, K) int32 and block_counts: (blocks, E+2) int32, or empty. block: their tokens, BT or RT.
+    dropped: () int64, tokens that the mask let in and that are not valid. offsets: (E+1,) int32. Where they are wanted,
+    else None: scores, candidates: (T, E); score_std: (T,) fp32; margin_hist: (E, 1024) int32; rank: (T, K) int32 and
+    block_counts: (blocks, E+2) int32. block: their tokens, BT or RT.
     """
 
     indices: Tensor
     weights: Tensor
     selected: Tensor
-    scores: Tensor
-    candidates: Tensor
+    scores: Tensor | None
+    candidates: Tensor | None
     counts: Tensor
     inv_norm: Tensor
     valid: Tensor
-    score_std: Tensor
-    margin_hist: Tensor
+    score_std: Tensor | None
+    margin_hist: Tensor | None
     dropped: Tensor
     offsets: Tensor
-    rank: Tensor
-    block_counts: Tensor
+    rank: Tensor | None
+    block_counts: Tensor | None
     block: int
 
 
@@ -246,12 +246,8 @@ def route_fwd(
     pointers = (
         None if expert_bias is None else expert_bias.float().contiguous(),
         *(None if each is None else each.contiguous() for each in (mask, count_mask, indices)),
-        out.indices, out.weights, out.selected,
-        out.scores if out.scores.numel() else None, out.candidates if over_all else None,
-        out.inv_norm, out.valid,
-        out.rank if want_rank else None, out.block_counts if want_rank else None, totals, ticket,
-        out.counts, out.offsets, out.dropped,
-        out.score_std if want_std else None, out.margin_hist if want_hist else None,
+        out.indices, out.weights, out.selected, out.scores, out.candidates, out.inv_norm, out.valid,
+        out.rank, out.block_counts, totals, ticket, out.counts, out.offsets, out.dropped, out.score_std, out.margin_hist,
     )
     constants = {
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
@@ -291,27 +287,24 @@ def _empty_result(
     x: Tensor, num_experts: int, top_k: int, block: int, num_ranked: int,
     want_scores: bool, want_candidates: bool, want_std: bool, want_hist: bool, want_rank: bool,
 ) -> RouteResult:
-    """What a launch fills, every tensor that is not wanted being empty."""
-    num_tokens = x.shape[0]
-
-    def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
+    """What a launch fills. Allocations are half of a launcher's time, so what is not wanted is not made."""
+    made, fp32, int32, int64 = x.new_empty, torch.float32, torch.int32, torch.int64
+    by_token, by_slot, by_expert = (x.shape[0],), (x.shape[0], top_k), (x.shape[0], num_experts)
     return RouteResult(
-        indices=made(num_tokens, top_k, dtype=torch.int64),
-        weights=made(num_tokens, top_k),
-        selected=made(num_tokens, top_k),
-        scores=made(num_tokens if want_scores else 0, num_experts),
-        candidates=made(num_tokens if want_candidates else 0, num_experts, dtype=torch.bool),
-        counts=made(num_experts, dtype=torch.int64),
-        inv_norm=made(num_tokens),
-        valid=made(num_tokens, dtype=torch.bool),
-        offsets=made(num_experts + 1, dtype=torch.int32),
-        dropped=made(dtype=torch.int64),
-        rank=made(num_tokens if want_rank else 0, top_k, dtype=torch.int32),
-        block_counts=made(num_ranked if want_rank else 0, num_experts + 2, dtype=torch.int32),
-        score_std=made(num_tokens if want_std else 0),
-        margin_hist=x.new_zeros(num_experts if want_hist else 0, NUM_MARGIN_BINS.value, dtype=torch.int32),
+        indices=made(by_slot, dtype=int64),
+        weights=made(by_slot, dtype=fp32),
+        selected=made(by_slot, dtype=fp32),
+        scores=made(by_expert, dtype=fp32) if want_scores else None,
+        candidates=made(by_expert, dtype=torch.bool) if want_candidates else None,
+        counts=made((num_experts,), dtype=int64),
+        inv_norm=made(by_token, dtype=fp32),
+        valid=made(by_token, dtype=torch.bool),
+        offsets=made((num_experts + 1,), dtype=int32),
+        dropped=made((), dtype=int64),
+        rank=made(by_slot, dtype=int32) if want_rank else None,
+        block_counts=made((num_ranked, num_experts + 2), dtype=int32) if want_rank else None,
+        score_std=made(by_token, dtype=fp32) if want_std else None,
+        margin_hist=x.new_zeros((num_experts, NUM_MARGIN_BINS.value), dtype=int32) if want_hist else None,
         block=block,
     )
 

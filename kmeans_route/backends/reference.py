@@ -37,20 +37,18 @@ def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Rou
     counted = r.valid if count_mask is None else r.valid & count_mask
     let_in = torch.ones_like(r.valid) if mask is None else mask
     let_in = let_in if count_mask is None else let_in & count_mask
-    num_experts, none = directions.shape[0], r.scores.new_empty(0)
-    hist = x.new_empty((0, reference.NUM_MARGIN_BINS), dtype=torch.int32)
+    hist = None
     if wanted.hist:
         margins = reference.margins_reference(r.scores, expert_bias, counted, options)
         hist = reference.margin_hist_reference(*margins)
-    loads = reference.loads_reference(r.indices, counted, num_experts)
     return Routed(
         *(r.indices, r.weights, r.selected_scores, r.scores),
-        candidates=x.new_empty((0, num_experts), dtype=torch.bool),
+        candidates=None,
         tokens_per_expert=r.tokens_per_expert,
         inv_norm=r.inv_norm,
         valid=r.valid,
-        counted=loads.new_empty(0) if count_mask is None else loads,
-        score_std=reference.score_std_reference(r.scores) * counted if wanted.std else none,
+        counted=None if count_mask is None else reference.loads_reference(r.indices, counted, directions.shape[0]),
+        score_std=reference.score_std_reference(r.scores) * counted if wanted.std else None,
         margin_hist=hist,
         num_dropped=(let_in & ~r.valid).sum(),
     )

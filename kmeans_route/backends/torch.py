@@ -129,7 +129,7 @@ def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Rou
         indices = torch.where(valid[:, None], indices, torch.arange(top_k, device=x.device))
 
     selected = scores.gather(1, indices)
-    candidates = candidate_mask(ranking, indices, options)
+    candidates = candidate_mask(ranking, indices, options) if options.over_all else None
     if options.gate == "softmax" and options.normalize:
         weights = softmax_rows(selected / options.tau)
         weights = weights if options.scaling == 1 else weights.mul_(options.scaling)
@@ -139,26 +139,23 @@ def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Rou
         weights.masked_fill_(~valid[:, None], 0.0)
     loads = count_experts(indices, valid, num_experts, all_valid=all_valid)
     counts = valid if count_mask is None else valid & count_mask
-    hist = margin_hist(ranking, among, counts, top_k) if wanted.hist else _no_margins(x)
-    std = _score_std(scores) if wanted.std else scores.new_empty(0)
+    std = _score_std(scores) if wanted.std else None
+    if std is not None and count_mask is not None:
+        std.masked_fill_(~counts, 0.0)
     return Routed(
         indices,
         weights,
         selected,
-        scores if wanted.scores or options.over_all else scores.new_empty(0, num_experts),
+        scores if wanted.scores or options.over_all else None,
         candidates,
         loads,
         inv_norm,
         valid,
-        loads.new_empty(0) if count_mask is None else count_among(indices, counts, num_experts),
-        std if count_mask is None or not wanted.std else std.masked_fill_(~counts, 0.0),
-        hist,
+        None if count_mask is None else count_among(indices, counts, num_experts),
+        std,
+        margin_hist(ranking, among, counts, top_k) if wanted.hist else None,
         _num_dropped(mask, count_mask, valid, loads, all_valid=all_valid),
     )
-
-
-def _no_margins(x: Tensor) -> Tensor:
-    return x.new_empty((0, NUM_MARGIN_BINS), dtype=torch.int32)
 
 
 def _num_dropped(
@@ -174,9 +171,7 @@ def _num_dropped(
 
 
 def candidate_mask(ranking: Tensor, indices: Tensor, options: RouteOptions) -> Tensor:
-    """Which experts the softmax over all candidates runs over, (T, E); empty where no gate needs it."""
-    if not options.over_all:
-        return ranking.new_empty(0, ranking.shape[1], dtype=torch.bool)
+    """Which experts the softmax over all candidates runs over, (T, E)."""
     if not options.grouped:
         return torch.ones_like(ranking, dtype=torch.bool)
     return candidates_reference(ranking, options).scatter(1, indices, True)
@@ -397,7 +392,7 @@ def accumulate(
     pending.std_sum.add_(batch.score_std.sum())
     pending.num_tokens.add_(valid.sum())
     pending.num_dropped.add_(batch.num_dropped)
-    if pending.margin_hist.numel():
+    if pending.margin_hist.numel() and batch.margin_hist is not None:
         pending.margin_hist.add_(batch.margin_hist)
 
 

@@ -56,7 +56,7 @@ def _route(inputs: RouteInputs, options: RouteOptions, wanted: Wanted, *, want_r
         want_hist=hist,
         want_rank=want_rank,
     )
-    counted = r.counts.new_empty(0)
+    counted = None
     if count_mask is not None:
         counted = plain.count_among(r.indices, r.valid & count_mask, directions.shape[0])
     choice = (r.indices, r.weights, r.selected, r.scores, r.candidates, r.counts, r.inv_norm, r.valid)

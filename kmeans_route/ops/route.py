@@ -43,7 +43,7 @@ def _split(flat: tuple[Any, ...]) -> tuple[RouteInputs, RouteOptions, Wanted, li
 
 def _route_by_name(*flat: Any) -> tuple[Tensor, ...]:
     inputs, options, wanted, (name,) = _split(flat)
-    return _route_body(inputs, options, wanted, backends.get(name))
+    return _present(_route_body(inputs, options, wanted, backends.get(name)), inputs)
 
 
 _route = torch.library.custom_op(
@@ -56,24 +56,39 @@ _route = torch.library.custom_op(
 
 def _empty(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed:
     """The shapes and dtypes of a routing."""
-    x, directions, count_mask = inputs.x, inputs.directions, inputs.count_mask
-    (num_tokens, num_experts), top_k, dtype = (x.shape[0], directions.shape[0]), options.top_k, compute_dtype(x.dtype)
-    by_slot = (num_tokens, top_k)
-    scored = num_tokens if wanted.scores or options.over_all else 0
-    return Routed(
+    x, num_experts, over_all = inputs.x, inputs.directions.shape[0], options.over_all
+    num_tokens, dtype = x.shape[0], compute_dtype(x.dtype)
+    by_slot, by_expert = (num_tokens, options.top_k), (num_tokens, num_experts)
+    routed = Routed(
         indices=x.new_empty(by_slot, dtype=torch.int64),
         weights=x.new_empty(by_slot, dtype=dtype),
         selected_scores=x.new_empty(by_slot, dtype=dtype),
-        scores=x.new_empty(scored, num_experts, dtype=dtype),
-        candidates=x.new_empty(num_tokens if options.over_all else 0, num_experts, dtype=torch.bool),
+        scores=x.new_empty(by_expert, dtype=dtype) if wanted.scores or over_all else None,
+        candidates=x.new_empty(by_expert, dtype=torch.bool) if over_all else None,
         tokens_per_expert=x.new_empty(num_experts, dtype=torch.int64),
         inv_norm=x.new_empty(num_tokens, dtype=dtype),
         valid=x.new_empty(num_tokens, dtype=torch.bool),
-        counted=x.new_empty(0 if count_mask is None else num_experts, dtype=torch.int64),
-        score_std=x.new_empty(num_tokens if wanted.std else 0, dtype=dtype),
-        margin_hist=x.new_empty((num_experts if wanted.hist else 0, NUM_MARGIN_BINS), dtype=torch.int32),
+        counted=None if inputs.count_mask is None else x.new_empty(num_experts, dtype=torch.int64),
+        score_std=x.new_empty(num_tokens, dtype=dtype) if wanted.std else None,
+        margin_hist=x.new_empty((num_experts, NUM_MARGIN_BINS), dtype=torch.int32) if wanted.hist else None,
         num_dropped=x.new_empty((), dtype=torch.int64),
     )
+    return _present(routed, inputs)
+
+
+def _present(routed: Routed, inputs: RouteInputs) -> Routed:
+    """As an operator returns it, which returns tensors alone: absent results are empty ones."""
+    x, num_experts = inputs.x, inputs.directions.shape[0]
+    dtype = compute_dtype(x.dtype)
+    empty: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "scores": ((0, num_experts), dtype),
+        "candidates": ((0, num_experts), torch.bool),
+        "counted": ((0,), torch.int64),
+        "score_std": ((0,), dtype),
+        "margin_hist": ((0, NUM_MARGIN_BINS), torch.int32),
+    }
+    absent = {name: each for name, each in empty.items() if getattr(routed, name) is None}
+    return routed._replace(**{name: x.new_empty(shape, dtype=kind) for name, (shape, kind) in absent.items()})
 
 
 @_route.register_fake
@@ -181,17 +196,26 @@ def route_dispatch(
         routed = route(tokens, directions, expert_bias, options, wanted)
         return routed, dispatch(tokens.x, routed.indices, routed.tokens_per_expert, routed.valid, backend), None
     inputs = RouteInputs(tokens.x, directions, expert_bias, tokens.mask, tokens.count_mask, tokens.indices)
+    if not recorded(tokens.x):
+        return _route_dispatch_body(inputs, options, wanted, accumulate, backend)
     out = iter(_route_dispatch(*inputs, *options, *wanted, accumulate, backend.NAME))
     return take(Routed, out), take(Dispatch, out), next(out)
 
 
-def _route_dispatch_by_name(*flat: Any) -> tuple[Tensor, ...]:
-    inputs, options, wanted, (accumulate, name) = _split(flat)
+def _route_dispatch_body(
+    inputs: RouteInputs, options: RouteOptions, wanted: Wanted, accumulate: str, backend: Any
+) -> tuple[Routed, Dispatch, Tensor]:
     if inputs.indices is not None:
         check_index_values(inputs.indices, inputs.directions.shape[0])
     with no_autocast(inputs.x):
-        routed, sent, partials = backends.get(name).route_dispatch_fwd(inputs, options, wanted, accumulate)
-        return *routed, *sent, partials
+        out: tuple[Routed, Dispatch, Tensor] = backend.route_dispatch_fwd(inputs, options, wanted, accumulate)
+        return out
+
+
+def _route_dispatch_by_name(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, options, wanted, (accumulate, name) = _split(flat)
+    routed, sent, partials = _route_dispatch_body(inputs, options, wanted, accumulate, backends.get(name))
+    return *_present(routed, inputs), *sent, partials
 
 
 _route_dispatch = torch.library.custom_op(

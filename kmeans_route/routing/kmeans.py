@@ -267,8 +267,9 @@ class KMeansRouter(CentroidCommit):
 
     def _gather(self, tokens: Tokens, routed: Routed, partials: Tensor | None) -> None:
         x, p, unit = tokens.x.detach(), self.pending, self.accumulate == "unit"
+        assert routed.score_std is not None, "gathered routings have statistics"
         counted, loads = routed.valid, routed.tokens_per_expert
-        if tokens.count_mask is not None:
+        if tokens.count_mask is not None and routed.counted is not None:
             counted, loads = counted & tokens.count_mask, routed.counted
         batch = Statistics(loads, routed.score_std.detach(), routed.margin_hist, routed.num_dropped)
         inv_norm = routed.inv_norm.detach()

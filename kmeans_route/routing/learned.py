@@ -194,7 +194,7 @@ class LearnedRouter(StatefulRouter):
 
     def _gather(self, x: Tensor, probabilities: Tensor, routing: Routing) -> None:
         p = self.pending
-        hist = p.margin_hist
+        hist = None
         if self._want_hist:
             ranking = probabilities + self.expert_bias
             hist = margin_hist(ranking, ranking, routing.valid, self.top_k)
