@@ -45,13 +45,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+_MATMUL = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+
+
 def _rounds_fp32(device_type: str) -> bool:
-    if device_type not in ("cpu", "cuda"):
+    if device_type not in _MATMUL:
         return False
     if torch.compiler.is_dynamo_compiling():  # which cannot ask
         return True
-    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
-    return backend.matmul.fp32_precision in ("bf16", "tf32")
+    return _MATMUL[device_type].fp32_precision in ("bf16", "tf32")
 
 
 def exporting_onnx() -> bool:

@@ -261,9 +261,11 @@ def route_fwd(
             x, x.stride(0), directions, *pointers, num_tokens, hidden_size, tau, scaling, **constants
         )
         return out
-    partial_dots = x.new_empty(num_splits, num_blocks * c.BT, be, dtype=torch.float32)
+    rows = num_blocks * c.BT
+    partial_dots = x.new_empty((num_splits, rows, be), dtype=torch.float32)
+    partial_squares = x.new_empty((num_splits, rows), dtype=torch.float32)
     _route_split_kernel[(num_splits * num_blocks,)](
-        x, x.stride(0), directions, partial_dots, torch.empty_like(partial_dots[:, :, 0]), block_tickets, *pointers,
+        x, x.stride(0), directions, partial_dots, partial_squares, block_tickets, *pointers,
         num_tokens, hidden_size, num_splits, split_size, tau, scaling, **constants, RT=block,
     )
     return out

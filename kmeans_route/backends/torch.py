@@ -65,7 +65,15 @@ def chunks(x: Tensor) -> list[slice]:
 
 def _all_true(flags: Tensor) -> bool:
     """Whether a shortcut may be taken: known on CPU, never assumed where asking would stall the device."""
-    return flags.device.type == "cpu" and bool(flags.all())
+    return flags.is_cpu and bool(flags.all())
+
+
+def _all_within(norm: Tensor, low: float, high: float) -> bool:
+    """The same of norms that must lie in [low, high]; NaN does not."""
+    if not norm.is_cpu or not norm.numel():
+        return False
+    least, most = torch.aminmax(norm)
+    return least.item() >= low and most.item() <= high
 
 
 def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -85,7 +93,7 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
             del x_c  # one fp32 copy of 16-bit rows at a time
     valid, all_valid = _validity(norm, mask)
     inv_norm = norm.reciprocal_()
-    scores.mul_(inv_norm[:, None])
+    scores.mul_(inv_norm.unsqueeze(1))
     if not all_valid:
         scores.masked_fill_(~valid[:, None], 0.0)
         inv_norm.masked_fill_(~valid, 0.0)
@@ -94,10 +102,8 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
 
 def _validity(norm: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
     """Which tokens are valid, by their norms, and whether all are known to be."""
-    if mask is None and norm.device.type == "cpu" and norm.numel():
-        low, high = torch.aminmax(norm)
-        if low.item() >= MIN_NORM and high.item() <= MAX_NORM:  # NaN fails
-            return torch.ones_like(norm, dtype=torch.bool), True
+    if mask is None and _all_within(norm, MIN_NORM, MAX_NORM):
+        return torch.ones_like(norm, dtype=torch.bool), True
     valid = (norm >= MIN_NORM) & (norm <= MAX_NORM)
     if mask is not None:
         valid &= mask
@@ -109,7 +115,7 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == torch.float32 and dtype != torch.float64:
         c = weight.detach()
         norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
-        if _all_true((norm >= MIN_CENTROID_NORM) & (norm <= MAX_NORM)):
+        if _all_within(norm, MIN_CENTROID_NORM, MAX_NORM):
             return torch.div(c, norm).to(dtype)
     return directions_reference(weight, dtype)
 
@@ -180,7 +186,7 @@ def candidate_mask(ranking: Tensor, indices: Tensor, options: RouteOptions) -> T
 def _bincount_serves(ids: Tensor) -> bool:
     """Not on a GPU, which it would synchronise, nor in a compiled graph, where its size hangs on the data: there a
     scatter counts."""
-    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    return ids.is_cpu and not torch.compiler.is_compiling()
 
 
 def count_experts(indices: Tensor, valid: Tensor, num_experts: int, *, all_valid: bool) -> Tensor:

@@ -29,7 +29,7 @@ FEW_VALUES = 64  # up to here Python compares them quicker than four calls
 def exact_topk(ranking: Tensor, k: int) -> Tensor:
     """Ids (T, k) of the k largest of each row of (T, E), by decreasing value, ties to the lower id."""
     num_tokens, num_experts = ranking.shape
-    if ranking.device.type != "cpu" or k == num_experts:
+    if not ranking.is_cpu or k == num_experts:
         return stable_topk(ranking, k)
     if ranking.dtype == torch.float32 and k <= MAX_ROUNDS and num_tokens * num_experts >= MIN_ROUNDS_SIZE:
         low, high = torch.aminmax(ranking)
@@ -42,16 +42,17 @@ def _by_topk(ranking: Tensor, k: int) -> Tensor:
     """Right wherever the k + 1 largest values of a row differ; only the other rows are sorted."""
     values, ids = ranking.topk(k + 1, dim=1)
     ids = ids[:, :k].contiguous()
-    if _neighbours_meet(values.flatten()):  # half the time of asking row by row; where rows meet it may ask in vain
+    if _neighbours_meet(values):
         rows = (values[:, 1:] == values[:, :-1]).any(1).nonzero().squeeze(1)
         ids[rows] = stable_topk(ranking[rows], k)
     return ids
 
 
 def _neighbours_meet(values: Tensor) -> bool:
-    """Whether two values that follow each other are equal."""
+    """Whether two values that follow each other in a row are equal; of many it may say so where rows meet."""
     if values.numel() <= FEW_VALUES:
-        return any(one == other for one, other in pairwise(values.tolist()))
+        return any(one == other for row in values.tolist() for one, other in pairwise(row))
+    values = values.flatten()  # half the time of asking row by row
     return bool((values[1:] == values[:-1]).any())
 
 

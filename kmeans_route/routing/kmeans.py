@@ -303,14 +303,14 @@ class KMeansRouter(CentroidCommit):
         Nothing tells for certain that a buffer was written: not its address, which memory of another use may take, and
         not its version, which `.data`, collectives and other processes leave alone.
         """
-        if not self.frozen or torch.compiler.is_compiling() or ops.traced() or _is_capturing(self.weight.device):
-            return ops.directions(self.weight, dtype, backend)
-        whose, pinned = self._pinned.get(dtype, (None, self.weight))
-        if whose is not self.weight:  # functional_call, for one, puts another tensor in its place
+        weight = self.weight
+        if not self.frozen or torch.compiler.is_compiling() or ops.traced() or _is_capturing(weight.device):
+            return ops.directions(weight, dtype, backend)
+        whose, pinned = self._pinned.get(dtype, (None, weight))
+        if whose is not weight:  # functional_call, for one, puts another tensor in its place
             with torch.inference_mode(False), torch.no_grad():  # autograd may want what is kept
-                weight = self.weight.clone() if self.weight.is_inference() else self.weight
-                pinned = ops.directions(weight, dtype, backend)
-            self._pinned[dtype] = (self.weight, pinned)
+                pinned = ops.directions(weight.clone() if weight.is_inference() else weight, dtype, backend)
+            self._pinned[dtype] = (weight, pinned)
         return pinned
 
     def freeze(self, frozen: bool = True) -> Self:
