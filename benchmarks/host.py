@@ -112,7 +112,8 @@ def start(tree: Path) -> "subprocess.Popen[str]":
 
 def ask(worker: "subprocess.Popen[str]") -> dict[str, float]:
     """One turn of a worker."""
-    assert worker.stdin and worker.stdout
+    assert worker.stdin is not None
+    assert worker.stdout is not None
     worker.stdin.write("\n")
     worker.stdin.flush()
     return dict(json.loads(worker.stdout.readline()))

@@ -161,9 +161,7 @@ def training_launches(
         sent = dispatch.dispatch_fwd(
             x, r.indices, r.valid, num_experts, ranks, r.inv_norm, copies=copies, want_sums=True
         )
-        accumulate.accumulate(
-            sent.partials, r.counts, r.score_std, r.dropped, None, top_k, *pending.values(), no_hist
-        )
+        accumulate.accumulate(sent.partials, r.counts, r.score_std, r.dropped, None, top_k, *pending.values(), no_hist)
     y_sorted = x.new_empty(num_tokens * top_k, hidden_size)
     with recorded() as parts["combine"]:
         combine.combine_fwd(y_sorted, sent.positions, r.weights, r.valid)

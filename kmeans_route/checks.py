@@ -151,10 +151,8 @@ def check_bias(bias: Tensor, num_experts: int, device: torch.device, owner: str)
     check_device("expert_bias", bias, device, owner)
 
 
-def flatten_mask(mask: Tensor | None, x: Tensor, name: str = "mask") -> Tensor | None:
+def flatten_mask(mask: Tensor, x: Tensor, name: str = "mask") -> Tensor:
     """Check a mask of shape x.shape[:-1] (or (T,)) and return it as (T,) bool."""
-    if mask is None:
-        return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {got}: convert it with {name}.bool(), true for real tokens")
@@ -169,10 +167,8 @@ def flatten_mask(mask: Tensor | None, x: Tensor, name: str = "mask") -> Tensor |
     return mask.reshape(-1)
 
 
-def check_indices(indices: Tensor | None, x: Tensor, top_k: int) -> Tensor | None:
+def check_indices(indices: Tensor, x: Tensor, top_k: int) -> Tensor:
     """Check the shape and dtype of given expert ids and return them as (T, K); values are checked in the op."""
-    if indices is None:
-        return None
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be an int64 tensor, got {got}: convert it with indices.long()")

@@ -42,9 +42,9 @@ def enter(
     check_device("x", x, centroids.device, owner)
     return Tokens(
         x_TD,
-        flatten_mask(mask, x),
-        flatten_mask(count_mask, x, "count_mask"),
-        check_indices(indices, x, top_k),
+        None if mask is None else flatten_mask(mask, x),
+        None if count_mask is None else flatten_mask(count_mask, x, "count_mask"),
+        None if indices is None else check_indices(indices, x, top_k),
         backends.choose(backend, x.device, x.dtype, num_experts),
     )
 

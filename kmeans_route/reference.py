@@ -124,8 +124,10 @@ def candidates_reference(ranking: Tensor, options: RouteOptions) -> Tensor:
 
 
 def gates_reference(s_TK: Tensor, s_TE: Tensor, candidates: Tensor | None, options: RouteOptions) -> Tensor:
-    """Gate weights (T, K) of the selected scores, before validity: the table of gates, times `scaling`. candidates: (T, E)
-    bool, None for all."""
+    """Gate weights (T, K) of the selected scores, before validity: the table of gates, times `scaling`.
+
+    candidates: (T, E) bool; None for all experts.
+    """
     tau, normalize = options.tau, options.normalize
     if options.gate == "softmax":
         if normalize:

@@ -107,7 +107,7 @@ class Dispatch(NamedTuple):
 class Routed(NamedTuple):
     """What a backend makes of one routing: the fields of `Routing`, and what backward and statistics go on with.
 
-    scores: (T, E), where somebody needs them. candidates: (T, E) bool, where a softmax over all candidates runs over it.
+    scores: (T, E), where somebody needs them. candidates: (T, E) bool, what a softmax over all candidates runs over.
     counted: (E,) int64, `tokens_per_expert` of the tokens inside count_mask, where one was given.
     score_std: (T,) population standard deviation over e of s_te, 0 where a token is not valid or not counted.
     margin_hist: (E, 1024) int32, margins of the counted tokens.

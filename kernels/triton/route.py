@@ -247,7 +247,8 @@ def route_fwd(
         None if expert_bias is None else expert_bias.float().contiguous(),
         *(None if each is None else each.contiguous() for each in (mask, count_mask, indices)),
         out.indices, out.weights, out.selected, out.scores, out.candidates, out.inv_norm, out.valid,
-        out.rank, out.block_counts, totals, ticket, out.counts, out.offsets, out.dropped, out.score_std, out.margin_hist,
+        out.rank, out.block_counts, totals, ticket,
+        out.counts, out.offsets, out.dropped, out.score_std, out.margin_hist,
     )
     constants = {
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,

@@ -123,7 +123,7 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed:
     """One routing, with its statistics."""
     x, directions, expert_bias, mask, count_mask, indices = inputs
-    num_experts, top_k = directions.shape[0], options.top_k
+    num_experts, top_k, over_all = directions.shape[0], options.top_k, options.over_all
     scores, inv_norm, valid, all_valid = cosine_scores(x, directions, mask)
     ranking = scores if expert_bias is None else scores + finite_bias(expert_bias).to(scores.dtype)
     among = ranking
@@ -135,7 +135,7 @@ def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Rou
         indices = torch.where(valid[:, None], indices, torch.arange(top_k, device=x.device))
 
     selected = scores.gather(1, indices)
-    candidates = candidate_mask(ranking, indices, options) if options.over_all else None
+    candidates = candidate_mask(ranking, indices, options) if over_all else None
     if options.gate == "softmax" and options.normalize:
         weights = softmax_rows(selected / options.tau)
         weights = weights if options.scaling == 1 else weights.mul_(options.scaling)
@@ -152,7 +152,7 @@ def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Rou
         indices,
         weights,
         selected,
-        scores if wanted.scores or options.over_all else None,
+        scores if wanted.scores or over_all else None,
         candidates,
         loads,
         inv_norm,

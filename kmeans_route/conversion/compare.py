@@ -287,7 +287,7 @@ def read(
     if mask is None and around is not None and around.numel() == num_tokens:
         mask = around.reshape(-1).to(x.device)
     rows = x.detach().reshape(-1, x.shape[-1])
-    valid = validity_reference(rows, flatten_mask(mask, x))
+    valid = validity_reference(rows, None if mask is None else flatten_mask(mask, x))
     indices, weights = (part.detach().reshape(-1, router.top_k)[valid] for part in choices(name, router, output))
     if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < router.num_experts):
         raise ValueError(

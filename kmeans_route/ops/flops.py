@@ -73,8 +73,10 @@ def tell_flop_counters() -> None:
     that is counting already is told by itself.
     """
     counter = None if torch.compiler.is_compiling() else sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
     operators = getattr(torch.ops, NAMESPACE)
-    if counter is None or operators.route in counter.flop_registry:
+    if operators.route in counter.flop_registry:
         return
     packets = {getattr(operators, name): formula for name, formula in FORMULAS.items() if hasattr(operators, name)}
     for packet, formula in packets.items():

@@ -113,7 +113,7 @@ def traced() -> str:
         return "exported" if exporting_onnx() else "differentiated forward"
     if jit_tracing():
         return "traced by torch.jit"
-    if not torch.compiler.is_compiling() and get_proxy_mode() is not None:
+    if is_in_torch_dispatch_mode() and not torch.compiler.is_compiling() and get_proxy_mode() is not None:
         return "traced by make_fx"
     return ""
 

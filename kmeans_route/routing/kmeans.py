@@ -221,9 +221,9 @@ class KMeansRouter(CentroidCommit):
         tokens = self.enter(x, mask, indices, count_mask)
         gather = gather and self.counts_now()
         scored = tokens._replace(x=tokens.x.detach()) if self.detach_gates else tokens
-        routed = ops.route(
-            scored, self._directions(tokens), self._bias(expert_bias), self.options, self._wanted(gather)
-        )
+        bias = self.expert_bias if expert_bias is None else self._check_bias(expert_bias)
+        directions = self._directions(tokens.x.dtype, tokens.backend)
+        routed = ops.route(scored, directions, bias, self.options, self._wanted(gather))
         if gather:
             self._gather(tokens, routed, None)
         return self._tell(tokens, routed.routing(want_scores=self.return_scores))
@@ -241,10 +241,11 @@ class KMeansRouter(CentroidCommit):
         """`route`, and the hidden states in expert order; on the Triton backend one operator with one backward pass."""
         tokens = self.enter(x, mask, indices, count_mask)
         gather = gather and self.counts_now()
+        bias = self.expert_bias if expert_bias is None else self._check_bias(expert_bias)
+        directions = self._directions(tokens.x.dtype, tokens.backend)
         routed, sent, partials = ops.route_dispatch(
-            tokens, self._directions(tokens), self._bias(expert_bias), self.options, self._wanted(gather),
-            self.accumulate if gather else "",
-        )  # fmt: skip
+            tokens, directions, bias, self.options, self._wanted(gather), self.accumulate if gather else ""
+        )
         if gather:
             self._gather(tokens, routed, partials)
         routing = routed.routing(want_scores=self.return_scores)
@@ -257,11 +258,9 @@ class KMeansRouter(CentroidCommit):
         return self._tell(tokens, routing), sent
 
     def _wanted(self, gather: bool) -> Wanted:
-        return Wanted(scores=self.return_scores, std=gather, hist=gather and self.want_hist)
+        return Wanted(self.return_scores, gather, gather and self.want_hist)
 
-    def _bias(self, given: Tensor | None) -> Tensor:
-        if given is None:
-            return self.expert_bias
+    def _check_bias(self, given: Tensor) -> Tensor:
         check_bias(given, self.num_experts, self.weight.device, "the router's state")
         return given
 
@@ -286,12 +285,9 @@ class KMeansRouter(CentroidCommit):
     def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(E, D): what hidden states of `dtype` are scored with, unit rows of the centroids with the learned offset."""
         backend = backends.choose("auto", self.weight.device, dtype, self.num_experts)
-        return self._directions_for(dtype, backend).detach()
+        return self._directions(dtype, backend).detach()
 
-    def _directions(self, tokens: Tokens) -> Tensor:
-        return self._directions_for(tokens.x.dtype, tokens.backend)
-
-    def _directions_for(self, dtype: torch.dtype, backend: Any) -> Tensor:
+    def _directions(self, dtype: torch.dtype, backend: Any) -> Tensor:
         if self.offset is None:
             return self._unit_rows(dtype, backend)
         unit = self._unit_rows(reference.compute_dtype(dtype), backend)
@@ -337,7 +333,8 @@ class KMeansRouter(CentroidCommit):
         if not bool(reference.validity_reference(tokens.x, tokens.mask).any()):
             raise ValueError("x must hold at least one valid token, got none: check the mask and for NaN or zero rows")
         self.reset_parameters()
-        routed = ops.route(tokens, self._directions(tokens), self._bias(None), self.options, self._wanted(gather=True))
+        directions = self._directions(tokens.x.dtype, tokens.backend)
+        routed = ops.route(tokens, directions, self.expert_bias, self.options, self._wanted(gather=True))
         self._gather(tokens, routed, None)
         self.commit_pending()
         point([self])
