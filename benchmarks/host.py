@@ -70,15 +70,11 @@ def launcher_cases() -> dict[str, Callable[[], object]]:
     given = (x, directions, bias, None, None, options)
     r = route.route_fwd(*given, want_std=True, want_rank=True)
     ranks = dispatch.Ranks(r.rank, r.block_counts, r.offsets, r.block)
-    layer = MoE(2048, 16, 64, 8, backend="triton", init="normal")
-    layer.experts.forward = lambda rows, offsets: rows
-    layer.router.commit()  # nothing is pending: commits come by hand, so it does not warn
-
-    def forward(*, train: bool) -> None:
-        layer.train(train)
-        with torch.set_grad_enabled(train):
-            layer(x)
-
+    layer, trained = (MoE(2048, 16, 64, 8, backend="triton", init="normal").train(train) for train in (False, True))
+    for each in (layer, trained):
+        each.experts.forward = lambda rows, offsets: rows
+    trained.router.commit()  # nothing is pending: commits come by hand, so it does not warn
+    leaf = x.clone().requires_grad_()
     return {
         "launcher of route": lambda: route.route_fwd(*given),
         "the same, in training": lambda: route.route_fwd(*given, want_std=True, want_rank=True),
@@ -86,20 +82,18 @@ def launcher_cases() -> dict[str, Callable[[], object]]:
         "the same, with sums": lambda: dispatch.dispatch_fwd(
             x, r.indices, r.valid, 64, ranks, r.inv_norm, want_sums=True
         ),
-        "MoE, eval": lambda: forward(train=False),
-        "MoE, training": lambda: forward(train=True),
+        "MoE, eval": lambda: layer(x),
+        "MoE, training": torch.enable_grad()(lambda: trained(leaf)),
     }
 
 
 def work() -> None:
     """One worker: a line of figures for each line that comes."""
     torch.set_num_threads(1)
-    plain, launchers = plain_cases(), launcher_cases()
+    cases = plain_cases() | launcher_cases()
     for _ in sys.stdin:
         with torch.no_grad():
-            figures = {name: time_us(call) for name, call in plain.items()}
-            figures |= {name: time_us(call) for name, call in launchers.items() if "MoE" not in name}
-        figures |= {name: time_us(call) for name, call in launchers.items() if "MoE" in name}
+            figures = {name: time_us(call) for name, call in cases.items()}
         print(json.dumps(figures), flush=True)
 
 

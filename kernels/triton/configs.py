@@ -78,6 +78,7 @@ def waits_for_products(arch: str) -> bool:
     return arch == "sm_90"
 
 
+@lru_cache(maxsize=1024)
 def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
     """Of `_route_fwd_kernel` and, where few tokens leave a machine idle, `_route_split_kernel`.
 

@@ -16,6 +16,7 @@ Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of BT tokens, S s
 for, and ranked, together.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -220,7 +221,7 @@ def route_fwd(
         want_scores, want_std, want_hist: fill scores, score_std, margin_hist. want_rank: fill rank and block_counts.
         config: instead of the table's.
     """
-    top_k, gate, tau, normalize, scaling, n_group, topk_group, group_score = options
+    top_k, gate, tau, normalize, scaling, n_group, topk_group, _ = options
     (num_tokens, hidden_size), num_experts = x.shape, directions.shape[0]
     arch, be = architecture(x.device), padded_experts(num_experts)
     c = config or _config(x, directions, expert_bias, mask, indices, options, arch, {
@@ -245,18 +246,13 @@ def route_fwd(
     totals, ticket, block_tickets = counters(x.device, num_experts + 2, 1, num_blocks)
     pointers = (
         None if expert_bias is None else expert_bias.float().contiguous(),
-        *(None if each is None else each.contiguous() for each in (mask, count_mask, indices)),
+        None if mask is None else mask.contiguous(), None if count_mask is None else count_mask.contiguous(),
+        None if indices is None else indices.contiguous(),
         out.indices, out.weights, out.selected, out.scores, out.candidates, out.inv_norm, out.valid,
         out.rank, out.block_counts, totals, ticket,
         out.counts, out.offsets, out.dropped, out.score_std, out.margin_hist,
     )
-    constants = {
-        "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
-        "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
-        "PRECISION": dot_precision(x.dtype, arch), "WAIT": waits_for_products(arch),
-        "BT": c.BT, "BD": c.BD, "BE": be, "KP": power_of_2(top_k),
-        **c.launch, **all_registers(c.num_warps, arch),
-    }
+    constants = _constants(c, num_experts, options, x.dtype, arch)
     if stream:
         _route_fwd_kernel[(num_blocks,)](
             x, x.stride(0), directions, *pointers, num_tokens, hidden_size, tau, scaling, **constants
@@ -284,6 +280,19 @@ def _config(
         return route_fwd(x, directions, expert_bias, mask, indices, options, **wanted, config=config)
 
     return tuned("route_config", (num_tokens, num_experts, x.dtype), x.device, default, launch)
+
+
+@lru_cache(maxsize=1024)
+def _constants(c: Config, num_experts: int, options: Options, dtype: torch.dtype, arch: str) -> dict[str, Any]:
+    """What both kernels are compiled for; not to be changed by who gets it."""
+    top_k, gate, _tau, normalize, _scaling, n_group, topk_group, group_score = options
+    return {
+        "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
+        "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
+        "PRECISION": dot_precision(dtype, arch), "WAIT": waits_for_products(arch),
+        "BT": c.BT, "BD": c.BD, "BE": padded_experts(num_experts), "KP": power_of_2(top_k),
+        **c.launch, **all_registers(c.num_warps, arch),
+    }
 
 
 def _empty_result(

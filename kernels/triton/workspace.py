@@ -16,7 +16,7 @@ _for_graphs: dict[torch.device, list[Tensor]] = {}
 def counters(device: torch.device, *sizes: int) -> list[Tensor]:
     """int32 zeros of these sizes, each 16-byte aligned, which the launch that gets them must leave at zero."""
     padded = [-(-size // 4) * 4 for size in sizes]
-    return list(_space(device, sum(padded)).split(padded))
+    return list(_space(device, sum(padded)).split_with_sizes(padded))
 
 
 def _space(device: torch.device, size: int) -> Tensor:
