@@ -3,6 +3,7 @@
 Source of the method: arXiv 2605.12476.
 """
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -78,17 +79,18 @@ def _empty(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed
 
 def _present(routed: Routed, inputs: RouteInputs) -> Routed:
     """As an operator returns it, which returns tensors alone: absent results are empty ones."""
-    x, num_experts = inputs.x, inputs.directions.shape[0]
-    dtype = compute_dtype(x.dtype)
-    empty: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "scores": ((0, num_experts), dtype),
-        "candidates": ((0, num_experts), torch.bool),
-        "counted": ((0,), torch.int64),
-        "score_std": ((0,), dtype),
-        "margin_hist": ((0, NUM_MARGIN_BINS), torch.int32),
-    }
-    absent = {name: each for name, each in empty.items() if getattr(routed, name) is None}
-    return routed._replace(**{name: x.new_empty(shape, dtype=kind) for name, (shape, kind) in absent.items()})
+    x, num_experts, dtype = inputs.x, inputs.directions.shape[0], compute_dtype(inputs.x.dtype)
+
+    def present(result: Tensor | None, *shape: int, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype) if result is None else result
+
+    return routed._replace(
+        scores=present(routed.scores, 0, num_experts, dtype=dtype),
+        candidates=present(routed.candidates, 0, num_experts, dtype=torch.bool),
+        counted=present(routed.counted, 0, dtype=torch.int64),
+        score_std=present(routed.score_std, 0, dtype=dtype),
+        margin_hist=present(routed.margin_hist, 0, NUM_MARGIN_BINS, dtype=torch.int32),
+    )
 
 
 @_route.register_fake
@@ -97,13 +99,15 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     return _empty(inputs, options, wanted)
 
 
+_saved_fields = attrgetter(*SavedRouting._fields)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given, ctx.options, ctx.wanted, (*_, ctx.backend) = _split(inputs)
     results = iter(output)
     routed, rest = take(Routed, results), tuple(results)
     positions = take(Dispatch, iter(rest)).positions if rest else None
-    saved = SavedRouting(*(getattr(routed, name) for name in SavedRouting._fields))
-    ctx.save_for_backward(given.x, given.directions, *saved, positions)
+    ctx.save_for_backward(given.x, given.directions, *_saved_fields(routed), positions)
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
