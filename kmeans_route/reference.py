@@ -45,7 +45,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-_MATMUL = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+_MATMUL = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}  # type: ignore[attr-defined]
 
 
 def _rounds_fp32(device_type: str) -> bool:

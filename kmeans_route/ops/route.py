@@ -55,7 +55,7 @@ _route = torch.library.custom_op(
 )
 
 
-def _empty(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed:
+def _empty(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> tuple[Any, ...]:
     """The shapes and dtypes of a routing."""
     x, num_experts, over_all = inputs.x, inputs.directions.shape[0], options.over_all
     num_tokens, dtype = x.shape[0], compute_dtype(x.dtype)
@@ -77,7 +77,7 @@ def _empty(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed
     return _present(routed, inputs)
 
 
-def _present(routed: Routed, inputs: RouteInputs) -> Routed:
+def _present(routed: Routed, inputs: RouteInputs) -> tuple[Any, ...]:
     """As an operator returns it, which returns tensors alone: absent results are empty ones."""
     x, num_experts, dtype = inputs.x, inputs.directions.shape[0], compute_dtype(inputs.x.dtype)
 
