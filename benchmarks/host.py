@@ -1,6 +1,6 @@
 """Host time of a call: the Python and the PyTorch calls around the arithmetic, beside another tree of this repository.
 
-    python -m benchmarks.host --against DIR [--rounds 9] [--json FILE]
+    python -m benchmarks.host [--against DIR] [--rounds 9] [--batches 30] [--json FILE]
 
 Backend "torch", T = 1, D = 64, E = 16, K = 2, eval without gradients, one thread: `route`, a router, a frozen router.
 
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CALLS, BATCHES = 50, 30
+CALLS = 50  # a batch
 
 
-def time_us(call: Callable[[], object]) -> float:
+def time_us(call: Callable[[], object], batches: int) -> float:
     """Microseconds of this thread a call, the least of many batches."""
     best = float("inf")
-    for _ in range(BATCHES):
+    for _ in range(batches):
         start = time.thread_time()
         for _ in range(CALLS):
             call()
@@ -87,20 +87,20 @@ def launcher_cases() -> dict[str, Callable[[], object]]:
     }
 
 
-def work() -> None:
+def work(batches: int) -> None:
     """One worker: a line of figures for each line that comes."""
     torch.set_num_threads(1)
     cases = plain_cases() | launcher_cases()
     for _ in sys.stdin:
         with torch.no_grad():
-            figures = {name: time_us(call) for name, call in cases.items()}
+            figures = {name: time_us(call, batches) for name, call in cases.items()}
         print(json.dumps(figures), flush=True)
 
 
-def start(tree: Path) -> "subprocess.Popen[str]":
+def start(tree: Path, batches: int) -> "subprocess.Popen[str]":
     """A worker that imports the package of `tree`."""
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker"]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", "--batches", str(batches)]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -113,9 +113,9 @@ def ask(worker: "subprocess.Popen[str]") -> dict[str, float]:
     return dict(json.loads(worker.stdout.readline()))
 
 
-def compare(against: Path, rounds: int) -> dict[str, Any]:
+def compare(against: Path, rounds: int, batches: int) -> dict[str, Any]:
     """Of each case the median time in both trees, and the median of the ratios of `rounds` turns."""
-    workers = [start(against.resolve()), start(ROOT)]
+    workers = [start(tree, batches) for tree in (against.resolve(), ROOT)]
     turns = []
     for number in range(rounds):
         order = (0, 1) if number % 2 else (1, 0)
@@ -138,13 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--against", type=Path, default=ROOT, help="another tree; this one by default: all ratios 1")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work()
+        work(args.batches)
         return
-    figures = compare(args.against, args.rounds)
+    figures = compare(args.against, args.rounds, args.batches)
     for name, row in figures.items():
         print(f"{name:24} {row['before_us']:8.1f} us {row['now_us']:8.1f} us   {row['ratio']:.3f}")
     if args.json:
