@@ -25,6 +25,9 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
     router = steps.make_kmeans_router(problem)
     router(problem.x)
     given = commits.gathered(router)
+    apart = steps.make_kmeans_router(problem, directions="whitened")
+    apart(problem.x)
+    whitened = commits.gathered(apart)
     arguments = given.arguments()
     functions = {"reference": commit_reference}
     not_run: dict[str, str] = {}
@@ -35,6 +38,7 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
         f"commit, E{shape.num_experts} D{shape.hidden_size}",
         [
             commits.commit_step("kmeans_route", given),
+            commits.commit_step("kmeans_route, whitened", whitened),
             *(Contestant(name, partial(function, *arguments)) for name, function in functions.items()),
             *(Contestant(name, optimizer.step) for name, optimizer in optimizers.items()),
         ],
@@ -45,6 +49,7 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
 
     def check() -> None:
         commits.check_commit("kmeans_route", lambda: commits.package_commit(given), given)
+        commits.check_whitened("kmeans_route, whitened", whitened)
         for name, function in functions.items():
             commits.check_commit(name, partial(function, *arguments), given)
         for name, fused in ADAMW.items():
@@ -55,5 +60,5 @@ def commit_contest(shape: BenchShape, *, compiles: bool) -> Contest:
 
 
 def test_commit(shape: BenchShape, bench: Bench) -> None:
-    num_bytes = 5 * shape.num_experts * shape.hidden_size * 4
+    num_bytes = 6 * shape.num_experts * shape.hidden_size * 4
     bench.run(commit_contest(shape, compiles=bench.compiles), {"shape": shape._asdict(), "floor_num_bytes": num_bytes})

@@ -11,7 +11,7 @@ import torch
 from kmeans_route import KMeansRouter
 from kmeans_route.bench.contest import Contestant
 from kmeans_route.bench.problem import Problem
-from kmeans_route.reference import State, commit_reference
+from kmeans_route.reference import State, commit_reference, whitened_reference
 from kmeans_route.routing.pending import Pending
 from kmeans_route.testing import assert_close_to_truth
 
@@ -80,6 +80,13 @@ def package_commit(given: Gathered) -> State:
     given.restore()
     given.router.commit()
     return state_of(given.router)
+
+
+def check_whitened(name: str, given: Gathered) -> None:
+    """The directions after a commit, against the definition in fp64."""
+    new = package_commit(given)
+    error = float((new.weight - whitened_reference(new.centroids.double(), new.weight.double())).abs().max())
+    assert error <= 1e-4, f"{name}: a direction is off by {error:.3e}"
 
 
 def check_adamw(name: str, optimizer: torch.optim.AdamW) -> None:

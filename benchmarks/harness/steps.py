@@ -5,7 +5,7 @@ Legend: T tokens, D hidden size, E experts, K top_k.
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ def first_tokens(problem: Problem, num_tokens: int) -> Problem:
     return Problem(problem.shape._replace(num_tokens=len(x)), x.dtype, x=x, d_weights=d_weights)
 
 
-def make_kmeans_router(problem: Problem) -> KMeansRouter:
+def make_kmeans_router(problem: Problem, **options: Any) -> KMeansRouter:
     """A router in training, backend "torch", whose centroids come from the data."""
     shape = problem.shape
-    router = KMeansRouter(shape.hidden_size, shape.num_experts, shape.top_k, backend="torch")
+    router = KMeansRouter(shape.hidden_size, shape.num_experts, shape.top_k, backend="torch", **options)
     router.initialize(problem.x.detach())
     router.commit()  # nothing is pending: it tells the router that commits come by hand, so it does not warn
     assert bool(router.initialized)
