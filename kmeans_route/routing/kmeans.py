@@ -283,7 +283,7 @@ class KMeansRouter(CentroidCommit):
             ops.reservoir(x, factor, counted, self._reservoir_seed, p.hashes, p.rows)
 
     def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(E, D): what hidden states of `dtype` are scored with, unit rows of the centroids with the learned offset."""
+        """(E, D): what hidden states of `dtype` are scored with, unit rows of `weight` with the learned offset."""
         backend = backends.choose("auto", self.weight.device, dtype, self.num_experts)
         return self._directions(dtype, backend).detach()
 
@@ -294,7 +294,7 @@ class KMeansRouter(CentroidCommit):
         return reference.shifted_directions(unit, self.offset, dtype)
 
     def _unit_rows(self, dtype: torch.dtype, backend: Any) -> Tensor:
-        """Unit rows of the centroids as they are now, whoever wrote them; of a frozen router those that are pinned.
+        """Unit rows of `weight` as it is now, whoever wrote it; of a frozen router those that are pinned.
 
         Nothing tells for certain that a buffer was written: not its address, which memory of another use may take, and
         not its version, which `.data`, collectives and other processes leave alone.
