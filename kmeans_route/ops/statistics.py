@@ -103,10 +103,10 @@ def count_pairs(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
     if in_backward():
         return
     some = slice(0, PAIRS_FROM)
-    chosen = torch.zeros(indices[some].shape[0], pairs.shape[0], device=pairs.device)
-    chosen.scatter_(1, indices[some], counted[some, None].float().expand(-1, indices.shape[1]))
+    experts = torch.arange(pairs.shape[0], device=pairs.device)
+    chosen = (indices[some, :, None] == experts).any(1) & counted[some, None]
     with no_autocast(pairs):
-        pairs.addmm_(chosen.T, chosen)
+        pairs.addmm_(chosen.T.to(pairs.dtype), chosen.to(pairs.dtype))
 
 
 @count_pairs.register_fake

@@ -61,7 +61,7 @@ class CentroidCommit(CentroidState):
     def _commit_first_data(self, batch: Pending) -> None:
         """Set the centroids from the reservoir and nothing else: steps, bias and sigma stay 0."""
         self._set_from_reservoir(batch.hashes, batch.rows)
-        self._moved = torch.ones((), dtype=torch.bool, device=self.weight.device)
+        self._moved.fill_(True)
         self.dropped_total.add_(batch.num_dropped)
         self.tokens_per_expert = batch.counts.clone()
         self.chosen_together.copy_(self.pending.pairs)
@@ -76,7 +76,7 @@ class CentroidCommit(CentroidState):
             self.dropped_total, self.tokens_per_expert, self.centroid_turn,
         )  # fmt: skip
         backend.commit(state, batch.statistics, skip, self.commit_options)
-        self._moved = self.steps != steps
+        self._moved.copy_(self.steps != steps)
         pairs = self.pending.pairs
         self.chosen_together.copy_(torch.where(self._moved, pairs, self.chosen_together))
         pairs.masked_fill_(self._moved, 0.0)

@@ -16,7 +16,9 @@ from kmeans_route.lm.data import BatchSampler, load_corpus
 from kmeans_route.lm.model import DecoderLM, next_byte_loss
 from kmeans_route.types import Routing, Tokens
 
-STATE = ("weight", "centroids", "expert_bias", "score_std", "steps", "initialized", "dropped_total", "tokens_per_expert")
+STATE = (
+    "weight", "centroids", "expert_bias", "score_std", "steps", "initialized", "dropped_total", "tokens_per_expert",
+)  # fmt: skip
 
 
 class Run(NamedTuple):

@@ -96,7 +96,8 @@ def train(rank: int, name: str, num_ranks: int) -> dict[str, Tensor]:
             assert layer.seen_dtype == (torch.bfloat16 if num_ranks > 1 else torch.float32)
             assert layer.moe.router.weight.dtype == torch.float32
     state = {key: full(tensor) for key, tensor in model.state_dict().items()}
-    state |= {key: torch.tensor(value) for key, value in metrics.items() if not key.endswith("direction_cosine")}
+    own = ("direction_cosine", "effective_experts")  # the second is of this rank's tokens
+    state |= {key: torch.tensor(value) for key, value in metrics.items() if not key.endswith(own)}
     return state | {
         "tokens": torch.stack([layer.moe.router.tokens_per_expert for layer in model if isinstance(layer, Block)])
     }
