@@ -43,7 +43,7 @@ EXPECTED = {  # how the title begins -> how many contests, and who is in each
     ),
     "dispatch and combine, ": (1, {"kmeans_route", "index + gather", "index + scatter"}),
     "commit, ": (
-        1, {"kmeans_route", "reference", "reference, compiled", "AdamW, the learned weight",
+        1, {"kmeans_route", "kmeans_route, whitened", "reference", "reference, compiled", "AdamW, the learned weight",
             "AdamW, the learned weight, fused"},
     ),
     "MoE layer step, ": (
