@@ -104,9 +104,9 @@ def count_pairs(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
         return
     some = slice(0, PAIRS_FROM)
     experts = torch.arange(pairs.shape[0], device=pairs.device)
-    chosen = (indices[some, :, None] == experts).any(1) & counted[some, None]
+    chosen = ((indices[some, :, None] == experts).any(1) & counted[some, None]).to(pairs.dtype)
     with no_autocast(pairs):
-        pairs.addmm_(chosen.T.to(pairs.dtype), chosen.to(pairs.dtype))
+        pairs.addmm_(chosen.T, chosen)
 
 
 @count_pairs.register_fake

@@ -76,9 +76,9 @@ class CentroidCommit(CentroidState):
             self.dropped_total, self.tokens_per_expert, self.centroid_turn,
         )  # fmt: skip
         backend.commit(state, batch.statistics, skip, self.commit_options)
-        self._moved.copy_(self.steps != steps)
-        pairs = self.pending.pairs
-        self.chosen_together.copy_(torch.where(self._moved, pairs, self.chosen_together))
+        torch.ne(self.steps, steps, out=self._moved)
+        pairs, together = self.pending.pairs, self.chosen_together
+        torch.where(self._moved, pairs, together, out=together)
         pairs.masked_fill_(self._moved, 0.0)
         self._pinned = {}
         if batch is not self.pending:

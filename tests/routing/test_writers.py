@@ -1,9 +1,5 @@
 """What routes is what lies in `weight` now, whoever wrote it, and however."""
 
-import threading
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,37 +8,9 @@ from torch.func import functional_call
 import kmeans_route
 from kmeans_route import KMeansRouter
 from tests.helpers.compare import assert_same_bits, generator
+from tests.helpers.writers import WRITERS
 
 D, E, K, T = 16, 8, 2, 64
-
-
-def through_storage(weight: Tensor, new: Tensor) -> None:
-    weight.untyped_storage().copy_(new.untyped_storage())
-
-
-def by_another_thread(weight: Tensor, new: Tensor) -> None:
-    writer = threading.Thread(target=lambda: weight.data.copy_(new))
-    writer.start()
-    writer.join()
-
-
-WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "in place": lambda weight, new: weight.copy_(new),
-    ".data": lambda weight, new: weight.data.copy_(new),
-    ".data replaced": lambda weight, new: setattr(weight, "data", new.clone()),
-    "set_": lambda weight, new: weight.set_(new.clone()),
-    "NumPy": lambda weight, new: weight.numpy().__setitem__(slice(None), new.numpy()),
-    "DLPack": lambda weight, new: torch.from_dlpack(weight).copy_(new),
-    "storage": through_storage,
-    "foreach": lambda weight, new: torch._foreach_copy_([weight.data], [new]),
-    "version kept": lambda weight, new: keep_version(weight, new),
-    "another thread": by_another_thread,
-}
-
-
-def keep_version(weight: Tensor, new: Tensor) -> None:
-    with torch.autograd._unsafe_preserve_version_counter(weight):
-        weight.copy_(new)
 
 
 def routes_by(router: KMeansRouter, x: Tensor) -> None:

@@ -5,7 +5,6 @@ is fp32 and finite, every token counts once.
 """
 
 import copy
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from kmeans_route import KMeansRouter, reference
 from kmeans_route.backends.reservoir import EMPTY_HASH
 from kmeans_route.routing.loading import CentroidState
 from tests.helpers.compare import assert_same_bits, generator
+from tests.helpers.writers import WRITERS
 
 D, E, K, T = 8, 4, 2, 12
 SEEDS = st.integers(0, 5)
@@ -51,20 +51,7 @@ def by_collective(held: Tensor, new: Tensor) -> None:
     dist.all_gather_into_tensor(held, new.contiguous())
 
 
-def by_thread(held: Tensor, new: Tensor) -> None:
-    writer = threading.Thread(target=lambda: held.data.copy_(new))
-    writer.start()
-    writer.join()
-
-
-WRITERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "copy_": lambda held, new: held.copy_(new),
-    ".data": lambda held, new: held.data.copy_(new),
-    ".data replaced": lambda held, new: setattr(held, "data", new.clone()),
-    "foreach": lambda held, new: torch._foreach_copy_([held.data], [new]),
-    "collective": by_collective,
-    "thread": by_thread,
-}
+BY_WHOM: dict[str, Callable[[Tensor, Tensor], Any]] = {**WRITERS, "collective": by_collective}
 
 
 class Writers(RuleBasedStateMachine):
@@ -134,11 +121,11 @@ class Writers(RuleBasedStateMachine):
         value: Tensor | None = getattr(self.router, name)
         return None if value is None else value.clone().to(torch.float32 if name in FLOATS else torch.int64)
 
-    @rule(writer=st.sampled_from(sorted(WRITERS)), seed=SEEDS, name=st.sampled_from(["weight", "expert_bias"]))
+    @rule(writer=st.sampled_from(sorted(BY_WHOM)), seed=SEEDS, name=st.sampled_from(["weight", "expert_bias"]))
     def write(self, writer: str, seed: int, name: str) -> None:
         held = self.router.get_buffer(name)
         new = torch.randn(held.shape, generator=generator(seed))
-        WRITERS[writer](held, (new if name == "weight" else 0.1 * new).to(held.dtype))
+        BY_WHOM[writer](held, (new if name == "weight" else 0.1 * new).to(held.dtype))
 
     @rule(seed=SEEDS, in_place=st.booleans(), assign=st.booleans())
     def load(self, seed: int, in_place: bool, assign: bool) -> None:
