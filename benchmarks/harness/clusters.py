@@ -61,7 +61,7 @@ def router_update(clusters: Clusters) -> Update:
     def update(x: Tensor) -> tuple[Tensor, Tensor]:
         indices = router(x).indices
         router.commit()
-        return indices[:, 0], router.weight
+        return indices[:, 0], router.centroids
 
     return update
 
