@@ -140,6 +140,18 @@ class Writers(RuleBasedStateMachine):
         self.remember()
 
     @rule(seed=SEEDS)
+    def resume(self, seed: int) -> None:
+        """A new router, and a checkpoint written into its buffers, as `dcp.load` does it; then a step."""
+        state = trained(seed, **self.options).state_dict()
+        self.router = KMeansRouter(D, E, K, **self.options)
+        for name, held in self.router.named_buffers():
+            held.copy_(state[name])
+        self.tokens = 0
+        self.remember()
+        self.train(seed, None)
+        self.commit(None)
+
+    @rule(seed=SEEDS)
     def load_directions(self, seed: int) -> None:
         """A checkpoint that has `weight` alone: given centroids."""
         self.router.load_state_dict({"weight": rows(seed, E)}, strict=False)
