@@ -95,6 +95,13 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
     for offset in (False, True)
 }  # fmt: skip
 """The rule for directions that the main study, run before it was there, has no contestant with."""
+WHITENED, WHITENED_OFFSET = DIRECTIONS
+RIVALS = ("sigmoid, sign 0.01", "softmax, aux 0.01")
+"""Of each kind of learned router the one with the fewest bits per byte over the twelve runs of the main study."""
+FINAL = {name: (MAIN | DIRECTIONS)[name] for name in (WHITENED, WHITENED_OFFSET, DEFAULT, *RIVALS)}
+"""Those between whom the study decides."""
+RATES = (0.0015, 0.006)
+"""Peak learning rates beside 0.003, which every other run has."""
 CHANGES = {
     "prose": "the text turns from code to prose",
     "lr": "the learning rate doubles",
@@ -109,6 +116,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
     "tries": TRIES,
     "directions": DIRECTIONS,
+    "rates": {f"{name}, lr {rate:g}": options | {"lr": rate} for rate in RATES for name, options in FINAL.items()},
     **{change: {f"{name}; {change}": MAIN[name] for name in CHANGED} for change in CHANGES},
 }
 """Study -> contestants. The last three change something after half of the steps, see `one.py`."""
