@@ -1,8 +1,6 @@
 """The study's tables and pictures from its result file: `python -m benchmarks.quality.analysis`.
 
-Means over seeds with the sample standard deviation. Two contestants are compared seed by seed, since runs of one seed
-share initial weights and order of the text: a difference counts as resolved where the 95% interval of Student's t about
-its mean leaves out 0.
+Means over seeds with the sample standard deviation; `tables.py` says how two contestants are compared.
 """
 
 import argparse
@@ -11,36 +9,35 @@ import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, OFFSET, SIZES, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
+from benchmarks.quality.tables import (
+    Column,
+    Difference,
+    Group,
+    Measure,
+    at_the_end,
+    bits,
+    cell,
+    difference,
+    markdown,
+    max_vio,
+    max_vio_trained,
+    mean_text,
+    measure,
+    paired,
+    values,
+)  # fmt: skip
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 README, SUMMARY, APPENDIX = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "quality-appendix.md"
 BEGIN, END = "<!-- make quality -->", "<!-- end of make quality -->"
 LEARNED = ("softmax", "sigmoid")
-STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-"""Degrees of freedom -> half width of the 95% interval in standard errors."""
 GOALS = "The two goals (95% over equal seeds, bold: resolved; MaxVio: means over the seeds, to be 2 or more):"
-Group = dict[str, list[Record]]
-Column = tuple[str, int, Callable[[Record], float | None]]
-
-
-def measure(key: str) -> Callable[[Record], float | None]:
-    """Of a run's measures."""
-    return lambda record: record["measures"].get(key)
-
-
-def at_the_end(key: str) -> Callable[[Record], float | None]:
-    """Of its geometry after the last step."""
-    return lambda record: record["geometry"][-1].get(key)
-
-
-bits, max_vio = measure("bits_per_byte"), measure("max_vio_validation")
-max_vio_trained = measure("max_vio_training_text")
 TABLE: tuple[Column, ...] = (
     ("bits per byte", 3, bits),
     ("MaxVio, held-out text", 3, max_vio),
@@ -81,30 +78,6 @@ def usual_length(records: Sequence[Record]) -> list[Record]:
         lengths.setdefault(size, Counter())[steps] += sum(map(len, contestants.values()))
     usual = {size: count.most_common(1)[0][0] for size, count in lengths.items()}
     return [record for record in records if record["config"]["steps"] == usual.get(record["size"])]
-
-
-def values(runs: Sequence[Record], get: Callable[[Record], float | None]) -> list[float]:
-    """One a run; NaN where there is none."""
-    return [math.nan if (value := get(run)) is None else float(value) for run in runs]
-
-
-def mean_text(found: Sequence[float], digits: int) -> str:
-    """Mean of those that are known."""
-    known = [value for value in found if math.isfinite(value)]
-    return f"{statistics.fmean(known):.{digits}f}" if known else "n/a"
-
-
-def cell(found: Sequence[float], digits: int) -> str:
-    """mean ± standard deviation, of those that are known."""
-    known = [value for value in found if math.isfinite(value)]
-    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return mean_text(found, digits) + spread
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(contestants: Group, columns: Sequence[Column]) -> str:
@@ -151,7 +124,7 @@ def _seeds(count: int) -> str:
     return f"{count} seeds" if count > 1 else "1 seed"
 
 
-def best(contestants: Group, kinds: str | tuple[str, ...], get: Callable[[Record], float | None]) -> str | None:
+def best(contestants: Group, kinds: str | tuple[str, ...], get: Measure) -> str | None:
     """The contestant of these kinds with the least mean, among those with the most seeds; None where none has run."""
     most = max(len(runs) for runs in contestants.values())
     means = {
@@ -179,33 +152,12 @@ def goals(records: Sequence[Record]) -> str:
     return markdown([*head, "most even learned router: MaxVio over the default's, held-out", "training text"], rows)
 
 
-def _factor(contestants: Group, get: Callable[[Record], float | None]) -> str:
+def _factor(contestants: Group, get: Measure) -> str:
     theirs = best(contestants, LEARNED, get)
     if theirs is None:
         return "n/a"
     other, own = (statistics.fmean(values(contestants[name], get)) for name in (theirs, DEFAULT))
     return f"{theirs}: {other:.3f} / {own:.3f} = {other / own:.1f}"
-
-
-class Difference(NamedTuple):
-    """In bits per byte: mean over `pairs` runs, half width of its 95% interval, which one pair does not have."""
-
-    mean: float
-    half: float
-    pairs: int
-
-    @property
-    def resolved(self) -> bool:
-        return abs(self.mean) > self.half
-
-
-def difference(one: Sequence[Record], other: Sequence[Record]) -> Difference | None:
-    """one - other over the sizes and seeds that both have; None where there are none."""
-    found = [float(bits(a) or math.nan) - float(bits(b) or math.nan) for a, b in paired(one, other)]
-    if len(found) < 2:
-        return Difference(found[0], math.inf, 1) if found else None
-    error = statistics.stdev(found) / math.sqrt(len(found))
-    return Difference(statistics.fmean(found), STUDENT_T[min(len(found) - 1, max(STUDENT_T))] * error, len(found))
 
 
 def compared(one: Sequence[Record], other: Sequence[Record]) -> str:
@@ -217,12 +169,6 @@ def compared(one: Sequence[Record], other: Sequence[Record]) -> str:
         return f"{found.mean:+.3f}, one seed decides nothing"
     word = "resolved" if found.resolved else "not resolved"
     return f"{found.mean:+.3f} ± {found.half:.3f} (95%, {found.pairs} pairs), {word}"
-
-
-def paired(one: Sequence[Record], other: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Runs of equal size, steps and seed."""
-    where = [{(r["size"], r["config"]["steps"], r["config"]["seed"]): r for r in runs} for runs in (one, other)]
-    return [(run, where[1][key]) for key, run in where[0].items() if key in where[1]]
 
 
 def pooled(records: Sequence[Record], base: str = DEFAULT) -> str:
@@ -260,7 +206,7 @@ def _short(found: Difference | None) -> str:
     return f"**{text}**" if found.resolved else text
 
 
-def _ratio(pairs: Sequence[tuple[Record, Record]], get: Callable[[Record], float | None]) -> str:
+def _ratio(pairs: Sequence[tuple[Record, Record]], get: Measure) -> str:
     known = [(one, other) for a, b in pairs if (one := get(a)) and (other := get(b))]
     return f"{statistics.geometric_mean(one / other for one, other in known):.2f}" if known else "n/a"
 
@@ -380,7 +326,7 @@ def pages(records: Sequence[Record]) -> dict[Path, str]:
     }
 
 
-LINES, MARKERS = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))), "osD^P"
+LINES, MARKERS = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))), "osD^P*X"
 COLOURS = {"softmax": "C1", "sigmoid": "C0", "K-Means": "C3", "random": "0.6", "hash": "0.3"}
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.texts import code_and_prose
+from benchmarks.quality.texts import code_and_prose, subwords
 from benchmarks.quality.trials import TRIALS
 from kmeans_route import MoE, metrics
 from kmeans_route.lm import checkpoint as checkpoints
@@ -82,9 +82,14 @@ def _layer_geometry(layer: MoE, x: Tensor) -> dict[str, float]:
     }
 
 
-def reduced(trainer: Trainer, measures: dict[str, Any]) -> dict[str, Any]:
-    """What the result file keeps: measures, and the curves as means over windows of 50 steps."""
+def reduced(trainer: Trainer, measures: dict[str, Any], per_byte: float = 1.0) -> dict[str, Any]:
+    """What the result file keeps: measures, and the curves as means over windows of 50 steps. per_byte: ids a byte."""
     history = trainer.history
+    for record in history:
+        for key in {"loss_bits", "validation_bits"} & set(record):
+            record[key] *= per_byte
+    bits, perplexity = measures["bits_per_byte"] * per_byte, measures["perplexity"] ** per_byte
+    measures = measures | {"bits_per_byte": bits, "perplexity": perplexity}
     windows = [history[i : i + WINDOW] for i in range(0, len(history), WINDOW)]
     return {
         "measures": {key: _finite(value) for key, value in measures.items()},
@@ -118,10 +123,12 @@ def tell(record: dict[str, Any]) -> None:
         print(json.dumps({"step": record["step"]}), flush=True)
 
 
-def plain_run(config: TrainConfig, trial: str, folder: Path) -> dict[str, Any] | int:
+def plain_run(config: TrainConfig, trial: str, text: str, folder: Path) -> dict[str, Any] | int:
     """Train, or go on. Returns: what to keep, or the signal that stopped it."""
     where = folder / "checkpoint"
-    trainer = Trainer(config, load_corpus([]))
+    alphabet = subwords(folder.parent) if text else None
+    trainer = Trainer(config, alphabet.corpus if alphabet else load_corpus([]))
+    per_byte = alphabet.per_byte(trainer.windows[:, 1:]) if alphabet else 1.0
     after_step = TRIALS[trial](trainer) if trial else None
     if checkpoints.exists(where):
         trainer.restore(checkpoints.load_checkpoint(where))
@@ -148,7 +155,7 @@ def plain_run(config: TrainConfig, trial: str, folder: Path) -> dict[str, Any] |
     measures = summarize(trainer, evaluation)["measures"]
     del measures["time_ms"]  # runs side by side share the machine
     measures["max_vio_training_text"] = training_text_max_vio(trainer)
-    return reduced(trainer, measures)
+    return reduced(trainer, measures, per_byte)
 
 
 def training_text_max_vio(trainer: Trainer) -> float:
@@ -211,7 +218,7 @@ def main(folder: Path) -> int:
     """Exit code: 0, or 128 + the signal that stopped it."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = TrainConfig.from_dict(job["config"])
-    run = changed_run(config, job["change"]) if job["change"] else plain_run(config, job["trial"], folder)
+    run = changed_run(config, job["change"]) if job["change"] else plain_run(config, job["trial"], job["text"], folder)
     if isinstance(run, int):
         return 128 + run
     checkpoints.write_atomically(folder / "run.json", json.dumps(run).encode())

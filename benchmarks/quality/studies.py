@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from benchmarks.quality.trials import TRIALS
+from benchmarks.quality.trials import FAN_IN, TRIALS
 from kmeans_route.lm.config import TrainConfig
 
 STEPS = 2400
@@ -15,19 +15,17 @@ PINNED = {"tau": 0.05, "decay": 0.999, "aux_loss_coef": 0.01, "balance": ""}
 """What a contestant has unless it says otherwise, whatever the package's defaults become."""
 CURVE_POINTS = 12
 SIZES: dict[str, dict[str, Any]] = {
-    f"D{hidden}-E{experts}-K{top_k}": {
-        "hidden": hidden, "experts": experts, "top_k": top_k, "expert_hidden": 2 * hidden // top_k,
-    }
+    f"D{hidden}-E{experts}-K{top_k}": {"hidden": hidden, "experts": experts, "top_k": top_k}
     for hidden in (64, 128)
-    for experts in (16, 64)
-    for top_k in (2, 8)
-}  # fmt: skip
+    for experts, top_k in ((16, 2), (16, 8), (64, 2), (64, 8), (1, 1))
+}
+"""The last of each width is dense: one expert that every token passes through, as wide as top_k of the others."""
 TINY = "D16-E4-K2"
-SIZES[TINY] = {
-    "layers": 1, "hidden": 16, "heads": 2, "experts": 4, "top_k": 2, "expert_hidden": 16, "seq_len": 32,
-    "eval_bytes": 2048,
-}  # fmt: skip
-"""The last one is for tests alone."""
+SIZES[TINY] = {"layers": 1, "hidden": 16, "heads": 2, "experts": 4, "top_k": 2, "seq_len": 32, "eval_bytes": 2048}
+"""For tests alone."""
+SUBWORDS = "D128-E64-K8-subwords"
+SIZES[SUBWORDS] = {"hidden": 128, "experts": 64, "top_k": 8, "seq_len": 256, "batch": 8}
+"""Closer to life: `texts.subwords` in place of bytes, 2,048 of them a step."""
 
 MAIN: dict[str, dict[str, Any]] = {
     **{
@@ -46,6 +44,13 @@ MAIN: dict[str, dict[str, Any]] = {
         "router": "kmeans", "balance": "proportional", "tau": 0.2, "trial": "learned offset",
     },
     "K-Means, quantile": {"router": "kmeans", "balance": "quantile"},
+    "K-Means, whitened": {
+        "router": "kmeans", "balance": "proportional", "tau": 0.1, "router_options": {"directions": "whitened"},
+    },
+    "K-Means, whitened, learned offset": {
+        "router": "kmeans", "balance": "proportional", "tau": 0.1,
+        "router_options": {"directions": "whitened", "learned_offset": True},
+    },
     "random, fixed": {"router": "random"},
     "hash of the byte": {"router": "hash"},
 }  # fmt: skip
@@ -53,6 +58,8 @@ MAIN: dict[str, dict[str, Any]] = {
 DEFAULT = "K-Means, proportional, tau 0.2"
 """The contestant that the router's defaults make."""
 OFFSET = f"{DEFAULT}, learned offset"
+WHITENED = "K-Means, whitened"
+WHITENED_OFFSET = f"{WHITENED}, learned offset"
 
 
 def _options(**options: Any) -> dict[str, Any]:
@@ -80,28 +87,28 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
         f"{DEFAULT}, detached gates": _options(detach_gates=True),
         f"{DEFAULT}, 4 groups of which 2": _options(n_group=4, topk_group=2),
         f"{DEFAULT}, commit every 4": {"commit_every": 4},
-        **{f"{DEFAULT}, {trial}": {"trial": trial} for trial in TRIALS if trial != "learned offset"},
+        **{f"{DEFAULT}, {trial}": {"trial": trial} for trial in TRIALS if trial not in ("learned offset", FAN_IN)},
     },
 }
 """The first tries changed quantile balancing at tau 0.05, before the default was what it is; the others change that."""
 TRIES = {name: MAIN[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
 CHANGED_BY = {name: base for base, tries in _TRIES.items() for name in tries}
 """Try -> the contestant of the main study that it changes."""
-DIRECTIONS: dict[str, dict[str, Any]] = {
-    f"K-Means, whitened{', learned offset' if offset else ''}": {
-        "router": "kmeans", "balance": "proportional", "tau": 0.1,
-        **_options(directions="whitened", **({"learned_offset": True} if offset else {})),
-    }
-    for offset in (False, True)
-}  # fmt: skip
-"""The rule for directions that the main study, run before it was there, has no contestant with."""
-WHITENED, WHITENED_OFFSET = DIRECTIONS
 RIVALS = ("sigmoid, sign 0.01", "softmax, aux 0.01")
 """Of each kind of learned router the one with the fewest bits per byte over the twelve runs of the main study."""
-FINAL = {name: (MAIN | DIRECTIONS)[name] for name in (WHITENED, WHITENED_OFFSET, DEFAULT, *RIVALS)}
+FINAL = {name: MAIN[name] for name in (WHITENED, WHITENED_OFFSET, DEFAULT, *RIVALS)}
 """Those between whom the study decides."""
-RATES = (0.0015, 0.006)
-"""Peak learning rates beside 0.003, which every other run has."""
+FLOORS = {name: MAIN[name] for name in ("hash of the byte", "random, fixed")}
+DENSE = {"dense": {"router": "random"}}
+RATES = (0.006, 0.012)
+"""Peak learning rates beside 0.003, which the main study has."""
+
+
+def at_rate(name: str, rate: float) -> str:
+    """The name of a contestant at a peak learning rate."""
+    return name if rate not in RATES else f"{name}, lr {rate:g}"
+
+
 CHANGES = {
     "prose": "the text turns from code to prose",
     "lr": "the learning rate doubles",
@@ -115,11 +122,17 @@ CHANGED = (
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
     "tries": TRIES,
-    "directions": DIRECTIONS,
-    "rates": {f"{name}, lr {rate:g}": options | {"lr": rate} for rate in RATES for name, options in FINAL.items()},
+    "dense": {
+        at_rate(name, rate): options | {"lr": rate} for rate in (0.003, *RATES) for name, options in DENSE.items()
+    },
+    FAN_IN: {f"{name}, {FAN_IN}": options | {"trial": FAN_IN} for name, options in FINAL.items()},
+    "rates": {
+        at_rate(name, rate): options | {"lr": rate} for rate in RATES for name, options in (FINAL | FLOORS).items()
+    },
     **{change: {f"{name}; {change}": MAIN[name] for name in CHANGED} for change in CHANGES},
 }
-"""Study -> contestants. The last three change something after half of the steps, see `one.py`."""
+"""Study -> contestants. The last three change something after half of the steps, see `one.py`; "dense" is for the
+sizes of one expert."""
 
 
 class Job(NamedTuple):
@@ -130,10 +143,22 @@ class Job(NamedTuple):
     config: TrainConfig
     change: str = ""
     trial: str = ""
+    text: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.size}/{self.contestant}/{self.config.seed}"
+
+
+def _sizes(size: str) -> dict[str, Any]:
+    sizes = SIZES[size]
+    return sizes | {"expert_hidden": 2 * sizes["hidden"] // sizes["top_k"]}
+
+
+def usual_sizes(study: str) -> list[str]:
+    """Those of several experts and of bytes; for the dense model those of one."""
+    one = study == "dense"
+    return [name for name, sizes in SIZES.items() if (sizes["experts"] == 1) == one and name not in (TINY, SUBWORDS)]
 
 
 def jobs(
@@ -161,8 +186,8 @@ def jobs(
     return [
         Job(
             size, name,
-            replace(base, **PINNED | {"seed": seed, "eval_every": every} | SIZES[size] | batch | options),
-            change, trial,
+            replace(base, **PINNED | {"seed": seed, "eval_every": every} | _sizes(size) | batch | options),
+            change, trial, "subwords" if size == SUBWORDS else "",
         )
         for size in sizes
         for seed in seeds

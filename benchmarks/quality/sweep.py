@@ -1,6 +1,6 @@
 """Trains what `studies.py` lists, several runs side by side, and appends a JSON line for each that is finished.
 
-    python -m benchmarks.quality.sweep [--study main|tries|directions|prose|lr|batch] [--size D64-E16-K2 ...]
+    python -m benchmarks.quality.sweep [--study main|tries|rates|dense|prose|lr|batch] [--size D64-E16-K2 ...]
         [--seeds 0 1 2] [--steps 2400] [--workers 2] [--device cpu] [--minutes N] [--only NAME ...] [--out DIR]
         [--results FILE] [--json] [--list]
 
@@ -21,12 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.studies import SIZES, STEPS, STUDIES, TINY, Job, jobs
+from benchmarks.quality.studies import SIZES, STEPS, STUDIES, Job, jobs, usual_sizes
 from kmeans_route.bench.results import environment
 from kmeans_route.cli.output import Output
 from kmeans_route.lm.config import TrainConfig
 
-SHOWN = [size for size in SIZES if size != TINY]
 ROOT = Path(__file__).resolve().parent.parent.parent
 Record = dict[str, Any]
 
@@ -36,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.sweep", description=description)
     parser.add_argument("--study", default="main", help=f"one of {', '.join(STUDIES)} (main)")
-    parser.add_argument("--size", nargs="+", default=SHOWN, metavar="NAME", help=f"of {', '.join(SHOWN)} (all)")
+    parser.add_argument("--size", nargs="+", metavar="NAME", help=f"of {', '.join(SIZES)} (the study's usual ones)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(0 1 2)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these contestants")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of a run ({STEPS})")
@@ -79,7 +78,7 @@ class Running:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", job.name)
         self.folder = out / f"{slug}-{job.config.steps}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        options = json.dumps({"config": job.config.to_dict(), "change": job.change, "trial": job.trial}, indent=2)
+        options = json.dumps(job._asdict() | {"config": job.config.to_dict()}, indent=2)
         (self.folder / "job.json").write_text(options + "\n", encoding="utf-8")
         self.log = (self.folder / "errors.txt").open("w", encoding="utf-8")
         self.process = subprocess.Popen(
@@ -152,7 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     output = Output(json_mode=args.json)
     try:
         everything = jobs(
-            args.study, args.size, args.seeds, TrainConfig(steps=args.steps, device=args.device), args.only
+            args.study,
+            args.size or usual_sizes(args.study),
+            args.seeds,
+            TrainConfig(steps=args.steps, device=args.device),
+            args.only,
         )
         todo = left(everything, read_results(args.results))
     except ValueError as error:

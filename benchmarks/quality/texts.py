@@ -1,15 +1,24 @@
-"""Two texts of one origin and different kind: the standard library's code, and the prose that explains it."""
+"""Texts of the studies beside the standard library: its code, the prose that explains it, and subwords of more code."""
 
 import ast
 import functools
 import hashlib
+import importlib.util
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kmeans_route.lm.data import Corpus, split_documents, standard_library_files
 
 PROSE_SUFFIXES = (".txt", ".rst")
+PACKAGES = ("torch", "transformers", "sympy", "matplotlib", "networkx", "numpy")
+"""Whose .py files join the standard library's; `constraints.txt` pins them, and the digest of the text tells."""
+VOCAB_SIZE = 4096
+LEARNT_FROM = 4
+"""One training file in so many teaches the alphabet."""
 
 
 def prose_and_code(source: str) -> tuple[str, str]:
@@ -64,3 +73,61 @@ def _corpus(name: str, documents: list[tuple[str, bytes]]) -> Corpus:
     digest = hashlib.sha256(train + b"|" + validation).hexdigest()
     tensors = (torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, validation))
     return Corpus(*tensors, *names, name, digest)
+
+
+class Subwords(NamedTuple):
+    """corpus: ids below `VOCAB_SIZE`. lengths: (VOCAB_SIZE,) int64, the bytes that an id stands for."""
+
+    corpus: Corpus
+    lengths: Tensor
+
+    def per_byte(self, ids: Tensor) -> float:
+        """Ids a byte in `ids`: what turns bits an id into bits a byte."""
+        return ids.numel() / float(self.lengths[ids.long()].sum())
+
+
+def subwords(folder: Path) -> Subwords:
+    """The .py files of the standard library and of `PACKAGES` in byte pairs learnt on the training side (Sennrich et
+    al., arXiv 1508.07909), kept in `folder` once made.
+
+    Raises:
+        ImportError: no `tokenizers`, which comes with transformers.
+    """
+    root, files = standard_library_files()
+    named = [(path.relative_to(root).as_posix(), path) for path in files]
+    for package in PACKAGES:
+        found = importlib.util.find_spec(package)
+        assert found is not None, package
+        assert found.origin is not None, package
+        where = Path(found.origin).parent
+        named += [(path.relative_to(where.parent).as_posix(), path) for path in sorted(where.rglob("*.py"))]
+    documents = [(name, path.read_bytes() + b"\0") for name, path in named]
+    sides = split_documents(documents)
+    digest = hashlib.sha256(b"|".join(b"".join(text for _, text in side) for side in sides)).hexdigest()
+    kept = folder / f"subwords-{VOCAB_SIZE}-{digest[:16]}.pt"
+    if not kept.exists():
+        made = _byte_pairs(*([text.decode("utf-8", "replace") for _, text in side] for side in sides))
+        partial = kept.with_suffix(f".{os.getpid()}")  # runs side by side may make it at once
+        torch.save(made, partial)
+        partial.replace(kept)
+    train, validation, lengths = torch.load(kept)
+    names = (tuple(name for name, _ in side) for side in sides)
+    where_from = ", ".join(("standard library", *PACKAGES))
+    return Subwords(Corpus(train, validation, *names, where_from, digest, (), VOCAB_SIZE), lengths)
+
+
+def _byte_pairs(train: list[str], validation: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids of the one text, of the other, bytes of each id)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(train[::LEARNT_FROM], trainer)
+    texts = (
+        torch.tensor([number for one in tokenizer.encode_batch_fast(side) for number in one.ids], dtype=torch.int16)
+        for side in (train, validation)
+    )
+    # The alphabet has one letter a byte.
+    return *texts, torch.tensor([len(tokenizer.id_to_token(number)) for number in range(tokenizer.get_vocab_size())])

@@ -145,6 +145,46 @@ def by_rank(trainer: Trainer, *, share: float, residual: bool = False) -> AfterS
     return None
 
 
+def winner(trainer: Trainer) -> AfterStep:
+    """Only the best expert by s plus a bias of its own averages a token; that bias balances first choices, by the
+    proportional rule of `commit`, and the selection does not see it. For one forward a step."""
+    for layer, router in _routers(trainer):
+        layer.register_buffer("trial_winner_bias", torch.zeros_like(router.expert_bias))
+        bias, plain = layer.get_buffer("trial_winner_bias"), router.route_dispatch
+
+        def forward(
+            tokens: Tokens, *args: Any, plain: Any = plain, router: Any = router, bias: Tensor = bias, **kwargs: Any
+        ) -> Answer:
+            routing, sent = plain(tokens, *args, **kwargs)
+            if router.counts_now() and router.initialized:
+                rows = tokens.x.detach() * routing.inv_norm[:, None]
+                chosen = (rows @ F.normalize(router.weight, dim=1).T + bias).argmax(1)
+                counts = torch.bincount(chosen, minlength=router.num_experts)
+                sums = torch.zeros_like(router.weight).index_add_(0, chosen, rows)
+                mean = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), router.centroids)
+                router.pending.sums.copy_(mean * router.pending.counts[:, None])  # a commit divides by the counts
+                short = (1.0 - router.num_experts * counts / len(rows)).clamp(-1.0, 1.0)
+                bias += router.commit_options.bias_rate * router.score_std * short
+                bias -= bias.mean()
+            return routing, sent
+
+        router.route_dispatch = forward  # type: ignore[method-assign]
+    return None
+
+
+def fan_in_start(trainer: Trainer) -> AfterStep:
+    """Every matrix starts at a standard deviation of 1 / sqrt(fan in) in place of 0.02, less by the same root of the
+    number of layers where a branch meets the residual stream, and the embedding at 1. Routers are left alone: K-Means
+    has no weights, and a learned one starts by its own rule."""
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name.startswith("embedding"):
+                parameter /= 0.02
+            elif parameter.ndim > 1 and ".router." not in name:
+                parameter /= 0.02 * math.sqrt(parameter.shape[-1])
+    return None
+
+
 def centred(trainer: Trainer) -> AfterStep:
     """The running mean of all hidden states is taken off before scoring and averaging."""
     for layer, router in _routers(trainer):
@@ -251,6 +291,7 @@ def no_ramp(trainer: Trainer) -> AfterStep:
     return after_step
 
 
+FAN_IN = "1/sqrt(fan in) start"
 TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "learnable tau a layer": partial(learnable_tau, per_expert=False),
     "learnable tau an expert": partial(learnable_tau, per_expert=True),
@@ -259,6 +300,8 @@ TRIALS: dict[str, Callable[[Trainer], AfterStep]] = {
     "first choices alone": partial(by_rank, share=0.0),
     "k-th choices halved": partial(by_rank, share=0.5),
     "residuals": partial(by_rank, share=1.0, residual=True),
+    "winner averages": winner,
+    FAN_IN: fan_in_start,
     "centred": centred,
     "routed by the embedding": routed_by_embedding,
     "frozen after a third": frozen_after_a_third,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NUM_BYTE_VALUES = 256
 VALIDATION_SHARE = 10
 """One file in this many is held out."""
 STANDARD_LIBRARY = "standard library"
@@ -21,7 +22,8 @@ _SNIFFED_BYTES = 8192
 class Corpus(NamedTuple):
     """Text of one run.
 
-    train, validation: (N,) uint8, the files one after the other, each followed by one zero byte.
+    train, validation: (N,) uint8, the files one after the other, each followed by one zero byte; or ids below
+    vocab_size, of any integer dtype, of another alphabet than the 256 bytes.
     train_files, validation_files: names in that order; no file, and no two equal files, stand on both sides.
     name: what the text is, for people. sha256: hex digest over both sides. paths: absolute, as asked for; none for the
     standard library.
@@ -34,6 +36,7 @@ class Corpus(NamedTuple):
     name: str
     sha256: str
     paths: tuple[str, ...] = ()
+    vocab_size: int = NUM_BYTE_VALUES
 
     @property
     def label(self) -> str:

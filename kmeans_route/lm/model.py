@@ -1,6 +1,6 @@
 """A small byte-level decoder whose feed-forward layers are mixtures of experts.
 
-Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V = 256 byte values.
+Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V ids: the 256 bytes, or those of another alphabet.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kmeans_route import KMeansRouter, LearnedRouter, MoE
 from kmeans_route.lm.config import TrainConfig
+from kmeans_route.lm.data import NUM_BYTE_VALUES
 
-VOCAB_SIZE = 256
 FIXED = ("random", "hash")
 GIVEN = ("hidden_size", "num_experts", "top_k", "kind", "balance", "seed", "name", "device")
 OWN = (*GIVEN, "bias_rate", "aux_loss_coef", "tau", "decay")
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention, then pre-norm mixture of experts."""
 
-    def __init__(self, config: TrainConfig, layer: int) -> None:
+    def __init__(self, config: TrainConfig, layer: int, vocab_size: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden)
         self.attention = Attention(config.hidden, config.heads, config.seq_len)
@@ -69,7 +69,7 @@ class Block(nn.Module):
             self.moe.router.freeze()
         if config.router == "hash":
             generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
-            order = torch.rand(VOCAB_SIZE, config.experts, generator=generator).argsort(1)
+            order = torch.rand(vocab_size, config.experts, generator=generator).argsort(1)
             table = order[:, : config.top_k].contiguous()
         self.register_buffer("table_VK", table, persistent=False)
 
@@ -88,18 +88,19 @@ class DecoderLM(nn.Module):
 
     Args:
         config: sizes, router and seed.
+        vocab_size: ids that a token can have.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, vocab_size: int = NUM_BYTE_VALUES) -> None:
         super().__init__()
         self.config = config
         # The caller's own random stream is left as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.embedding = nn.Embedding(VOCAB_SIZE, config.hidden)
-            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+            self.embedding = nn.Embedding(vocab_size, config.hidden)
+            self.blocks = nn.ModuleList(Block(config, layer, vocab_size) for layer in range(config.layers))
             self.norm = nn.RMSNorm(config.hidden)
-            self.head = nn.Linear(config.hidden, VOCAB_SIZE, bias=False)
+            self.head = nn.Linear(config.hidden, vocab_size, bias=False)
             self._initialize(config.layers)
 
     def _initialize(self, num_layers: int) -> None:
@@ -120,7 +121,7 @@ class DecoderLM(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Args: tokens (B, S) int64 in [0, 256). Returns: logits (B, S, 256)."""
+        """Args: tokens (B, S) int64 in [0, V). Returns: logits (B, S, V)."""
         x_BSD = self.embedding(tokens_BS)
         for block in self.blocks:
             x_BSD = block(x_BSD, tokens_BS)

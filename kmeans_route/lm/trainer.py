@@ -67,7 +67,7 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.config, self.corpus = config, corpus
         self.device = _usable_device(config.device)
-        self.model = DecoderLM(config).to(self.device)
+        self.model = DecoderLM(config, corpus.vocab_size).to(self.device)
         groups = _parameter_groups(self.model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.attachment = attach(self.model, self.optimizer, every_n_steps=config.commit_every)

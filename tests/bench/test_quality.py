@@ -17,10 +17,10 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from benchmarks.quality import analysis, one, studies, sweep, texts, trials
+from benchmarks.quality import analysis, final, one, studies, sweep, texts, trials
 from kmeans_route import KMeansRouter, MoE
 from kmeans_route.lm.config import TrainConfig
-from kmeans_route.lm.data import load_corpus
+from kmeans_route.lm.data import load_corpus, standard_library_files
 from kmeans_route.lm.model import DecoderLM
 from kmeans_route.lm.results import summarize
 from kmeans_route.lm.trainer import Trainer, learning_rate
@@ -249,6 +249,62 @@ def test_prose_and_code_part_ways() -> None:
     assert code == "x = 1\n\ndef f():\n    pass\n\nclass C:\n    y = 2"
 
 
+def test_subwords_stand_for_all_bytes_and_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, files = standard_library_files()
+    monkeypatch.setattr(texts, "standard_library_files", lambda: (root, files[:40]))
+    monkeypatch.setattr(texts, "PACKAGES", ("benchmarks.quality.texts",))
+    monkeypatch.setattr(texts, "VOCAB_SIZE", 300)
+    made = texts.subwords(tmp_path)
+    both = (made.corpus.train, made.corpus.validation)
+    own = list(Path(texts.__file__).parent.glob("*.py"))
+    num_bytes = sum(path.stat().st_size + 1 for path in (*files[:40], *own))
+    assert sum(int(made.lengths[ids.long()].sum()) for ids in both) == num_bytes
+    assert 256 < int(made.corpus.train.max()) < made.corpus.vocab_size == 300
+    assert 0.5 < made.per_byte(both[1]) < 1.0
+    monkeypatch.setattr(texts, "_byte_pairs", lambda *_: pytest.fail("they are kept"))
+    assert torch.equal(texts.subwords(tmp_path).corpus.train, both[0])
+    config = TrainConfig(router="kmeans", **SMALL | {"steps": 1})
+    trainer = Trainer(config, made.corpus)
+    trainer.train_step()
+    assert trainer.model.head.out_features == 300
+    whole = trainer.evaluate(sample=False)
+    per_byte = made.per_byte(trainer.windows[:, 1:])
+    kept = one.reduced(trainer, {"bits_per_byte": whole.bits_per_byte, "perplexity": whole.perplexity}, per_byte)
+    assert kept["measures"]["bits_per_byte"] == pytest.approx(whole.bits_per_byte * per_byte, abs=1e-5)
+    assert kept["measures"]["perplexity"] == pytest.approx(2 ** kept["measures"]["bits_per_byte"], rel=1e-4)
+
+
+def test_weights_of_the_other_start_have_a_unit_of_what_they_read() -> None:
+    trainer = Trainer(TrainConfig(router="softmax", balance="aux", **SMALL), CORPUS)
+    routers = [layer.router.weight.clone() for layer in trainer.model.moe_layers]
+    trials.TRIALS[trials.FAN_IN](trainer)
+    branch = (2 * trainer.config.layers) ** -0.5
+    block = trainer.model.blocks[0]
+    for weight, std in (
+        (trainer.model.embedding.weight, 1.0), (trainer.model.head.weight, 16**-0.5),
+        (block.attention.qkv.weight, 16**-0.5), (block.attention.out.weight, 16**-0.5 * branch),
+        (block.moe.experts.gate_up, 16**-0.5), (block.moe.experts.down, 16**-0.5 * branch),
+    ):  # fmt: skip
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.15)
+    for layer, before in zip(trainer.model.moe_layers, routers, strict=True):
+        assert torch.equal(layer.router.weight, before)
+    assert torch.equal(block.moe_norm.weight, torch.ones(16))
+
+
+def test_winners_average_alone_and_the_selection_does_not_see_their_bias() -> None:
+    """With one choice and no bias yet the winner is the choice."""
+    config = TrainConfig(router="kmeans", balance="none", bias_rate=0.05, **SMALL | {"top_k": 1, "steps": 3})
+    plain, won = Trainer(config, CORPUS), Trainer(config, CORPUS)
+    trials.winner(won)
+    for trainer in (plain, won):
+        for _ in range(3):
+            trainer.train_step()
+    first, second = (trainer.model.moe_layers[0] for trainer in (plain, won))
+    torch.testing.assert_close(second.router.centroids, first.router.centroids, atol=1e-5, rtol=1e-4)
+    assert second.trial_winner_bias.abs().max() > 0
+    assert not second.router.expert_bias.any()
+
+
 def test_direction_of_the_study_at_a_small_size() -> None:
     """Balance alone: at this length no difference in bits per byte is larger than that between seeds."""
     corpus, found = load_corpus(), {}
@@ -321,6 +377,32 @@ def test_tables_and_goals_are_those_of_the_runs(tmp_path: Path, capsys: pytest.C
     assert analysis.main(["--results", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)["D64-E16-K2, 100 steps"]
     assert document["K-Means, sign"]["MaxVio, held-out text"] == [0.2] * 3
+
+
+def test_the_decision_is_of_the_rate_chosen_on_a_seed_that_it_leaves_out() -> None:
+    def run(name: str, rate: float, seed: int, bits: float, size: str = final.WHERE[0]) -> dict[str, Any]:
+        made = record(studies.at_rate(name, rate), seed, bits, 0.1, size)
+        made["config"] |= {"steps": studies.STEPS, "experts": 16}
+        return made | {"curve": {"max_vio": [4.0, 2.0, 1.0, 1.0, 0.5]}}
+
+    sigmoid = studies.RIVALS[0]
+    records = [
+        *(run(studies.WHITENED, 0.003, seed, 1.8 + 0.01 * seed) for seed in range(3)),
+        *(run(studies.WHITENED, 0.006, seed, 1.7 + 0.01 * seed) for seed in range(4)),
+        *(run(sigmoid, 0.003, seed, 1.75 + 0.012 * seed) for seed in range(4)),
+        run(sigmoid, 0.012, 0, 1.76),
+        run("dense", 0.003, 0, 1.6, "D64-E1-K1"), run("dense", 0.003, 1, 1.5, "D64-E1-K1"),
+    ]  # fmt: skip
+    table = final.decision(records)
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert set(found) == {studies.WHITENED, sigmoid, "dense"}
+    assert found[studies.WHITENED]["E16-K2"] == "1.720 ± 0.010 (3)"
+    assert found[sigmoid]["E16-K2"] == "1.774 ± 0.012 (3)"
+    assert found[sigmoid]["whitened minus it (95%)"] == "**-0.054 ± 0.005 (3 pairs)**"
+    assert {found["dense"][size.removeprefix("D64-")] for size in final.WHERE} == {"1.500 (1)"}
+    assert "| K-Means, whitened | 1.800 / **1.700** / - | not run |" in final.rates(records)
+    assert "| K-Means, whitened | 2.00 | not run |" in final.early(records)
 
 
 def test_the_pages_hold_what_the_committed_runs_say() -> None:
