@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
+
+# safetensors is imported where a file is written or read: a trainer that keeps no checkpoint runs without it.
 
 FORMAT = "kmeans_route.lm"
 VERSION = 1
@@ -55,6 +55,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
     The folder is made when absent; the previous checkpoint, and what a killed save left, is removed afterwards.
     """
+    from safetensors.torch import save as save_tensors
+
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "step": str(checkpoint.step)}
     payload = save_tensors({name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, metadata)
@@ -107,6 +109,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors.torch import load as load_tensors
+
     path = folder / Path(str(entry["file"])).name
     try:
         payload = path.read_bytes()

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -59,13 +59,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class Trainer:
     """A run between two steps: model, optimizer, routers' commits, order of the text, history.
 
+    Args:
+        config, corpus: what to train, and on what.
+        autocast: dtype that forwards are autocast to, e.g. torch.bfloat16; weights and optimizer stay fp32. None
+            computes in fp32. No option of `config`, and in no checkpoint: a run that goes on must be given it again.
+
     Raises:
         ValueError: options that a router, the text or this machine refuses.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, *, autocast: torch.dtype | None = None) -> None:
         torch.set_num_threads(config.threads)
-        self.config, self.corpus = config, corpus
+        self.config, self.corpus, self.autocast = config, corpus, autocast
         self.device = _usable_device(config.device)
         self.model = DecoderLM(config, corpus.vocab_size).to(self.device)
         groups = _parameter_groups(self.model, config.weight_decay)
@@ -113,13 +118,20 @@ class Trainer:
         self.history.append(record)
         return record
 
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        with self._precision():
+            return next_byte_loss(self.model, windows)
+
     def _backward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of one step, micro-batch by micro-batch. Returns: (() loss in nats, (L, E) counts)."""
         layers = self.model.moe_layers
         loss_sum = torch.zeros((), device=self.device)
         tokens_per_expert = torch.zeros(len(layers), self.config.experts, dtype=torch.int64, device=self.device)
         for micro in windows.chunk(self.config.accumulate):
-            loss = next_byte_loss(self.model, micro)
+            loss = self._loss(micro)
             auxiliary = torch.stack([layer.aux_loss for layer in layers]).sum()
             torch.autograd.backward((loss + auxiliary) / self.config.accumulate)
             loss_sum += loss.detach() / self.config.accumulate
@@ -137,7 +149,7 @@ class Trainer:
         tokens_per_expert = torch.zeros(len(layers), self.config.experts, dtype=torch.int64, device=self.device)
         nats, num_bytes = 0.0, 0
         for windows in torch.split(self.windows, self.config.batch):
-            loss = next_byte_loss(self.model, windows.to(self.device).long())
+            loss = self._loss(windows.to(self.device).long())
             count = windows[:, 1:].numel()
             nats, num_bytes = nats + loss.item() * count, num_bytes + count
             tokens_per_expert += torch.stack([layer.tokens_per_expert for layer in layers])
@@ -149,7 +161,8 @@ class Trainer:
             effective = metrics.effective_experts(chosen, self.config.experts).double().cpu()
             if self.config.router != "hash":  # a table, which has no scores
                 pairs = zip(layers, inputs, strict=True)
-                coupling = torch.tensor([_coupling(layer, x) for layer, x in pairs], dtype=torch.float64)
+                with self._precision():
+                    coupling = torch.tensor([_coupling(layer, x) for layer, x in pairs], dtype=torch.float64)
         self.model.train()
         return Evaluation(mean_nats / NATS_PER_BIT, math.exp(mean_nats), tokens_per_expert.cpu(), coupling, effective)
 
@@ -166,7 +179,8 @@ class Trainer:
         hooks += [layer.router.observe(lambda _, routing: choices.append(routing.indices)) for layer in layers]
         try:
             count = max(1, SAMPLE_BYTES // self.config.seq_len)
-            self.model(self.windows[:count, :-1].to(self.device).long())
+            with self._precision():
+                self.model(self.windows[:count, :-1].to(self.device).long())
         finally:
             for hook in hooks:
                 hook.remove()
