@@ -1,10 +1,12 @@
-"""Texts of the studies beside the standard library: its code, the prose that explains it, and subwords of more code."""
+"""Texts of the studies beside the standard library: its code, the prose that explains it, all installed code, and
+subwords of more code."""
 
 import ast
 import functools
 import hashlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ PACKAGES = ("torch", "transformers", "sympy", "matplotlib", "networkx", "numpy")
 VOCAB_SIZE = 4096
 LEARNT_FROM = 4
 """One training file in so many teaches the alphabet."""
+TESTS, INSTALLED = frozenset({"test", "tests"}), frozenset({"site-packages", "dist-packages"})
+"""Names of folders."""
 
 
 def prose_and_code(source: str) -> tuple[str, str]:
@@ -60,10 +64,27 @@ def code_and_prose() -> tuple[Corpus, Corpus]:
     return _corpus("standard library, code", code), _corpus("standard library, prose", prose)
 
 
+def installed_code() -> Corpus:
+    """The .py files of the running Python's standard library and of the packages installed in it, but their tests.
+
+    Which packages there are differs from machine to machine, and so does the text; its digest says so.
+
+    Raises:
+        ValueError: no standard library on disk.
+    """
+    root, files = standard_library_files()
+    found = {path: path.relative_to(root).as_posix() for path in files}
+    for folder in [Path(name) for name in dict.fromkeys(sys.path) if Path(name).name in INSTALLED]:
+        for path in sorted(folder.rglob("*.py")):
+            if not TESTS.intersection(path.relative_to(folder).parts):
+                found[path] = path.relative_to(folder).as_posix()
+    documents = [(name, path.read_bytes()) for path, name in found.items() if path.is_file()]
+    return _corpus("standard library and installed packages", documents)
+
+
 def _beside(root: Path) -> list[Path]:
-    skipped = {"site-packages", "dist-packages", "test", "tests"}
     found = [path for suffix in PROSE_SUFFIXES for path in root.rglob(f"*{suffix}")]
-    return [path for path in found if not skipped.intersection(path.relative_to(root).parts)]
+    return [path for path in found if not (TESTS | INSTALLED).intersection(path.relative_to(root).parts)]
 
 
 def _corpus(name: str, documents: list[tuple[str, bytes]]) -> Corpus:
