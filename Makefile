@@ -8,8 +8,8 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench quality quality-run pictures offline gpu gpu-full profile style types hub \
-	clean env
+.PHONY: demo demo-seeds test test-all bench quality quality-run pictures offline gpu gpu-full profile quality-gpu style \
+	types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -76,14 +76,18 @@ offline-%: .venv-triton-%/.installed
 ## make gpu         on a machine with a GPU: races, checks, timings, bytes, in ten minutes (GPU_ARGS="--from timing")
 ## make gpu-full    the same without a time limit, then compiled PyTorch, learned routers, every T
 ## make profile     there too: one kernel and what bounds it (PROFILE_ARGS="--kernel route_fwd --shape OLMoE --tokens 4096")
+## make quality-gpu there too: two routers, 20 million active parameters, five minutes (GPU_ARGS=--toy runs anywhere)
+gpu: MODULE = benchmarks.gpu --since $$since $(GPU_ARGS)
+gpu-full: MODULE = benchmarks.gpu --since $$since --full $(GPU_ARGS)
+profile: MODULE = benchmarks.gpu.profile $(PROFILE_ARGS)
+quality-gpu: MODULE = benchmarks.quality.gpu --since $$since $(GPU_ARGS)
 # No environment and nothing to install: $(PYTHON) has torch and Triton. Links lay the package out as pip would, with
 # kernels/triton in it; safe path keeps kmeans_route/ of the repository, which lacks that, behind it.
-gpu gpu-full profile:
+gpu gpu-full profile quality-gpu:
 	@since=$$(date +%s); layout=$$(mktemp -d) && trap 'rm -rf "$$layout"' EXIT && mkdir "$$layout/kmeans_route" && \
 	ln -s "$(CURDIR)"/kmeans_route/* "$$layout/kmeans_route" && \
 	ln -s "$(CURDIR)/kernels/triton" "$$layout/kmeans_route/kernels" && \
-	PYTHONSAFEPATH=1 PYTHONPATH="$$layout:$(CURDIR)" $(PYTHON) -m $(if $(filter profile,$@),benchmarks.gpu.profile \
-		$(PROFILE_ARGS),benchmarks.gpu --since $$since $(if $(filter gpu-full,$@),--full) $(GPU_ARGS))
+	PYTHONSAFEPATH=1 PYTHONPATH="$$layout:$(CURDIR)" $(PYTHON) -m $(MODULE)
 
 ## make style       ruff: lint and format check
 style: env
