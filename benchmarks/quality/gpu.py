@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.gpu.plan import NO_START, NOT_FINISHED, RIGHT, WRONG, Timer
 from benchmarks.gpu.report import ROOT, header
-from benchmarks.quality.studies import DIRECTIONS, MAIN, PINNED, WHITENED
+from benchmarks.quality.studies import MAIN, PINNED, WHITENED
 from benchmarks.quality.texts import installed_code
 from kmeans_route import backends
 from kmeans_route.bench.clock import reason, without_paths
@@ -48,7 +48,7 @@ from kmeans_route.lm.results import summarize
 from kmeans_route.lm.trainer import NotFiniteError, StopRequest, Trainer, stop_on_signal
 
 Record = dict[str, Any]
-CONTESTANTS = {name: options for name, options in (MAIN | DIRECTIONS).items() if "trial" not in options}
+CONTESTANTS = {name: options for name, options in MAIN.items() if "trial" not in options}
 DEFAULT = (WHITENED, "sigmoid, sign 0.01")
 SIZE: dict[str, Any] = {
     "layers": 8, "hidden": 512, "heads": 8, "experts": 64, "top_k": 8, "expert_hidden": 128, "seq_len": 512,
