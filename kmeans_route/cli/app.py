@@ -1,4 +1,4 @@
-"""The commands and their options; what they do lives in the modules beside this one."""
+"""The commands and their options; what is longer than a page lives in the modules beside this one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from kmeans_route import KMeansRouter, calibrate
 from kmeans_route.bench.routing_contest import MODES, RIVALS
 from kmeans_route.cli import info as machine
 from kmeans_route.cli.bench import DTYPES, SHAPE_NAMES, bench, parse_options
-from kmeans_route.cli.convert import convert
 from kmeans_route.cli.demo import DEMO_STEPS, demo
-from kmeans_route.cli.export import export
 from kmeans_route.cli.inspect import inspect
 from kmeans_route.cli.output import Output
 from kmeans_route.cli.pretrained import Pretrained, is_pretrained
@@ -285,7 +284,24 @@ def convert_command(
     """Put K-Means routers in place of learned ones: a warm start, with agreement and loss."""
     with _speaking(json_mode, plain) as output:
         old = _opened(context, source, out, overwrite, text, "more_steps")
-        convert(old, out, output, start, balance, balance_steps, tau, calibration_bytes, more_steps)
+        new = old.with_kmeans(balance, tau, more_steps)
+        batches, held_out, counted = old.windows(calibration_bytes)
+        passes = (start == "means") + (tau is None or balance_steps > 0)
+        with output.batches("calibrating", passes * len(batches) + 2 * len(held_out)) as tick:
+            comparison = calibrate(
+                old.model,
+                new,
+                batches,
+                held_out=held_out,
+                start=start,
+                balance_steps=balance_steps,
+                fit_tau=tau is None,
+                forward=old.forward,
+                progress=tick,
+            )
+        old.save(new, out)
+        fitted = next(module.options.tau for module in new.modules() if isinstance(module, KMeansRouter))
+        old.tell("convert", new, out, comparison, {"tau": fitted, **counted}, output)
 
 
 @app.command("export")
@@ -309,4 +325,9 @@ def export_command(
     """Put ordinary gates in place of K-Means routers, with agreement, load and loss."""
     with _speaking(json_mode, plain) as output:
         old = _opened(context, source, out, overwrite, text, "more_steps", "router", "balance")
-        export(old, out, output, router, balance, bias, calibration_bytes, more_steps)
+        new = old.with_gates(router, balance, more_steps)
+        batches, held_out, counted = old.windows(calibration_bytes)
+        with output.batches("exporting", len(batches) + 2 * len(held_out)) as tick:
+            new, comparison, facts = old.fit_gates(new, batches, held_out, bias, tick)
+        old.save(new, out)
+        old.tell("export", new, out, comparison, {**facts, **counted}, output)

@@ -39,7 +39,7 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
         raise ModuleNotFoundError('pictures need matplotlib: pip install "kmeans_route[cli,viz]"', name="matplotlib")
     source: Trained | Pretrained | None = None
     if is_pretrained(path):
-        source = Pretrained(path, text, needs_tokenizer=False)
+        source = Pretrained(path, text)
     elif exists(path):
         source = Trained(path, text)
     routers = describe(state_of(path) if source is None else source.state)
@@ -48,10 +48,13 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
             f"{path} holds no router: looked for NAME.weight (E, D) beside NAME.expert_bias, and for "
             f"{' and '.join(f'{name}.weight' for name in GATE_NAMES)}"
         )
-    if isinstance(source, Pretrained) and source.tokenizer is None:
-        output.note(f"no loads: {path} holds no tokenizer")
-    elif source is not None:
-        add_loads(routers, source.model, source.windows(INSPECTED_BYTES)[1], source.forward)
+    if source is not None:
+        try:
+            held_out = source.windows(INSPECTED_BYTES)[1]
+        except CheckpointError:
+            output.note(f"no loads: {path} holds no tokenizer")
+        else:
+            add_loads(routers, source.model, held_out, source.forward)
     if against is not None:
         add_drift(routers, describe(state_of(against)), against)
     _table(routers, path, output)
@@ -76,7 +79,7 @@ def state_of(path: Path) -> Mapping[str, Tensor]:
         CheckpointError: nothing readable there. A torch file is read without running code that it may hold.
     """
     if is_pretrained(path):
-        return Pretrained(path, [], needs_tokenizer=False).state
+        return Pretrained(path, []).state
     if path.is_dir():
         return load_checkpoint(path).model_state()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +28,38 @@ def is_pretrained(folder: Path) -> bool:
 class Pretrained:
     """A causal language model with its tokenizer, on the text named or the standard library; does what `Trained` does.
 
-    Without `needs_tokenizer`, `tokenizer` may be None, and then nothing but the state can be had.
-
     Raises:
-        ModuleNotFoundError: no transformers. CheckpointError: no readable model, or no tokenizer beside it.
+        ModuleNotFoundError: no transformers. CheckpointError: no readable model, or where it is needed, no tokenizer.
     """
 
     forward = None
 
-    def __init__(self, folder: Path, text: Sequence[Path], *, needs_tokenizer: bool = True) -> None:
+    def __init__(self, folder: Path, text: Sequence[Path]) -> None:
         self.folder, self.text = folder, text
         self.model = _load(folder)
         self.state: Mapping[str, Tensor] = self.model.state_dict()
-        self.tokenizer: Any = None
-        try:
-            self.tokenizer = _tokenizer(folder)
-        except CheckpointError:
-            if needs_tokenizer:
-                raise
 
-    def windows(self, num_bytes: int) -> tuple[list[Any], list[Any]]:
-        """(training, held-out) windows of text as the model's batches, about `num_bytes` each; too few are refused."""
-        corpus = load_corpus(self.text)
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The one that lies beside the model."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds
+            raise CheckpointError(
+                f"{self.folder} must hold a tokenizer beside the model, got none ({first_line(error)}): save one, or "
+                "call calibrate and export_vanilla from Python with batches of your own"
+            ) from None
+
+    def windows(self, num_bytes: int) -> tuple[list[Any], list[Any], dict[str, int]]:
+        """Training and held-out windows of text as the model's batches, about `num_bytes` each; the first's size."""
+        tokenizer, corpus = self.tokenizer, load_corpus(self.text)
         length = min(WINDOW, int(getattr(self.model.config.get_text_config(), "max_position_embeddings", WINDOW)))
         sides = []
         for name, side in (("training", corpus.train), ("held-out", corpus.validation)):
             words = bytes(side[:num_bytes].tolist()).decode("utf-8", errors="replace").replace("\0", "\n")
-            ids = torch.tensor(self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+            ids = torch.tensor(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
             if len(ids) < length:
                 raise ValueError(
                     f"--text and --calibration-bytes must give at least {length} {name} tokens, got {len(ids)}: "
@@ -61,11 +67,7 @@ class Pretrained:
                 )
             windows = ids[: len(ids) // length * length].view(-1, length).to(self.model.device)
             sides.append([{"input_ids": rows, "labels": rows} for rows in torch.split(windows, ROWS)])
-        return sides[0], sides[1]
-
-    def counted(self, batches: Sequence[Any]) -> dict[str, int]:
-        """How much text that is."""
-        return {"calibration_tokens": sum(batch["input_ids"].numel() for batch in batches)}
+        return sides[0], sides[1], {"calibration_tokens": sum(batch["input_ids"].numel() for batch in sides[0])}
 
     def with_kmeans(self, balance: str, tau: float | None, _more_steps: int) -> Any:
         """A copy with K-Means routers in place of its own, which must be learned: their rows are the directions."""
@@ -91,7 +93,7 @@ class Pretrained:
         from kmeans_route.integrations.transformers import export_vanilla
 
         export = export_vanilla(new, batches, held_out=held_out, bias=bias or None, progress=tick)
-        return export.model, export.comparison, {"bias": bias or "the architecture's", **self.counted(batches)}
+        return export.model, export.comparison, {"bias": bias or "the architecture's"}
 
     def save(self, new: Any, out: Path) -> None:
         """Write a model, and the tokenizer beside it."""
@@ -131,18 +133,6 @@ def _load(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     except OSError as error:
         raise CheckpointError(f"{folder} holds no model that transformers can read: {first_line(error)}") from None
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(
-            f"{folder} must hold a tokenizer beside the model, got none ({first_line(error)}): save one, or call "
-            "calibrate and export_vanilla from Python with batches of your own"
-        ) from None
 
 
 def first_line(error: Exception) -> str:

@@ -30,17 +30,14 @@ class Trained:
         self.trainer.attachment.remove()
         self.model, self.state, self.forward = self.trainer.model, self.checkpoint.model_state(), next_byte_loss
 
-    def windows(self, num_bytes: int) -> tuple[list[Any], list[Any]]:
-        """(about `num_bytes` of the training text, the run's validation windows), cut into batches."""
+    def windows(self, num_bytes: int) -> tuple[list[Any], list[Any], dict[str, int]]:
+        """About `num_bytes` of the training text, and the run's validation windows, in batches; the size of the first."""
         config, device = self.model.config, self.trainer.device
         sampler = BatchSampler(self.trainer.corpus.train, config.seq_len, config.batch, config.seed)
         count = max(1, math.ceil(num_bytes / (config.seq_len * config.batch)))
         calibration = [sampler.next().to(device) for _ in range(count)]
-        return calibration, [w.to(device).long() for w in torch.split(self.trainer.windows, config.batch)]
-
-    def counted(self, batches: Sequence[Any]) -> dict[str, int]:
-        """How much text that is."""
-        return {"calibration_bytes": sum(batch[:, 1:].numel() for batch in batches)}
+        held_out = [windows.to(device).long() for windows in torch.split(self.trainer.windows, config.batch)]
+        return calibration, held_out, {"calibration_bytes": count * config.batch * config.seq_len}
 
     def with_kmeans(self, balance: str, tau: float | None, more_steps: int) -> DecoderLM:
         """The model with K-Means routers in place of its own, which must be learned: their rows are the directions."""
@@ -80,7 +77,7 @@ class Trained:
             self.model, batches, target=new, held_out=held, kind=kind, bias=place, forward=self.forward, progress=tick
         )
         scales = {name: gate.scale for name, gate in gates.items()}
-        return new, comparison, {"bias": place, **self.counted(batches), "scales": scales}
+        return new, comparison, {"bias": place, "scales": scales}
 
     def save(self, new: DecoderLM, out: Path) -> None:
         """The old checkpoint with the new model; a parameter that the old one had not starts without moments."""
