@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from kmeans_route.cli.selftest import selftest
 from kmeans_route.cli.train import Stopped, resumed, train
 from kmeans_route.cli.trained import Trained
 from kmeans_route.lm import checkpoint as checkpoints
-from kmeans_route.lm.config import BALANCES, TrainConfig
+from kmeans_route.lm.config import THREADS, TrainConfig
 from kmeans_route.lm.data import load_corpus
 from kmeans_route.lm.trainer import NotFiniteError
 
@@ -38,15 +38,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_DEFAULT = TrainConfig()
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 Plain = Annotated[bool, typer.Option("--plain", help="No colour, no boxes, no bars.")]
 Text = Annotated[
     list[Path] | None,
     typer.Option("--text", help="File or folder to train on, repeatable [default: this Python's standard library]."),
 ]
-_THREADS = "CPU threads. On a busy machine set OMP_WAIT_POLICY=passive: waiting threads then sleep."
-Threads = Annotated[int, typer.Option("--threads", min=1, help=_THREADS)]
+Threads = Annotated[int, typer.Option("--threads", min=1, help=THREADS)]
 
 
 @contextmanager
@@ -62,40 +60,32 @@ def _speaking(json_mode: bool, plain: bool) -> Iterator[Output]:
         raise typer.Exit(stopped.tell(output)) from None
 
 
+def _with_options_of_a_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Put an option for each field of `TrainConfig` after the first parameter of a command, in place of **options."""
+    options = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=getattr(TrainConfig, name),
+            annotation=Annotated[kind.__origin__, typer.Option(help=kind.__metadata__[0])],
+        )
+        for name, kind in get_type_hints(TrainConfig, include_extras=True).items()
+        if name != "router_options"
+    ]
+    first, *others, _ = signature(command, eval_str=True).parameters.values()
+    command.__signature__ = Signature([first, *options, *others])  # type: ignore[attr-defined]
+    return command
+
+
 @app.command("train")
+@_with_options_of_a_run
 def train_command(
     context: typer.Context,
-    router: Annotated[str, typer.Option(help=f"One of {', '.join(BALANCES)}.")] = _DEFAULT.router,
-    balance: Annotated[
-        str, typer.Option(help="Balance rule: proportional, sign, quantile, aux or none [default: the router's].")
-    ] = "",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _DEFAULT.steps,
-    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the text.")] = _DEFAULT.seed,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = _DEFAULT.layers,
-    hidden: Annotated[int, typer.Option(help="Hidden size.")] = _DEFAULT.hidden,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = _DEFAULT.heads,
-    experts: Annotated[int, typer.Option(help="Experts a layer.")] = _DEFAULT.experts,
-    expert_hidden: Annotated[int, typer.Option(help="Inner size of an expert.")] = _DEFAULT.expert_hidden,
-    top_k: Annotated[int, typer.Option(help="Experts a byte.")] = _DEFAULT.top_k,
-    seq_len: Annotated[int, typer.Option(help="Bytes a sequence.")] = _DEFAULT.seq_len,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = _DEFAULT.batch,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.")] = _DEFAULT.accumulate,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULT.lr,
-    warmup: Annotated[float, typer.Option(help="Part of the steps spent warming up.")] = _DEFAULT.warmup,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices.")] = _DEFAULT.weight_decay,
-    tau: Annotated[float | None, typer.Option(help="Gate temperature of K-Means [default: the router's].")] = None,
-    decay: Annotated[float, typer.Option(help="Of K-Means' running average.")] = _DEFAULT.decay,
+    *,
     router_options: Annotated[
         list[str] | None,
         typer.Option("--router-option", metavar="NAME=VALUE", help="Another of the router's, repeatable."),
     ] = None,
-    commit_every: Annotated[int, typer.Option(help="Optimizer steps a commit.")] = _DEFAULT.commit_every,
-    bias_rate: Annotated[float | None, typer.Option(help="Step of the bias rule [default: the router's].")] = None,
-    aux_loss_coef: Annotated[float, typer.Option(help="Of the auxiliary loss.")] = _DEFAULT.aux_loss_coef,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations, 0: at the end.")] = _DEFAULT.eval_every,
-    eval_bytes: Annotated[int, typer.Option(help="Bytes scored in a validation.")] = _DEFAULT.eval_bytes,
-    threads: Threads = _DEFAULT.threads,
-    device: Annotated[str, typer.Option(help="A torch device.")] = _DEFAULT.device,
     text: Text = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of checkpoint and report [default: runs/ROUTER-seedN].")
@@ -105,12 +95,12 @@ def train_command(
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, 0: at the end.")] = 200,
     json_mode: Json = False,
     plain: Plain = False,
+    **options: Any,
 ) -> None:
     """Train a small byte-level language model and report its routing."""
     with _speaking(json_mode, plain) as output:
-        values = {field.name: context.params[field.name] for field in fields(TrainConfig)}
-        values["router_options"] = dict(map(_named_value, router_options or []))
-        folder, paths = out or Path("runs") / f"{router}-seed{seed}", text or []
+        values = {**options, "router_options": dict(map(_named_value, router_options or []))}
+        folder, paths = out or Path("runs") / f"{options['router']}-seed{options['seed']}", text or []
         if resume:
             given = {name: value for name, value in values.items() if _was_given(context, name)}
             config, corpus, checkpoint = resumed(folder, given, paths)
@@ -144,7 +134,7 @@ def demo_command(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEMO_STEPS,
     text: Text = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo-report"),
-    threads: Threads = _DEFAULT.threads,
+    threads: Threads = TrainConfig.threads,
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
@@ -174,7 +164,7 @@ def info_command(json_mode: Json = False, plain: Plain = False) -> None:
 
 
 @app.command("selftest")
-def selftest_command(threads: Threads = _DEFAULT.threads, json_mode: Json = False, plain: Plain = False) -> None:
+def selftest_command(threads: Threads = TrainConfig.threads, json_mode: Json = False, plain: Plain = False) -> None:
     """Check in seconds that routing on this machine agrees with its fp64 definition."""
     torch.set_num_threads(threads)
     with _speaking(json_mode, plain) as output:

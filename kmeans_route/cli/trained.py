@@ -31,7 +31,7 @@ class Trained:
         self.model, self.state, self.forward = self.trainer.model, self.checkpoint.model_state(), next_byte_loss
 
     def windows(self, num_bytes: int) -> tuple[list[Any], list[Any], dict[str, int]]:
-        """About `num_bytes` of the training text, and the run's validation windows, in batches; the size of the first."""
+        """About `num_bytes` of the training text, and the run's validation windows, in batches; the first's size."""
         config, device = self.model.config, self.trainer.device
         sampler = BatchSampler(self.trainer.corpus.train, config.seq_len, config.batch, config.seed)
         count = max(1, math.ceil(num_bytes / (config.seq_len * config.batch)))

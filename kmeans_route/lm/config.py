@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 from kmeans_route.checks import DEFAULT_TAU
 
@@ -14,61 +14,51 @@ BALANCES: dict[str, tuple[str, ...]] = {
     "random": ("none",),
     "hash": ("none",),
 }
-"""Router kind -> its balance rules; the first is the default. The last two learn nothing: floors for comparisons."""
+"""Router kind -> its balance rules; the first is the default.
+
+The last two learn nothing, floors for comparisons: fixed random directions, and a fixed table of experts by byte with
+equal gates (Hash Layers, arXiv 2106.04426).
+"""
+
+THREADS = "CPU threads. On a busy machine set OMP_WAIT_POLICY=passive: waiting threads then sleep."
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides the bits of a training run, beside the text itself. What is out of range is a ValueError.
 
-    Args:
-        router: "kmeans", "softmax" or "sigmoid"; "random" for fixed random directions, "hash" for a fixed table of
-            experts by byte, with equal gates (Hash Layers, arXiv 2106.04426).
-        balance: a rule of `BALANCES[router]`; "" takes the router's default.
-        steps: optimizer steps, which the schedule of the learning rate spans.
-        seed: of the initial weights and of the order of the text.
-        layers, hidden, heads: of the decoder; hidden is a multiple of 2 * heads (rotary pairs).
-        experts, expert_hidden, top_k: of each MoE layer.
-        seq_len, batch: bytes a sequence, sequences an optimizer step.
-        accumulate: micro-batches that a step is cut into; divides batch. The tokens of a step do not depend on it.
-        lr, warmup: peak learning rate, and the part of the steps before it; then a cosine down to a tenth.
-        tau, decay: of the K-Means router; tau None takes the router's default. router_options: anything else that the
-            router's class takes, by name.
-        commit_every: optimizer steps from one commit to the next.
-        bias_rate: of the bias rules; None takes the router's default. aux_loss_coef: of balance="aux".
-        eval_every: steps between validation passes; 0 evaluates at the end only.
-        eval_bytes: validation bytes scored in one pass, spread evenly over the held-out files.
-        threads: CPU threads; the order of sums, so the last bits, depends on it. The tensors are so small that one is
-            faster than two.
-        device: a torch device string.
+    What stands beside a field is also the help of its option on the command line.
     """
 
-    router: str = "kmeans"
-    balance: str = ""
-    steps: int = 2400
-    seed: int = 0
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 4
-    experts: int = 16
-    expert_hidden: int = 128
-    top_k: int = 2
-    seq_len: int = 128
-    batch: int = 16
-    accumulate: int = 1
-    lr: float = 3e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    tau: float | None = None
-    decay: float = 0.999
-    router_options: dict[str, Any] = field(default_factory=dict)
-    commit_every: int = 1
-    bias_rate: float | None = None
-    aux_loss_coef: float = 0.01
-    eval_every: int = 0
-    eval_bytes: int = 65536
-    threads: int = 1
-    device: str = "cpu"
+    router: Annotated[str, f"One of {', '.join(BALANCES)}."] = "kmeans"
+    balance: Annotated[str, "Balance rule: proportional, sign, quantile, aux or none [default: the router's]."] = ""
+    steps: Annotated[int, "Optimizer steps, which the schedule of the learning rate spans."] = 2400
+    seed: Annotated[int, "Of the weights and of the order of the text."] = 0
+    layers: Annotated[int, "Decoder layers."] = 4
+    hidden: Annotated[int, "Hidden size, a multiple of 2 * heads (rotary pairs)."] = 128
+    heads: Annotated[int, "Attention heads."] = 4
+    experts: Annotated[int, "Experts a layer."] = 16
+    expert_hidden: Annotated[int, "Inner size of an expert."] = 128
+    top_k: Annotated[int, "Experts a byte."] = 2
+    seq_len: Annotated[int, "Bytes a sequence."] = 128
+    batch: Annotated[int, "Sequences a step."] = 16
+    accumulate: Annotated[int, "Micro-batches of a step; they divide batch, and leave the tokens of a step alone."] = 1
+    lr: Annotated[float, "Peak learning rate; a cosine brings it down to a tenth."] = 3e-3
+    warmup: Annotated[float, "Part of the steps spent warming up."] = 0.05
+    weight_decay: Annotated[float, "AdamW's, on matrices."] = 0.1
+    tau: Annotated[float | None, "Gate temperature of K-Means [default: the router's]."] = None
+    decay: Annotated[float, "Of K-Means' running average."] = 0.999
+    router_options: Annotated[dict[str, Any], "Anything else that the router's class takes, by name."] = field(
+        default_factory=dict
+    )
+    commit_every: Annotated[int, "Optimizer steps a commit."] = 1
+    bias_rate: Annotated[float | None, "Step of the bias rule [default: the router's]."] = None
+    aux_loss_coef: Annotated[float, "Of the auxiliary loss."] = 0.01
+    eval_every: Annotated[int, "Steps between validations, 0: at the end."] = 0
+    eval_bytes: Annotated[int, "Bytes scored in a validation, spread evenly over the held-out files."] = 65536
+    # The order of sums, so the last bits, depends on it. The tensors are so small that one is faster than two.
+    threads: Annotated[int, THREADS] = 1
+    device: Annotated[str, "A torch device."] = "cpu"
 
     def __post_init__(self) -> None:
         if self.router not in BALANCES:
