@@ -74,20 +74,20 @@ class ClockedContest:
                 self._timed[name], self.method[name] = self.clock.captured(step)
 
     def round(self) -> None:
-        """One step of each contestant, timed, in the order of this round."""
+        """One step of each contestant, timed.
+
+        The order is drawn anew for each round, the same in every run: a step costs 10% more or less by what ran before
+        it.
+        """
         self._check_verified()
         if not self._timed:
             raise NotVerifiedError(f"{self.title}: call warm_up() before the first round")
-        with self.clock.scope():
-            for name, _, reset in self.order():
-                (time_us,) = self.clock.samples_us(self._timed[name], reset)
-                self.times_ms[name].append(time_us / 1e3)
-
-    def order(self) -> list[Contestant]:
-        """Drawn anew for each round, the same in every run: a step costs 10% more or less by what ran before it."""
         shuffled = list(self.contestants)
         random.Random(len(self.times_ms[shuffled[0].name])).shuffle(shuffled)
-        return shuffled
+        with self.clock.scope():
+            for name, _, reset in shuffled:
+                (time_us,) = self.clock.samples_us(self._timed[name], reset)
+                self.times_ms[name].append(time_us / 1e3)
 
     def baseline(self) -> str:
         """Name of the quickest of the baselines, by median."""

@@ -6,6 +6,7 @@ Legend: T tokens, D hidden size, E experts, K top_k.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,22 @@ def cosines(x: Tensor, directions: Tensor) -> Tensor:
     return x @ directions.double().T / norm
 
 
+def check_selection(
+    ids: Tensor, gates: Tensor, scores: Tensor, tau: float, tolerance: float, dtype: torch.dtype, bias: Any = 0.0
+) -> int:
+    """ids (rows, K) are those of the largest scores + bias, in fp64 (rows, E), and gates their softmax at tau.
+
+    tolerance: how far a score may be off. dtype: what scores and gates were rounded to; in 16 bits most rows have
+    near-ties. Returns: how many rows differ in near-ties.
+    """
+    eps = torch.finfo(dtype).eps
+    cap = NEAR_TIE_CAP if eps < 1e-6 else 1.0
+    near_ties = assert_same_selection(ids, scores + bias, tolerance=tolerance, cap=cap)
+    off = float((gates.detach().double() - (scores.gather(1, ids) / tau).softmax(1)).abs().max())
+    assert off <= 2 * tolerance / tau + 4 * eps, f"gates: error {off:.2e}"
+    return near_ties
+
+
 def check_routing(
     x: Tensor, directions: Tensor, bias: Tensor, tau: float, routing: Routing, num_rows: int | None = None
 ) -> dict[str, float]:
@@ -60,13 +77,9 @@ def check_routing(
     for rows in chunks(num_rows or len(x)):
         scores, ids = cosines(x[rows], directions), routing.indices[rows]
         tolerance = score_tolerance(x.shape[1], scores)
-        near_ties += assert_same_selection(ids, scores + bias.double(), tolerance=tolerance, cap=NEAR_TIE_CAP)
-        truth = scores.gather(1, ids)
-        error = float((routing.selected_scores.detach()[rows].double() - truth).abs().max())
+        near_ties += check_selection(ids, routing.weights[rows], scores, tau, tolerance, torch.float32, bias.double())
+        error = float((routing.selected_scores.detach()[rows].double() - scores.gather(1, ids)).abs().max())
         assert error <= tolerance, f"scores: error {error:.2e}, allowed {tolerance:.2e}"
-        gates = (truth / tau).softmax(1)
-        off = float((routing.weights.detach()[rows].double() - gates).abs().max())
-        assert off <= 2 * tolerance / tau + 1e-6, f"gates: error {off:.2e}"
         worst = max(worst, error)
     counts = torch.bincount(routing.indices.flatten(), minlength=len(directions))
     assert torch.equal(routing.tokens_per_expert, counts), "tokens_per_expert does not count the ids"
@@ -97,15 +110,11 @@ def gate_gradient(x: Tensor, directions: Tensor, tau: float, indices: Tensor, d_
 
 def check_learned(x: Tensor, weight: Tensor, gates: Tensor, indices: Tensor, num_rows: int | None = None) -> None:
     """ids and gates of a learned softmax router whose logits were rounded to the dtype of x, in the first rows."""
-    x, eps = x.detach(), torch.finfo(x.dtype).eps
+    x = x.detach()
     for rows in chunks(num_rows or len(x)):
         logits = x[rows].double() @ weight.detach().double().T
-        # No cosines: their rounding grows with them, and in 16 bits many of a row's logits are near-ties.
-        largest = float(logits.abs().max())
-        tolerance = (2 * eps + 2 * -(-x.shape[1] // 16) * 2**-23) * largest
+        # No cosines: their rounding grows with them.
+        rounding = 2 * torch.finfo(x.dtype).eps + 2 * -(-x.shape[1] // 16) * 2**-23
         by_value = logits.gather(1, indices[rows]).argsort(dim=1, descending=True, stable=True)
-        cap = NEAR_TIE_CAP if eps < 1e-6 else 1.0
-        assert_same_selection(indices[rows].gather(1, by_value), logits, tolerance=tolerance, cap=cap)
-        truth = logits.gather(1, indices[rows]).softmax(1)
-        off = float((gates.detach()[rows].double() - truth).abs().max())
-        assert off <= 2 * tolerance + 4 * eps, f"gates of the learned router: error {off:.2e}"
+        ids, sorted_gates = (part[rows].gather(1, by_value) for part in (indices, gates))
+        check_selection(ids, sorted_gates, logits, 1.0, rounding * float(logits.abs().max()), x.dtype)

@@ -14,19 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kmeans_route.bench.allocator import recycle_memory
 from kmeans_route.bench.clock import Clock, reason
 from kmeans_route.bench.contest import ClockedContest
-from kmeans_route.bench.memory import free_bytes
+from kmeans_route.bench.memory import free_bytes, recycle_memory
 from kmeans_route.bench.problem import Problem
 from kmeans_route.bench.results import environment
-from kmeans_route.bench.routing_contest import (
-    MODES,
-    OURS,
-    QUICK_RIVALS,
-    RIVALS,
-    routing_contest,
-)
+from kmeans_route.bench.routing_contest import MODES, OURS, QUICK_RIVALS, RIVALS, routing_contest
 from kmeans_route.bench.truth import CHUNK
 from kmeans_route.checks import check_choice, check_route_options
 from kmeans_route.cli.output import Output
@@ -91,21 +84,20 @@ def parse_shape(text: str, tokens: int) -> BenchShape:
 
 
 def _device(text: str) -> torch.device:
-    if not text:
-        text = "cuda" if torch.cuda.is_available() else "cpu"
+    text = text or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(text)
     except RuntimeError:
         raise ValueError(f"--device must be cpu or cuda, got {text!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
         raise ValueError(f"--device must be cpu or cuda, got {text!r}: nothing else can be timed")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device must be one that torch can use, got {text!r} with {count} GPUs: try cpu")
-        torch.cuda.set_device(device.index or 0)
-        return torch.device("cuda", device.index or 0)
-    return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"--device must be one that torch can use, got {text!r} with {count} GPUs: try cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def bytes_needed(shape: BenchShape, dtype: torch.dtype, mode: str) -> int:
@@ -117,24 +109,19 @@ def bytes_needed(shape: BenchShape, dtype: torch.dtype, mode: str) -> int:
     return rows + min(num_tokens, CHUNK) * 32 * (width + num_experts) + 64 * num_experts * width
 
 
-def check_memory(name: str, shape: BenchShape, options: BenchOptions) -> None:
-    """Refuse with a ValueError what would not fit, before anything is made."""
-    needed, free = bytes_needed(shape, options.dtype, options.mode), free_bytes(options.device)
-    if free is not None and needed > free:
-        raise ValueError(
-            f"--shape {name} needs about {needed / 1e9:.1f} GB in mode {options.mode}, and {free / 1e9:.1f} GB are "
-            f"free on {options.device}: take fewer tokens"
-        )
-
-
 def bench(options: BenchOptions, output: Output) -> int:
     """The command `bench`. Returns: the exit code, 1 where a contestant of some shape was wrong; it gets no times.
 
     Raises:
         ValueError: a shape would not fit in memory. OSError: the CSV file cannot be written.
     """
-    for name, shape in options.shapes:
-        check_memory(name, shape, options)
+    for name, shape in options.shapes:  # before anything is made
+        needed, free = bytes_needed(shape, options.dtype, options.mode), free_bytes(options.device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"--shape {name} needs about {needed / 1e9:.1f} GB in mode {options.mode}, and {free / 1e9:.1f} GB are "
+                f"free on {options.device}: take fewer tokens"
+            )
     if options.device.type == "cpu":
         recycle_memory()
     clock, results = Clock(options.device), []
