@@ -16,10 +16,7 @@ def main() -> None:
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        print(
-            f'error: kmeans-route needs {", ".join(missing)}: pip install "kmeans_route[cli]"',
-            file=sys.stderr,
-        )
+        print(f'error: kmeans-route needs {", ".join(missing)}: pip install "kmeans_route[cli]"', file=sys.stderr)
         raise SystemExit(1)
     try:
         from kmeans_route.cli.app import app

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 import kmeans_route
 from kmeans_route import Routing
+from kmeans_route.bench.problem import Problem
 from kmeans_route.cli.output import Output
+from kmeans_route.testing import BenchShape, make_hidden_states
 
 NEAR_TIE = 1e-5
 """Two scores closer than this, in fp64, may be ranked either way by a narrower dtype."""
 
 
 class Case(NamedTuple):
-    """One routing problem: T tokens, D hidden size, E experts, K of them a token, and the options of `route`."""
+    """One routing problem: its shape, and the options of `route`; `masked` leaves out every third token."""
 
-    shape: tuple[int, int, int, int]
+    shape: BenchShape
     dtype: torch.dtype
     options: dict[str, Any]
     masked: bool = False
@@ -34,68 +36,53 @@ class Case(NamedTuple):
         words = [f"{key}={value}" for key, value in self.options.items()] + ["masked"] * self.masked
         return f"{sizes} {str(self.dtype).removeprefix('torch.')} {', '.join(words)}".rstrip()
 
+    @property
+    def mask(self) -> Tensor | None:
+        """(T,) bool, or None."""
+        return torch.arange(self.shape.num_tokens) % 3 > 0 if self.masked else None
+
+    def problem(self) -> Problem:
+        """The inputs, equal at each call: a bias too, and a gradient of the gates."""
+        bias = 0.05 * make_hidden_states(1, self.shape.num_experts, seed=3)[0]
+        return Problem(self.shape, self.dtype, bias=bias)
+
 
 CASES = (
-    Case((1, 7, 3, 1), torch.float32, {}),
-    Case((63, 48, 16, 2), torch.float32, {"gate": "sigmoid"}, masked=True),
-    Case((255, 64, 60, 4), torch.float32, {"gate": "cosine", "scaling": 2.5}),
-    Case((255, 64, 64, 6), torch.float32, {"n_group": 8, "topk_group": 4}),
-    Case((1000, 128, 64, 8), torch.bfloat16, {}),
-    Case((1000, 128, 64, 8), torch.float16, {"normalize": False}, masked=True),
-    Case((63, 33, 5, 5), torch.float64, {"gate": "uniform"}),
+    Case(BenchShape(1, 7, 3, 1), torch.float32, {}),
+    Case(BenchShape(63, 48, 16, 2), torch.float32, {"gate": "sigmoid"}, masked=True),
+    Case(BenchShape(255, 64, 60, 4), torch.float32, {"gate": "cosine", "scaling": 2.5}),
+    Case(BenchShape(255, 64, 64, 6), torch.float32, {"n_group": 8, "topk_group": 4}),
+    Case(BenchShape(1000, 128, 64, 8), torch.bfloat16, {}),
+    Case(BenchShape(1000, 128, 64, 8), torch.float16, {"normalize": False}, masked=True),
+    Case(BenchShape(63, 33, 5, 5), torch.float64, {"gate": "uniform"}),
 )
 
 
-class Inputs(NamedTuple):
-    """x (T, D) and directions (E, D) in the case's dtype, bias (E,) fp32, mask (T,) bool or None."""
-
-    x: Tensor
-    directions: Tensor
-    expert_bias: Tensor
-    mask: Tensor | None
-
-
-def make_inputs(case: Case) -> Inputs:
-    """Seeded random ones of a case."""
-    num_tokens, hidden_size, num_experts, _ = case.shape
-    generator = torch.Generator().manual_seed(sum(case.shape))
-    x = torch.randn(num_tokens, hidden_size, generator=generator).to(case.dtype)
-    weight = torch.randn(num_experts, hidden_size, generator=generator)
-    bias = 0.05 * torch.randn(num_experts, generator=generator)
-    mask = torch.rand(num_tokens, generator=generator) > 0.3 if case.masked else None
-    return Inputs(x, kmeans_route.directions(weight, case.dtype), bias, mask)
-
-
-def route_with(case: Case, inputs: Inputs, backend: str, *, wide: bool = False) -> tuple[Routing, Tensor]:
-    """Route a case, `wide` in fp64 from the same rounded inputs, and differentiate a fixed function of its weights.
-
-    Returns: (routing with all scores, gradient (T, D) with respect to x).
-    """
+def route_with(case: Case, problem: Problem, backend: str, *, wide: bool = False) -> tuple[Routing, Tensor]:
+    """The routing with all scores, and the gradient (T, D) in x; `wide` in fp64, from the same rounded inputs."""
     dtype = torch.float64 if wide else case.dtype
-    x = inputs.x.to(dtype, copy=True).requires_grad_()
-    directions = inputs.directions.to(dtype)
-    options: dict[str, Any] = {"mask": inputs.mask, "directions": directions, "return_scores": True, "backend": backend}
-    routing = kmeans_route.route(x, directions, case.shape[3], inputs.expert_bias, **options, **case.options)
-    slope = torch.linspace(-1, 1, routing.weights.numel(), dtype=routing.weights.dtype).view_as(routing.weights)
-    if routing.weights.requires_grad:
-        torch.autograd.backward((routing.weights * slope).sum())
-    return routing, torch.zeros_like(x) if x.grad is None else x.grad
+    x, directions = problem.x.detach().to(dtype, copy=True).requires_grad_(), problem.directions.to(dtype)
+    options: dict[str, Any] = {"mask": case.mask, "directions": directions, "return_scores": True, **case.options}
+    routing = kmeans_route.route(x, directions, case.shape.top_k, problem.bias, backend=backend, **options)
+    if not routing.weights.requires_grad:
+        return routing, torch.zeros_like(x)
+    return routing, torch.autograd.grad(routing.weights, x, problem.d_weights.to(routing.weights.dtype))[0]
 
 
 def check_route(case: Case) -> str:
     """Ids equal those of the fp64 reference outside near-ties; gates and gradients are no further from it than the
     reference in the same dtype, plus a rounding allowance."""
-    inputs = make_inputs(case)
-    truth, true_gradient = route_with(case, inputs, "reference", wide=True)
-    twin, twin_gradient = route_with(case, inputs, "reference")
-    fast, fast_gradient = route_with(case, inputs, "torch")
+    problem = case.problem()
+    truth, true_gradient = route_with(case, problem, "reference", wide=True)
+    twin, twin_gradient = route_with(case, problem, "reference")
+    fast, fast_gradient = route_with(case, problem, "torch")
     _expect(torch.equal(fast.valid, truth.valid), "the valid tokens differ")
     assert truth.scores is not None
-    ranking = truth.scores + inputs.expert_bias.double()
+    ranking = truth.scores + problem.bias.double()
     away = (ranking.gather(1, fast.indices) - ranking.gather(1, truth.indices)).abs() > NEAR_TIE
     _expect(not bool(away.any()), f"{int(away.any(1).sum())} rows chose other experts")
     total = int(fast.tokens_per_expert.sum())
-    _expect(total == case.shape[3] * int(truth.valid.sum()), f"the counts sum to {total}")
+    _expect(total == case.shape.top_k * int(truth.valid.sum()), f"the counts sum to {total}")
     same = (fast.indices == truth.indices).all(1) & (twin.indices == truth.indices).all(1)
     gap = _no_worse("gates", fast.weights[same], twin.weights[same], truth.weights[same], torch.float32)
     _no_worse("gradients", fast_gradient[same], twin_gradient[same], true_gradient[same], case.dtype)
@@ -114,17 +101,17 @@ def check_ties() -> str:
 def check_dispatch() -> str:
     """Rows come out grouped by expert and combine to the weighted sum; what lies past the end is never read."""
     case = CASES[1]
-    inputs = make_inputs(case)
-    routing, _ = route_with(case, inputs, "torch")
+    problem = case.problem()
+    routing, x = route_with(case, problem, "torch")[0], problem.x.detach()
     routing = routing._replace(weights=routing.weights.detach())
-    dispatch = kmeans_route.dispatch(inputs.x, routing, backend="torch")
+    dispatch = kmeans_route.dispatch(x, routing, backend="torch")
     end = int(dispatch.offsets[-1])
     _expect(torch.equal(dispatch.offsets.diff().long(), routing.tokens_per_expert), "offsets disagree with the counts")
-    _expect(torch.equal(dispatch.x_sorted[:end], inputs.x[dispatch.token_of_row[:end]]), "a row holds another token")
+    _expect(torch.equal(dispatch.x_sorted[:end], x[dispatch.token_of_row[:end]]), "a row holds another token")
     y_sorted = dispatch.x_sorted.clone()
     y_sorted[end:] = math.nan
     y = kmeans_route.combine(y_sorted, routing, dispatch, backend="torch")
-    expected = inputs.x * routing.weights.sum(1, keepdim=True)
+    expected = x * routing.weights.sum(1, keepdim=True)
     error = float((y - expected).abs().max())
     _expect(error < 1e-5, f"identity experts gave an error of {error:.1e}")
     return f"identity experts within {error:.1e}"
@@ -134,7 +121,7 @@ def check_commit() -> str:
     """The second commit sets each centroid to the mean direction of the tokens that chose it."""
     router = kmeans_route.KMeansRouter(32, 8, 2, seed=3)
     router.commit()  # with nothing pending: it says that this router is committed by hand
-    x = torch.randn(512, 32, generator=torch.Generator().manual_seed(1))
+    x = make_hidden_states(512, 32, seed=1)
     router.initialize(x)
     routing = router.route(x, gather=True)
     counts = routing.tokens_per_expert
@@ -152,7 +139,7 @@ def check_commit() -> str:
 
 def check_not_a_number() -> str:
     """A NaN token leaves the same state, bit for bit, as the same token masked out."""
-    x = torch.randn(256, 32, generator=torch.Generator().manual_seed(2))
+    x = make_hidden_states(256, 32, seed=2)
     x[17] = math.nan
     mask = torch.arange(256) != 17
     states = []
