@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from kmeans_route.checks import check_choice, check_range
 from kmeans_route.conversion import compare as agreement
-from kmeans_route.conversion.compare import (
-    Comparison,
-    Forward,
-    Seen,
-    Tick,
-    select,
-    shared_choices,
-    watch,
-)
+from kmeans_route.conversion.compare import Comparison, Forward, Seen, Tick, select, shared_choices, watch
 from kmeans_route.reference import product
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.learned import KINDS, LearnedRouter
