@@ -1,22 +1,6 @@
 """Lightning: a callback that attaches the routers of a LightningModule, logs their metrics and resumes them.
 
-Example:
-    import lightning as L
-    from kmeans_route import MoE
-    from kmeans_route.integrations.lightning import KMeansRouting
-
-    class Model(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.moe = MoE(16, 32, num_experts=4, top_k=2)
-        def training_step(self, batch, index):
-            return (self.moe(batch) - batch).square().mean()
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-    trainer = L.Trainer(max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2, callbacks=[KMeansRouting()])
-    trainer.fit(Model(), torch.randn(64, 8, 16))
-    print(trainer.callback_metrics["moe.router/maxvio"])
+An example stands in docs/integrations.md.
 """
 
 from typing import Any, cast

@@ -1,16 +1,6 @@
 """Megatron-Core: a K-Means router for MoESubmodules, committed where gradients are finalised.
 
-Example:
-    from functools import partial
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter
-
-    spec = get_moe_module_spec(use_te=False, num_experts=8)
-    spec.submodules.router = partial(KMeansTopKRouter, tau=0.2)
-
-    def before_training(config, model):  # model: the list of chunks, as get_model returns it
-        config.finalize_model_grads_func = FinalizeModelGrads(finalize_model_grads, model)
+An example stands in docs/integrations.md.
 """
 
 from collections import OrderedDict

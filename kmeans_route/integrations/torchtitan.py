@@ -1,13 +1,6 @@
 """torchtitan: the K-Means router behind a flag of the model's configuration.
 
-Example:
-    from torchtitan.models.deepseek_v3 import model_registry
-    from kmeans_route.integrations.torchtitan import kmeans_routing
-
-    spec = kmeans_routing(model_registry("debugmodel", attn_backend="flex"))  # the flag; the rest is the Trainer's
-    model = spec.model.build()
-    model.init_states()
-    print(model.layers["1"].moe.router)
+An example stands in docs/integrations.md.
 
 Tensor suffixes as in torchtitan's `models/common/moe.py`: B batch, L sequence, D hidden size, E experts, K top_k.
 """

@@ -1,19 +1,16 @@
-"""Run the example of a module's docstring: what is indented below "Example:"."""
+"""Run the example of a framework that docs/integrations.md shows."""
 
-import itertools
-import textwrap
-from types import ModuleType
+import re
+from pathlib import Path
 from typing import Any
 
-import torch
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 
 
-def run_example(module: ModuleType) -> dict[str, Any]:
+def run_example(framework: str) -> dict[str, Any]:
     """The names that the example leaves behind."""
-    lines = (module.__doc__ or "").partition("\nExample:\n")[2].splitlines()
-    code = textwrap.dedent("\n".join(itertools.takewhile(lambda line: line.startswith("    ") or not line, lines)))
-    assert "import" in code, "no example"
-    assert len(code.splitlines()) <= 20
-    names: dict[str, Any] = {"torch": torch, "__name__": "example"}
-    exec(compile(code, f"{module.__name__} docstring", "exec"), names)
+    codes = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (code,) = (code for code in codes if f"kmeans_route.integrations.{framework}" in code)
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, f"{PAGE.name}: {framework}", "exec"), names)
     return names

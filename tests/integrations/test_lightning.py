@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-import kmeans_route.integrations.lightning as adapter
 from kmeans_route import KMeansRouter, MoE, attach
 from kmeans_route.integrations.lightning import KMeansRouting
 from tests.helpers.compare import assert_same_bits
@@ -265,8 +264,8 @@ def test_two_ranks_agree_and_see_the_tokens_of_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_example_of_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_page_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the Trainer writes its logs there
-    names = run_example(adapter)
+    names = run_example("lightning")
     assert names["trainer"].global_step == 4
     assert int(routers_of(names["trainer"].model)[0].steps) == 3

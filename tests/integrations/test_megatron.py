@@ -18,7 +18,6 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-import kmeans_route.integrations.megatron as adapter
 from kmeans_route import KMeansRouter, ops, route
 from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter
 from kmeans_route.reference import whitened_reference
@@ -342,8 +341,8 @@ def test_tensor_and_expert_parallel_ranks_train_as_one(layout: str, tmp_path: Pa
         torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_example_of_the_docstring_runs() -> None:
-    names = run_example(adapter)
+def test_the_example_of_the_page_does_what_it_shows() -> None:
+    names = run_example("megatron")
     layer = MoELayer(config(), names["spec"].submodules)
     cfg, called = config(), []
     model = Chunk(cfg)

@@ -20,7 +20,6 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 from torchtitan.models.deepseek_v3 import model_registry
 
-import kmeans_route.integrations.torchtitan as adapter
 from kmeans_route import KMeansRouter, route
 from kmeans_route.integrations.torchtitan import KMeansRouting, KMeansTokenChoiceRouter, kmeans_routing
 from kmeans_route.reference import whitened_reference
@@ -243,8 +242,8 @@ def test_options_and_models_that_do_not_fit_are_refused() -> None:
         spec.model.build()
 
 
-def test_the_example_of_the_docstring_runs() -> None:
-    names = run_example(adapter)
+def test_the_example_of_the_page_does_what_it_shows() -> None:
+    names = run_example("torchtitan")
     assert isinstance(names["model"].layers["1"].moe.router, KMeansRouter)
 
 

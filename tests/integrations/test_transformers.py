@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import doctest
 import json
 import pickle
 import re
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", minversion="5.21")
 
-import kmeans_route.integrations.transformers  # noqa: E402
 from kmeans_route import KMeansRouter, attach, ops  # noqa: E402
 from kmeans_route.integrations import require  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402
@@ -30,6 +28,7 @@ from kmeans_route.integrations.transformers.router import ROUTERS  # noqa: E402
 from kmeans_route.reference import whitened_reference  # noqa: E402
 from kmeans_route.routing.loading import FIRST_NORM  # noqa: E402
 from tests.helpers.compare import assert_same_bits  # noqa: E402
+from tests.helpers.examples import run_example  # noqa: E402
 from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_config, tiny_model  # noqa: E402
 
 # How an architecture's own options arrive: normalize, scaling, n_group, topk_group, group_score.
@@ -713,10 +712,10 @@ def test_lora_on_the_experts() -> None:
     assert len(revert(merged)) == 2
 
 
-def test_the_example_of_the_module_runs() -> None:
-    failed, tried = doctest.testmod(kmeans_route.integrations.transformers)
-    assert tried
-    assert not failed
+def test_the_example_of_the_page_does_what_it_shows() -> None:
+    names = run_example("transformers")
+    assert [bool(router.initialized) for router in routers_of(names["model"])] == [True, True]
+    assert names["attachment"].metrics()["model.layers.1.mlp.gate/dead_experts"] >= 0
 
 
 def test_the_config_takes_no_part_in_other_models() -> None:
