@@ -9,11 +9,7 @@ _NEEDED = ("typer", "rich", "safetensors", "numpy")
 
 
 def main() -> None:
-    """Run the command line and leave the process with its exit code.
-
-    Raises:
-        SystemExit: always; 0 when all went well, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.
-    """
+    """Run the command line and exit: 0 when all went well, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(f'error: kmeans-route needs {", ".join(missing)}: pip install "kmeans_route[cli]"', file=sys.stderr)

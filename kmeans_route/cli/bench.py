@@ -110,11 +110,7 @@ def bytes_needed(shape: BenchShape, dtype: torch.dtype, mode: str) -> int:
 
 
 def bench(options: BenchOptions, output: Output) -> int:
-    """The command `bench`. Returns: the exit code, 1 where a contestant of some shape was wrong; it gets no times.
-
-    Raises:
-        ValueError: a shape would not fit in memory. OSError: the CSV file cannot be written.
-    """
+    """The command `bench`. Returns: the exit code, 1 where a contestant of some shape was wrong; it gets no times."""
     for name, shape in options.shapes:  # before anything is made
         needed, free = bytes_needed(shape, options.dtype, options.mode), free_bytes(options.device)
         if free is not None and needed > free:

@@ -26,12 +26,8 @@ CONTESTANTS: tuple[dict[str, Any], ...] = (
 
 
 def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output: Output) -> None:
-    """The command `demo`: train every contestant with every seed and the options `base`, write the report to `out`.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is absent; said before anything is trained. Stopped: by a signal.
-    """
-    if find_spec("matplotlib") is None:
+    """The command `demo`: train every contestant with every seed and the options `base`, write the report to `out`."""
+    if find_spec("matplotlib") is None:  # said before anything is trained
         raise ModuleNotFoundError('the demo draws pictures: pip install "kmeans_route[cli,viz]"', name="matplotlib")
     start = time.monotonic()
     output.note(

@@ -30,11 +30,7 @@ Facts = dict[str, Any]
 
 
 def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path], against: Path | None) -> None:
-    """The command `inspect`: what the routers of a checkpoint have learned; app.py says what the options are.
-
-    Raises:
-        CheckpointError: no readable checkpoint, or none with routers. ModuleNotFoundError: pictures need matplotlib.
-    """
+    """The command `inspect`: what the routers of a checkpoint have learned; app.py says what the options are."""
     if out is not None and find_spec("matplotlib") is None:
         raise ModuleNotFoundError('pictures need matplotlib: pip install "kmeans_route[cli,viz]"', name="matplotlib")
     source: Trained | Pretrained | None = None
@@ -73,11 +69,7 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
 
 
 def state_of(path: Path) -> Mapping[str, Tensor]:
-    """Name -> tensor of a model's folder, a .safetensors file or a state dict that torch saved.
-
-    Raises:
-        CheckpointError: nothing readable there. A torch file is read without running code that it may hold.
-    """
+    """Name -> tensor of a model's folder, a .safetensors file or a state dict that torch saved, no code of it run."""
     if is_pretrained(path):
         return Pretrained(path, []).state
     if path.is_dir():
@@ -97,11 +89,7 @@ def state_of(path: Path) -> Mapping[str, Tensor]:
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
-    """The routers of a state dict, by name, with what their state alone says.
-
-    A K-Means router is told by its centroids and the number of its commits; a learned gate by its bias or
-    by the name "router" or "gate".
-    """
+    """The routers of a state dict, by name, with what their state alone says."""
     routers: dict[str, Facts] = {}
     for key in sorted(state, key=_in_order):
         name, _, last = key.rpartition(".")
@@ -110,6 +98,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
             continue
         prefix = f"{name}." if name else ""
         bias = next((state[prefix + one] for one in BIAS_NAMES if prefix + one in state), None)
+        # A learned gate is told by its bias or its name.
         is_kmeans = prefix + "steps" in state and prefix + "centroids" in state
         if bias is not None and bias.shape != weight.shape[:1]:
             bias = None
@@ -181,11 +170,7 @@ def _top_k(router: nn.Module) -> int:
 
 
 def add_drift(routers: dict[str, Facts], earlier: Mapping[str, Facts], path: Path) -> None:
-    """The angle in degrees that each direction has turned since an earlier checkpoint.
-
-    Raises:
-        CheckpointError: it has other routers.
-    """
+    """The angle in degrees that each direction has turned since an earlier checkpoint of the same routers."""
     for name, facts in routers.items():
         old = earlier.get(name)
         if old is None or old["weight"].shape != facts["weight"].shape:

@@ -26,11 +26,7 @@ def is_pretrained(folder: Path) -> bool:
 
 
 class Pretrained:
-    """A causal language model with its tokenizer, on the text named or the standard library; does what `Trained` does.
-
-    Raises:
-        ModuleNotFoundError: no transformers. CheckpointError: no readable model, or where it is needed, no tokenizer.
-    """
+    """A causal language model, on the text named or the standard library; does what `Trained` does."""
 
     forward = None
 

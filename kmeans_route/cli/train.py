@@ -48,13 +48,8 @@ def train_run(
 ) -> Run:
     """Train to the last step, from a checkpoint if one is given. Returns: the figures of the run.
 
-    Args:
-        folder: of the checkpoints: every `save_every` steps (0: none on the way), with `save_final` at the end, and
-            always where a signal stops the run.
-
-    Raises:
-        CheckpointError: `checkpoint` does not fit. NotFiniteError: the loss broke. ValueError: options or text.
-        Stopped: by a signal.
+    Checkpoints go to `folder`, every `save_every` steps (0: none on the way), with `save_final` at the end, and always
+    where a signal stops the run, which raises Stopped.
     """
     trainer = Trainer(config, corpus)
     if checkpoint is not None:
@@ -83,14 +78,10 @@ def train_run(
 
 
 def resumed(folder: Path, given: dict[str, Any], text: Sequence[Path]) -> tuple[TrainConfig, Corpus, Checkpoint]:
-    """Options, text and state of the run in a folder, all from its checkpoint.
+    """Options, text (the checkpoint's where none is named) and state of the run in a folder.
 
-    Args:
-        given: options named on the command line; they may only repeat the checkpoint's.
-        text: --text as named; none means the checkpoint's.
-
-    Raises:
-        CheckpointError: no usable checkpoint, or one of other options.
+    `given`, options named on the command line, may only repeat the checkpoint's; else, and where there is none that can
+    be read, a CheckpointError.
     """
     checkpoint = load_checkpoint(folder)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,11 +85,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint and verify every byte of it.
-
-    Raises:
-        CheckpointError: absent, foreign, truncated, changed, or of another version.
-    """
+    """Read a checkpoint and verify every byte of it; what cannot be used is a CheckpointError that says why."""
     path = folder / INDEX_NAME
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -127,16 +123,15 @@ def _read_tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
 def write_atomically(path: Path, payload: bytes) -> None:
     """Replace a file by new contents: readers see the old bytes or all of the new ones, also after a power cut."""
     # Beside the file, so on the same file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":
         # The rename itself lives in the folder's entry.
@@ -145,10 +140,3 @@ def write_atomically(path: Path, payload: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _umask() -> int:
-    # mkstemp makes files private; there is no way to read the mask without setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

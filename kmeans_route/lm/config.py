@@ -105,11 +105,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: names that this version does not know, or lacks.
-        """
+        """The inverse of `to_dict`; names that this version does not know, or lacks, are a ValueError."""
         known = {known.name for known in fields(cls)}
         if set(values) != known:
             raise ValueError(f"options differ from this version's: {', '.join(sorted(set(values) ^ known))}")

@@ -89,10 +89,7 @@ def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
     """Read and split the text of files or folders; none means the standard library of the running Python.
 
     A file is held out when the hash of its bytes says so, so copies of one file fall on one side and adding files moves
-    no other. A single file is cut instead: its last tenth is held out.
-
-    Raises:
-        ValueError: a missing path, or no text in what was named.
+    no other. A single file is cut instead: its last tenth is held out. No text there is a ValueError.
     """
     if paths:
         named, name = text_files(paths), ", ".join(path.name or str(path) for path in paths)

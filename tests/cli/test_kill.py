@@ -120,16 +120,15 @@ def save_until_line(folder: Path, checkpoint: Checkpoint, lines: int) -> None:
 
 def save_until_byte(folder: Path, checkpoint: Checkpoint, suffix: str) -> None:
     """Save, and die when half of the file of that suffix is written."""
-    opened = os.fdopen
 
-    def half_written(handle: int, mode: str) -> Any:
-        if suffix not in os.readlink(f"/proc/self/fd/{handle}"):
-            return opened(handle, mode)
+    def half_written(path: Path, mode: str) -> Any:
+        if suffix not in path.name:
+            return open(path, mode)
         file = mock.MagicMock()
-        file.__enter__().write = lambda payload: (os.write(handle, payload[: len(payload) // 2]), die())
+        file.__enter__().write = lambda payload: (path.write_bytes(payload[: len(payload) // 2]), die())
         return file
 
-    with mock.patch.object(os, "fdopen", half_written):
+    with mock.patch.object(checkpoints, "open", half_written, create=True):
         save_checkpoint(folder, checkpoint)
 
 
