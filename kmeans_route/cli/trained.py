@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,9 @@ class Trained:
             )
         if router == "kmeans":
             raise ValueError("--router must be softmax or sigmoid, got kmeans: these are the ordinary ones")
-        return self._with_routers(router, balance, more_steps)
+        taken = signature(LearnedRouter).parameters
+        kept = {name: value for name, value in self.model.config.router_options.items() if name in taken}
+        return self._with_routers(router, balance, more_steps, router_options=kept)
 
     def _with_routers(self, router: str, balance: str, more_steps: int, **changes: Any) -> DecoderLM:
         steps = self.model.config.steps + more_steps
@@ -86,7 +90,7 @@ class Trained:
         if isinstance(first, KMeansRouter):  # whose tau was fitted
             new.config = replace(new.config, tau=first.options.tau)
         tensors = {f"model.{name}": value for name, value in new.state_dict().items()}
-        for name, parameter in new.named_parameters():
+        for name, parameter in new.named_parameters() if self.checkpoint.step else ():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 fresh = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
                 entry = f"optimizer.{key}.{name}"
@@ -106,7 +110,7 @@ class Trained:
         output.note(", ".join(f"{name} {value:g}" for name, value in facts.items() if isinstance(value, (int, float))))
         output.note(f"checkpoint: {out}")
         if after.steps > before.steps:
-            output.note(f"train on with: kmeans-route train --resume --out {out}")
+            output.note(f"train on with: kmeans-route train --resume --out {shlex.quote(str(out))}")
         figures["bits_per_byte_before"], figures["bits_per_byte_after"] = bits
         where = {"source": str(self.folder), "checkpoint": str(out), "from": before.label, "to": after.label}
         output.document({"command": command, **where, **facts, **figures})

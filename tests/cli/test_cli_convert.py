@@ -19,7 +19,7 @@ from kmeans_route.cli import app as commands
 from kmeans_route.cli import inspect, train
 from kmeans_route.cli.train import resumed
 from kmeans_route.cli.trained import Trained
-from kmeans_route.lm.checkpoint import load_checkpoint
+from kmeans_route.lm.checkpoint import load_checkpoint, save_checkpoint
 from kmeans_route.lm.data import load_corpus
 from kmeans_route.lm.trainer import Trainer
 
@@ -146,6 +146,24 @@ def test_export_of_a_trained_run(router: str, runs: Path, tmp_path: Path) -> Non
     assert document["mean"]["overlap"] > 0.8
     assert invoke("train", "--resume", "--out", out, "--json")[0] == 0
     assert load_checkpoint(out).step == 10
+
+
+def test_export_keeps_those_of_the_routers_options_that_the_new_one_has(runs: Path, tmp_path: Path) -> None:
+    options = ("--router-option", "directions=whitened", "--router-option", "scaling=2.0")
+    few = ["--text", runs / "text", "--steps", 2, "--threads", 1, *SIZES.split(), *options]
+    assert invoke("train", *few, "--out", tmp_path / "whitened", "--json")[0] == 0
+    code, document = invoke("export", tmp_path / "whitened", "--out", tmp_path / "new", *CALIBRATE, "--json")
+    assert code == 0, document
+    assert load_checkpoint(tmp_path / "new").config["router_options"] == {"scaling": 2.0}
+    assert trainer_of(tmp_path / "new").model.moe_layers[0].router.scaling == 2.0
+
+
+def test_convert_takes_a_run_that_was_stopped_before_its_first_step(runs: Path, tmp_path: Path) -> None:
+    config, corpus, _ = resumed(runs / "softmax", {}, [])
+    save_checkpoint(tmp_path / "stopped", Trainer(config, corpus).checkpoint())
+    code, document = invoke("convert", tmp_path / "stopped", "--out", tmp_path / "new", *CALIBRATE, "--json")
+    assert code == 0, document
+    assert trainer_of(tmp_path / "new").step == 0
 
 
 def test_plain_output_names_the_figures(runs: Path, tmp_path: Path) -> None:
