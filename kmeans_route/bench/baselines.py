@@ -64,13 +64,8 @@ def softmax_plain(x: Tensor, weight: Tensor, top_k: int) -> LearnedResult:
 class TextbookKMeansRouter:
     """A K-Means router as a first reading of arXiv 2605.12476 gives it, for context.
 
-    Normalise, multiply, select, softmax; then one running average an expert in a Python loop, inside the forward.
-
-    Args:
-        centroids: (E, D) fp32, moved in place.
-        top_k: K.
-        tau: temperature of the gates, in units of cosine.
-        decay: of the running average.
+    Normalise, multiply, select, softmax; then one running average an expert in a Python loop, inside the forward, which
+    moves the centroids (E, D) in place.
     """
 
     def __init__(self, centroids: Tensor, top_k: int, *, tau: float = DEFAULT_TAU, decay: float = 0.999) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from kmeans_route.lm.results import to_json
@@ -74,16 +74,17 @@ class Output:
     def progress(self, description: str, total: int, done: int = 0, *, thread: bool = True) -> Iterator[Update]:
         """Report progress on stderr: a bar with the time left on a terminal, else ten lines, in JSON mode nothing.
 
-        Args:
-            description: what is running.
-            total: steps in all.
-            done: steps done before this call, which count for no speed.
-            thread: redraw the bar from a thread too; without, only as it is updated, so that it disturbs no timing.
+        What was `done` before this call counts for no speed. Without `thread` a bar is redrawn only as it is updated,
+        so that it disturbs no timing.
         """
         if self.json_mode:
             yield lambda _done, _note: None
         elif self._bars:
-            yield from self._bar(description, total, done, thread=thread)
+            place, left = (BarColumn(bar_width=10), MofNCompleteColumn()), ("left", TimeRemainingColumn())
+            columns = ("{task.description}", *place, *left, "{task.fields[note]}")
+            with Progress(*columns, console=self._stderr, transient=True, auto_refresh=thread) as bar:
+                task = bar.add_task(escape(description), total=total, completed=done, note="")
+                yield lambda now, note: bar.update(task, completed=now, note=escape(note), refresh=not thread)
         else:
             yield self._lines(description, total, done)
 
@@ -93,17 +94,6 @@ class Output:
         done = itertools.count(1)
         with self.progress(description, total) as update:
             yield lambda: update(next(done), "batches")
-
-    def _bar(self, description: str, total: int, done: int, *, thread: bool) -> Iterator[Update]:
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-        ]
-        columns += [TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-        with Progress(*columns, console=self._stderr, transient=True, auto_refresh=thread) as bar:
-            task = bar.add_task(escape(description), total=total, completed=done, note="")
-            yield lambda now, note: bar.update(task, completed=now, note=escape(note), refresh=not thread)
 
     def _lines(self, description: str, total: int, done: int) -> Update:
         start, last = time.monotonic(), done
