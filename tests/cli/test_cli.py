@@ -27,34 +27,17 @@ from kmeans_route.cli.output import Output, duration, to_json
 from kmeans_route.lm import results
 from kmeans_route.lm.checkpoint import load_checkpoint
 from kmeans_route.lm.config import TrainConfig
+from tests.helpers.commands import Terminal, invoke, write_text
 
 SIZES = {"layers": 2, "hidden": 16, "heads": 2, "experts": 4, "expert_hidden": 16, "seq_len": 16, "batch": 4}
 SIZES |= {"eval_bytes": 512}
 TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 ESCAPE = "\x1b"
-Invoke = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def invoke() -> Invoke:
-    """Run a command in this process: (exit code, stdout)."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        result = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.stdout
-
-    return run
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for number in range(12):
-        (folder / f"{number}.txt").write_text("".join(f"line {number * step % 7} of many\n" for step in range(60)))
-    return folder
+    return write_text(tmp_path / "text")
 
 
 @pytest.fixture
@@ -71,12 +54,11 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_demo_writes_a_report_that_needs_nothing_else(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+def test_demo_writes_a_report_that_needs_nothing_else(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     arguments = ("demo", "--text", text, "--steps", 12, "--seeds", "0 3", "--out", out, "--threads", 1, "--json")
-    code, stdout = invoke(*arguments)
+    code, document = invoke(*arguments)
     assert code == 0
-    document = json.loads(stdout)
     assert [run["seed"] for run in document["runs"]] == [0, 0, 0, 3, 3, 3]
     labels = ["K-Means, proportional", "softmax, aux loss 0.01", "sigmoid, loss-free sign"]
     assert list(document["means"]) == labels
@@ -101,27 +83,27 @@ def test_demo_writes_a_report_that_needs_nothing_else(invoke: Invoke, text: Path
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_demo_prints_the_table_and_the_checks(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+def test_demo_prints_the_table_and_the_checks(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    code, stdout = invoke("demo", "--text", text, "--steps", 6, "--out", out, "--threads", 1, "--plain")
+    code, said = invoke("demo", "--text", text, "--steps", 6, "--out", out, "--threads", 1, "--plain")
     assert code == 0
-    assert ESCAPE not in stdout
-    assert not set(stdout) & set("│┃━─╭╰")
+    assert ESCAPE not in said
+    assert not set(said) & set("│┃━─╭╰")
     for measure in results.MEASURES:
-        assert measure.label in stdout
-    assert len(re.findall(r"^check (?:passed|FAILED): K-Means", stdout, flags=re.MULTILINE)) == 2
-    assert str(out / "report.html") in stdout
+        assert measure.label in said
+    assert len(re.findall(r"^check (?:passed|FAILED): K-Means", said, flags=re.MULTILINE)) == 2
+    assert str(out / "report.html") in said
 
 
-def test_demo_refusals(invoke: Invoke, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_refusals(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seeds, message in (("a b", "must be whole numbers"), ("1 1", "must differ"), ("", "must be whole numbers")):
-        code, stdout = invoke("demo", "--text", text, "--seeds", seeds, "--out", tmp_path, "--json")
+        code, said = invoke("demo", "--text", text, "--seeds", seeds, "--out", tmp_path, "--json")
         assert code == 1
-        assert message in json.loads(stdout)["error"]
+        assert message in said["error"]
     monkeypatch.setattr(demonstration, "find_spec", lambda name: None)
-    code, stdout = invoke("demo", "--text", text, "--out", tmp_path, "--json")
+    code, said = invoke("demo", "--text", text, "--out", tmp_path, "--json")
     assert code == 1
-    assert 'pip install "kmeans_route[cli,viz]"' in json.loads(stdout)["error"]
+    assert 'pip install "kmeans_route[cli,viz]"' in said["error"]
 
 
 def run_of(label: str, bits: float, max_vio: float) -> results.Run:
@@ -154,32 +136,31 @@ def test_table_shows_mean_and_spread_over_seeds() -> None:
 # Train
 
 
-def test_train_saves_resumes_and_refuses(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+def test_train_saves_resumes_and_refuses(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["train", "--text", text, "--router", "softmax", "--steps", 6, *TINY, "--threads", 1, "--out", out]
-    code, stdout = invoke(*arguments, "--json")
+    code, document = invoke(*arguments, "--json")
     assert code == 0
-    document = json.loads(stdout)
     assert document["completed"] is True
     assert document["measures"]["bits_per_byte"] < 8.2
     assert len(document["layers"]["load"]) == 2
     assert load_checkpoint(out).step == 6
     assert (out / "report.html").exists()
 
-    code, stdout = invoke(*arguments, "--json")
+    code, said = invoke(*arguments, "--json")
     assert code == 1
-    assert "already holds a run: add --resume" in json.loads(stdout)["error"]
-    code, stdout = invoke("train", "--resume", "--out", out, "--lr", "0.5", "--router", "softmax", "--json")
+    assert "already holds a run: add --resume" in said["error"]
+    code, said = invoke("train", "--resume", "--out", out, "--lr", "0.5", "--router", "softmax", "--json")
     assert code == 1
-    assert "these differ: lr (checkpoint 0.003, asked 0.5)" in json.loads(stdout)["error"]
-    code, stdout = invoke("train", "--resume", "--out", out, "--json")
+    assert "these differ: lr (checkpoint 0.003, asked 0.5)" in said["error"]
+    code, said = invoke("train", "--resume", "--out", out, "--json")
     assert code == 0
-    assert json.loads(stdout)["measures"] == document["measures"]
+    assert said["measures"] == document["measures"]
     code, _ = invoke(*arguments, "--overwrite", "--plain")
     assert code == 0
 
 
-def test_train_takes_any_option_of_the_router(invoke: Invoke, text: Path, tmp_path: Path) -> None:
+def test_train_takes_any_option_of_the_router(text: Path, tmp_path: Path) -> None:
     few = ["train", "--text", text, "--steps", 2, *TINY, "--threads", 1, "--json"]
     options = ["--router-option", "gate=uniform", "--router-option", "detach_gates=true"]
     code, _ = invoke(*few, *options, "--out", tmp_path / "a")
@@ -193,9 +174,9 @@ def test_train_takes_any_option_of_the_router(invoke: Invoke, text: Path, tmp_pa
         ("gate=hard", "gate must be one of"),
         ("gate", "--router-option must be NAME=VALUE, got 'gate'"),
     ):
-        code, stdout = invoke(*few, "--router-option", given, "--out", tmp_path / "b")
+        code, said = invoke(*few, "--router-option", given, "--out", tmp_path / "b")
         assert code == 1
-        assert re.search(message, json.loads(stdout)["error"]), stdout
+        assert re.search(message, said["error"]), said
 
 
 def test_train_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path) -> None:
@@ -209,22 +190,20 @@ def test_train_says_what_is_wrong_in_one_line(text: Path, tmp_path: Path) -> Non
 # Info and selftest
 
 
-def test_info_names_versions_and_backends(invoke: Invoke) -> None:
-    code, stdout = invoke("info", "--json")
-    facts = json.loads(stdout)
+def test_info_names_versions_and_backends() -> None:
+    code, facts = invoke("info", "--json")
     assert code == 0
     assert facts["torch"] == torch.__version__
     assert facts["kmeans_route"] == kmeans_route.__version__
     assert facts["backends"]["reference"] == facts["backends"]["torch"] == "available"
     assert facts["devices"][0] == "cpu"
-    code, stdout = invoke("info", "--plain")
-    assert ESCAPE not in stdout
-    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", stdout, flags=re.MULTILINE)
+    code, said = invoke("info", "--plain")
+    assert ESCAPE not in said
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", said, flags=re.MULTILINE)
 
 
-def test_selftest_passes(invoke: Invoke) -> None:
-    code, stdout = invoke("selftest", "--threads", 1, "--json")
-    document = json.loads(stdout)
+def test_selftest_passes() -> None:
+    code, document = invoke("selftest", "--threads", 1, "--json")
     assert document["passed"], [check for check in document["checks"] if not check["passed"]]
     assert code == 0
     assert len(document["checks"]) > 10
@@ -275,23 +254,18 @@ def test_selftest_notices_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None
         selftest.check_not_a_number()
 
 
-def test_selftest_fails_with_exit_code_1(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selftest_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> str:
         raise AssertionError("two is not one")
 
     monkeypatch.setattr(selftest, "all_checks", lambda: iter([("good", lambda: "fine"), ("bad", fail)]))
-    code, stdout = invoke("selftest", "--plain")
+    code, said = invoke("selftest", "--plain")
     assert code == 1
-    assert re.search(r"^bad +FAIL +AssertionError: two is not one$", stdout, flags=re.MULTILINE)
-    assert "1 of 2 checks passed" in stdout
+    assert re.search(r"^bad +FAIL +AssertionError: two is not one$", said, flags=re.MULTILINE)
+    assert "1 of 2 checks passed" in said
 
 
 # Output
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def speak(

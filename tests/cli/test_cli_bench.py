@@ -27,6 +27,7 @@ from kmeans_route.cli import app as commands
 from kmeans_route.cli import bench as command
 from kmeans_route.cli.output import Output
 from kmeans_route.testing import MODEL_SHAPES, BenchShape
+from tests.helpers.commands import Terminal
 
 TINY = ("--shape", "24,32,8,2", "--repeats", "2", "--threads", "1", "--device", "cpu")
 CPU = torch.device("cpu")
@@ -253,11 +254,6 @@ def test_nothing_unverified_is_timed() -> None:
     contest.verify(lambda: None)
     with pytest.raises(NotVerifiedError, match="warm_up"):
         contest.round()
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_progress_on_a_terminal_is_drawn_between_rounds_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,7 @@
 """`kmeans-route inspect`, `convert` and `export` on runs of a tiny model."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,29 +10,20 @@ pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from kmeans_route import KMeansRouter, LearnedRouter, metrics
-from kmeans_route.cli import app as commands
 from kmeans_route.cli import inspect, train
 from kmeans_route.cli.train import resumed
 from kmeans_route.cli.trained import Trained
 from kmeans_route.lm.checkpoint import load_checkpoint, save_checkpoint
 from kmeans_route.lm.data import load_corpus
 from kmeans_route.lm.trainer import Trainer
+from tests.helpers.commands import invoke, write_text
 
 SIZES = "--layers 2 --hidden 16 --heads 2 --experts 4 --expert-hidden 16 --seq-len 16 --batch 4 --eval-bytes 512"
 NAMES = ["blocks.0.moe.router", "blocks.1.moe.router"]
 CALIBRATE = ("--calibration-bytes", 512)
 ESCAPE = "\x1b"
-
-
-def invoke(*arguments: object) -> tuple[int, Any]:
-    """Run a command in this process: (exit code, its JSON document, or what it printed)."""
-    result = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, json.loads(result.stdout) if "--json" in arguments else result.stdout
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,10 +38,7 @@ def no_training_report() -> Iterator[None]:
 def runs(no_training_report: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text and one finished run of each router."""
     folder = tmp_path_factory.mktemp("runs")
-    text = folder / "text"
-    text.mkdir()
-    for number in range(12):
-        (text / f"{number}.txt").write_text("".join(f"line {number * step % 7} of many\n" for step in range(60)))
+    text = write_text(folder / "text")
     for router in ("softmax", "sigmoid", "kmeans"):
         config = ["--router", router, "--steps", 8, "--threads", 1, *SIZES.split()]
         code, _ = invoke("train", "--text", text, *config, "--out", folder / router, "--json")

@@ -1,8 +1,6 @@
 """`kmeans-route inspect`, `convert` and `export` on folders that transformers' save_pretrained has written."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,33 +9,21 @@ transformers = pytest.importorskip("transformers", minversion="5.21")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("typer")
 
-from typer.testing import CliRunner  # noqa: E402
 
 from kmeans_route import KMeansRouter  # noqa: E402
-from kmeans_route.cli import app as commands  # noqa: E402
 from kmeans_route.integrations.transformers import load_kmeans_pretrained  # noqa: E402
+from tests.helpers.commands import invoke, write_text  # noqa: E402
 from tests.integrations.transformers_models import some_tokens, tiny_config  # noqa: E402
 
 NAMES = ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
 BYTES = ("--calibration-bytes", 8192)
 
 
-def invoke(*arguments: object) -> tuple[int, Any]:
-    """Run a command in this process: (exit code, its JSON document, or what it printed)."""
-    result = CliRunner().invoke(commands.app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, json.loads(result.stdout) if "--json" in arguments else result.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, a byte tokenizer, and learned models with it."""
     folder = tmp_path_factory.mktemp("pretrained")
-    (folder / "text").mkdir()
-    for number in range(16):
-        lines = "".join(f"line {number * step % 7} of many\n" for step in range(60))
-        (folder / "text" / f"{number}.txt").write_text(lines)
+    write_text(folder / "text", 16)
     words = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({word: n for n, word in enumerate(sorted(words))}, []))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

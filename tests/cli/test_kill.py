@@ -31,6 +31,7 @@ from kmeans_route.lm.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import Corpus, load_corpus
 from kmeans_route.lm.trainer import Trainer
+from tests.helpers.commands import write_text
 
 pytestmark = [
     pytest.mark.usefixtures("plain_empty"),
@@ -43,11 +44,7 @@ TINY = TrainConfig(
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for number in range(12):
-        (folder / f"{number}.txt").write_text("".join(f"line {number * step % 7} of many\n" for step in range(60)))
-    return folder
+    return write_text(tmp_path / "text")
 
 
 def digest(checkpoint: Checkpoint) -> str:
