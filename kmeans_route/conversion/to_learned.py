@@ -42,12 +42,6 @@ def to_linear(router: KMeansRouter, scale: float | None = None) -> nn.Linear:
 
     Raises:
         ValueError: a scale out of its range. TypeError: no `KMeansRouter`.
-
-    Example:
-        >>> import torch, kmeans_route
-        >>> router, x = kmeans_route.KMeansRouter(16, 4, top_k=2).eval(), torch.randn(10, 16)
-        >>> torch.equal(kmeans_route.to_linear(router)(x).topk(2).indices, router(x).indices)
-        True
     """
     if not isinstance(router, KMeansRouter):
         raise TypeError(f"router must be a KMeansRouter, got {type(router).__name__}: pass one that K-Means set")

@@ -25,10 +25,6 @@ def require(distribution: str, supported: str, module: str | None = None) -> Mod
 
     Raises:
         ImportError: the framework is absent, or of another version.
-
-    Example:
-        >>> require("torch", ">=2").__name__
-        'torch'
     """
     remedy = f'pip install "{distribution}{supported}"'
     try:

@@ -716,6 +716,7 @@ def test_the_example_of_the_page_does_what_it_shows() -> None:
     names = run_example("transformers")
     assert [bool(router.initialized) for router in routers_of(names["model"])] == [True, True]
     assert names["attachment"].metrics()["model.layers.1.mlp.gate/dead_experts"] >= 0
+    assert type(names["export"].model.model.layers[0].mlp.gate).__name__ == "MixtralTopKRouter"
 
 
 def test_the_config_takes_no_part_in_other_models() -> None:

@@ -1,6 +1,5 @@
 """The way back of models of transformers: ordinary checkpoints of their architectures."""
 
-import doctest
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,3 @@ def test_bad_calls() -> None:
     with pytest.raises(TypeError, match="must be a PreTrainedModel"):
         export_vanilla(nn.Linear(2, 2), batches())
     assert len(routers_of(model)) == 2
-
-
-def test_the_example_of_the_module_runs() -> None:
-    assert doctest.testmod(integration).failed == 0

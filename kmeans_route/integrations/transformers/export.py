@@ -1,20 +1,4 @@
-"""The way back for a model of transformers: an ordinary checkpoint of its architecture, for engines that know no other.
-
-Example:
-    >>> import torch
-    >>> from transformers import MixtralConfig, MixtralForCausalLM
-    >>> from kmeans_route.integrations.transformers import apply_kmeans_routing, export_vanilla
-    >>> config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-    ...     num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
-    >>> model = MixtralForCausalLM(config)
-    >>> _ = apply_kmeans_routing(model)  # and train it
-    >>> tokens = torch.randint(64, (4, 16))
-    >>> export = export_vanilla(model, [{"input_ids": tokens, "labels": tokens}])
-    >>> export.comparison.mean("overlap") > 0.99  # no bias yet: equal choices; print(export) for all of it
-    True
-    >>> type(export.model.model.layers[0].mlp.gate).__name__  # export.model.save_pretrained(folder) writes it
-    'MixtralTopKRouter'
-"""
+"""The way back for a model of transformers: an ordinary checkpoint of it, for engines that know no other."""
 
 import copy
 from collections.abc import Iterable
