@@ -74,14 +74,11 @@ class Clock:
         """A warm `run` as a graph, or itself and the reason why not."""
         if not self.on_gpu:
             return run, "wall clock"
+        graph = torch.cuda.CUDAGraph()
         try:
             with self.no_sync():  # a failed capture leaves more behind than this does
                 run()
-        except Exception as error:
-            return run, f"events, no graph: {reason(error)}"
-        self.wait()
-        graph = torch.cuda.CUDAGraph()
-        try:
+            self.wait()
             with torch.cuda.graph(graph, stream=self.stream):
                 run()
         except Exception as error:
