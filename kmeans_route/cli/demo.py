@@ -40,16 +40,12 @@ def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output:
             config = replace(base, seed=seed, **contestant)
             folder = out / "interrupted" / f"{config.router}-seed{seed}"
             runs.append(train_run(config, corpus, output, folder, save_final=False))
-    paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=environment())
-    _tell(runs, paths, time.monotonic() - start, output)
-
-
-def _tell(runs: list[Run], paths: list[Path], time_s: float, output: Output) -> None:
-    several = len({run["config"]["seed"] for run in runs}) > 1
-    spread = ", mean ± standard deviation over seeds" if several else ""
+    facts = environment()
+    paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=facts)
+    time_s, checks = time.monotonic() - start, verdicts(runs)
+    spread = ", mean ± standard deviation over seeds" if len(seeds) > 1 else ""
     output.table(f"Same weights, same text, three routers{spread}", *table_rows(runs))
-    checks = verdicts(runs)
-    if not several:
+    if len(seeds) == 1:
         output.note("one seed decides neither of these; `make demo-seeds` asks them of three, at 800 steps:")
     for check in checks:
         output.note(f"check {'passed' if check['passed'] else 'FAILED'}: {check['text']}")
@@ -64,6 +60,6 @@ def _tell(runs: list[Run], paths: list[Path], time_s: float, output: Output) -> 
                 {"label": run["label"], "seed": run["config"]["seed"], "measures": run["measures"]} for run in runs
             ],
             "files": [str(path) for path in paths],
-            "environment": environment(),
+            "environment": facts,
         }
     )
