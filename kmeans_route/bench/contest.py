@@ -61,6 +61,8 @@ class ClockedContest:
     def verify(self, check: Callable[[], object]) -> None:
         """Run `check`, which raises AssertionError where a contestant is wrong; only then may the contest go on."""
         self._verified = False
+        if not __debug__:
+            raise NotVerifiedError(f"{self.title}: python -O leaves assertions out, so nothing is checked: run without")
         check()
         self._verified = True
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -254,6 +255,16 @@ def test_nothing_unverified_is_timed() -> None:
     contest.verify(lambda: None)
     with pytest.raises(NotVerifiedError, match="warm_up"):
         contest.round()
+
+
+def test_nothing_is_timed_where_python_leaves_assertions_out() -> None:
+    program = "import sys; from kmeans_route.cli import main; sys.argv = ['kmeans-route', *sys.argv[1:]]; main()"
+    words = [sys.executable, "-O", "-c", program, "bench", *TINY, "--against", "learned", "--plain"]
+    root = Path(command.__file__).parents[2]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "python -O leaves assertions out, so nothing is checked" in done.stderr
+    assert "median" not in done.stdout
 
 
 def test_progress_on_a_terminal_is_drawn_between_rounds_only(monkeypatch: pytest.MonkeyPatch) -> None:
