@@ -67,12 +67,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     index = {
         "format": FORMAT,
         "version": VERSION,
-        "step": checkpoint.step,
-        "tensors": {"file": tensor_path.name, "num_bytes": len(payload), "sha256": digest},
         "torch": torch.__version__,
-        "config": checkpoint.config,
-        "corpus": checkpoint.corpus,
-        "history": checkpoint.history,
+        **checkpoint._asdict(),
+        "tensors": {"file": tensor_path.name, "num_bytes": len(payload), "sha256": digest},
     }
     index_path = folder / INDEX_NAME
     write_atomically(index_path, json.dumps(index, allow_nan=False).encode())
