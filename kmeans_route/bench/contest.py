@@ -39,15 +39,10 @@ class NotVerifiedError(RuntimeError):
 
 
 class ClockedContest:
-    """Several ways to do one thing, timed by a `Clock`.
+    """Several ways to do one thing, by different names, timed by the `Clock` of the device that they run on.
 
-    Args:
-        clock: of the device that they run on.
-        title: heads the table.
-        contestants: in the order of the rows; names must differ.
-        baselines: names of those the ratio refers to; the one with the least median counts.
-
-    method: contestant -> how it was timed. peak_bytes: contestant -> most memory that a call allocates, on a GPU.
+    baselines: names of those the ratio refers to; the one with the least median counts. method: contestant -> how it
+    was timed. peak_bytes: contestant -> most memory that a call allocates, on a GPU.
     """
 
     def __init__(self, clock: Clock, title: str, contestants: list[Contestant], baselines: list[str]) -> None:

@@ -40,8 +40,8 @@ def routing_contest(
 ) -> tuple[ClockedContest, dict[str, str]]:
     """The contest, verified, and rival -> reason for those that cannot run.
 
-    Raises:
-        AssertionError: a contestant is wrong; the message begins with its name. RuntimeError: this package cannot run.
+    A contestant that is wrong is an AssertionError that begins with its name; that this package cannot run, a
+    RuntimeError.
     """
     entries, skipped = {}, {}
     with clock.scope():

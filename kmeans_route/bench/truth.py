@@ -66,11 +66,7 @@ def check_routing(
 ) -> dict[str, float]:
     """ids, selected scores and gates of the first num_rows tokens (None: all), and all counts.
 
-    Returns:
-        near_ties, how many rows differ in near-ties, and max_score_error.
-
-    Raises:
-        AssertionError: something differs.
+    Returns: near_ties, how many rows differ in near-ties, and max_score_error.
     """
     x, worst, near_ties = x.detach(), 0.0, 0
     assert bool(routing.valid.all()), "tokens were dropped"

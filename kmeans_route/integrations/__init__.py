@@ -13,18 +13,10 @@ from types import ModuleType
 
 
 def require(distribution: str, supported: str, module: str | None = None) -> ModuleType:
-    """Import a framework, or say what to install.
+    """The module of a framework, or an ImportError that says what to install where it is absent or of another version.
 
-    Args:
-        distribution: its name in the package index, as "megatron-core".
-        supported: versions by PEP 440, as ">=0.3,<0.4".
-        module: what to import; None for the distribution's name.
-
-    Returns:
-        The imported module.
-
-    Raises:
-        ImportError: the framework is absent, or of another version.
+    distribution: its name in the package index. supported: versions by PEP 440, as ">=0.3,<0.4". module: what to
+    import; None for the distribution's name.
     """
     remedy = f'pip install "{distribution}{supported}"'
     try:

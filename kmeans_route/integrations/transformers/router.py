@@ -79,11 +79,7 @@ def is_known(module: nn.Module) -> bool:
 
 
 def probe(path: str, router: nn.Module) -> Contract:
-    """Call a meta copy of the router with a few tokens and read its contract off the answer.
-
-    Raises:
-        ValueError: the answer is of neither order, with what it was.
-    """
+    """The contract that a meta copy of the router keeps with a few tokens; an answer in no known order: ValueError."""
     gate_key = "wg.weight" if hasattr(router, "wg") else "weight"
     num_experts, hidden_size = router.get_parameter(gate_key).shape
     twin = copy.deepcopy(router).to(device="meta", dtype=torch.bfloat16).eval()
@@ -218,10 +214,8 @@ class TransformersRouter(KMeansRouter):
     def take_loaded(self) -> None:
         """Make whole what transformers' `from_pretrained` has set tensor by tensor, and fill in what it has not.
 
-        A gate without the rest of the state is that of a learned router, and becomes the centroids.
-
-        Raises:
-            RuntimeError: what was loaded holds NaN or Inf.
+        A gate without the rest of the state is that of a learned router, and becomes the centroids. NaN or Inf in what
+        was loaded is a RuntimeError.
         """
         brought = {name for name, buffer in self.named_buffers() if getattr(buffer, "_is_hf_initialized", False)}
         for name in brought:
