@@ -61,13 +61,12 @@ class ClockedContest:
         check()
         self._verified = True
 
-    def warm_up(self, rounds: int = 1) -> None:
+    def warm_up(self) -> None:
         """Call everyone until all is compiled, and make the graphs."""
         self._check_verified()
         with self.clock.scope():
             for name, step, reset in self.contestants:
-                for _ in range(rounds):
-                    self.peak_bytes[name] = self.clock.warm_up(step, reset)
+                self.peak_bytes[name] = self.clock.warm_up(step, reset)
                 self._timed[name], self.method[name] = self.clock.captured(step)
 
     def round(self) -> None:

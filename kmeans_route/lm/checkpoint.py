@@ -50,8 +50,8 @@ def exists(folder: Path) -> bool:
     return (folder / INDEX_NAME).exists()
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint so that a crash at any moment leaves the old one or the new one. Returns: the index's path.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint so that a crash at any moment leaves the old one or the new one.
 
     The folder is made when absent; the previous checkpoint, and what a killed save left, is removed afterwards.
     """
@@ -71,14 +71,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         **checkpoint._asdict(),
         "tensors": {"file": tensor_path.name, "num_bytes": len(payload), "sha256": digest},
     }
-    index_path = folder / INDEX_NAME
-    write_atomically(index_path, json.dumps(index, allow_nan=False).encode())
+    write_atomically(folder / INDEX_NAME, json.dumps(index, allow_nan=False).encode())
     # Also what a killed save has left behind: a tensor file that no index names, temporary files.
     for pattern in ("step-*.safetensors", ".step-*.safetensors.*", f".{INDEX_NAME}.*"):
         for old in folder.glob(pattern):
             if old != tensor_path:
                 old.unlink(missing_ok=True)
-    return index_path
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
