@@ -28,6 +28,7 @@ DEV = [
     "hypothesis>=6.100",
     "pytest-cov>=5",
     "pytest-xdist>=3.5",
+    "scikit-learn>=1.7",
     "ruff>=0.6",
     "mypy>=1.11",
 ]
