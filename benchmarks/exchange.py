@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.harness.results import write_results
 from kmeans_route import KMeansRouter, attach
 from kmeans_route.testing import MODEL_SHAPES
-from kmeans_route.training.exchange import wire_bytes
+from kmeans_route.training.exchange import WIRE_DTYPES
 
 LAYERS = {"OLMoE": 16, "Qwen3-30B-A3B": 48, "DeepSeek-V3": 58}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,6 +41,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 MEASURED_LAYERS = 4
 COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather", "all_gather_into_tensor", "all_gather_single")
+
+
+def wire_bytes(num_experts: int, hidden_size: int, num_ranks: int, *, wire: str = "fp32", shard: bool = False) -> float:
+    """Bytes that each rank sends for one router and commit, and receives as many, by a ring.
+
+    An all-reduce sends 2 (R - 1) / R times its buffer, an all-to-all or all-gather half of that. The counts, E + 2
+    int64, are in it; the histograms of balance="quantile" and the first commit's reservoir are not.
+    """
+    elements, counted = num_experts * hidden_size, 4 + 8 * (num_experts + 2)
+    if shard:
+        halves = elements * (WIRE_DTYPES[wire].itemsize + 2)
+    else:
+        halves = 2 * elements * WIRE_DTYPES[wire].itemsize
+    return (halves + 2 * counted) * (num_ranks - 1) / num_ranks
 
 
 def bytes_of(shape: str, options: dict[str, Any], num_ranks: int) -> float:

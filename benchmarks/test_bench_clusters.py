@@ -7,9 +7,10 @@ import torch
 from benchmarks.conftest import Bench
 from benchmarks.harness import clusters, peers
 from benchmarks.harness.contest import Contest
+from benchmarks.harness.shapes import CPU_BENCH_SHAPES
 from kmeans_route.bench import baselines
 from kmeans_route.bench.contest import Contestant
-from kmeans_route.testing import CPU_BENCH_SHAPES, BenchShape
+from kmeans_route.testing import BenchShape
 
 SHAPES = {name: shape._replace(top_k=1) for name, shape in CPU_BENCH_SHAPES.items()}
 QUICK = {"quick": BenchShape(96, 24, 8, 1)}

@@ -8,10 +8,11 @@ from functools import partial
 from benchmarks.conftest import Bench
 from benchmarks.harness import commits, rivals, steps
 from benchmarks.harness.contest import Contest
+from benchmarks.harness.shapes import CPU_BENCH_SHAPES
 from kmeans_route.bench.contest import Contestant
 from kmeans_route.bench.problem import Problem
 from kmeans_route.reference import commit_reference
-from kmeans_route.testing import CPU_BENCH_SHAPES, MODEL_SHAPES, BenchShape
+from kmeans_route.testing import MODEL_SHAPES, BenchShape
 
 TOKENS_PER_EXPERT = 8
 SHAPES = {name: s._replace(num_tokens=TOKENS_PER_EXPERT * s.num_experts) for name, s in CPU_BENCH_SHAPES.items()}

@@ -3,8 +3,9 @@
 import torch
 
 from benchmarks.conftest import Bench
+from benchmarks.harness.shapes import TOKEN_COUNTS
 from benchmarks.test_bench_route import eval_bytes, eval_contest
-from kmeans_route.testing import MODEL_SHAPES, TOKEN_COUNTS, BenchShape
+from kmeans_route.testing import MODEL_SHAPES, BenchShape
 
 DECODE_TOKENS = [num_tokens for num_tokens in TOKEN_COUNTS if num_tokens <= 512]
 SHAPES = {f"{name}-T{t}": BenchShape(t, *shape) for name, shape in MODEL_SHAPES.items() for t in DECODE_TOKENS}

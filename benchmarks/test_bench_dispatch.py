@@ -5,9 +5,10 @@ import torch
 from benchmarks.conftest import Bench
 from benchmarks.harness import checks, peers, rivals, steps
 from benchmarks.harness.contest import Contest
+from benchmarks.harness.shapes import CPU_BENCH_SHAPES
 from kmeans_route import route
 from kmeans_route.bench.problem import Problem
-from kmeans_route.testing import CPU_BENCH_SHAPES, MODEL_SHAPES, BenchShape, make_hidden_states
+from kmeans_route.testing import MODEL_SHAPES, BenchShape, make_hidden_states
 
 TOKENS_SHARE = 4  # x_sorted is K times x: a quarter of the tokens keeps a round short
 MODEL_TOKENS = 512

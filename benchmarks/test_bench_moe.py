@@ -22,7 +22,8 @@ ROUTERS = {"kmeans_route": "kmeans", "softmax + aux": "softmax", "sigmoid + bias
 
 def moe_contest(shape: BenchShape, intermediate_size: int) -> Contest:
     """All contestants at one shape, verified."""
-    x = make_hidden_states(shape.num_tokens, shape.hidden_size, num_clusters=4 * shape.num_experts, requires_grad=True)
+    x = make_hidden_states(shape.num_tokens, shape.hidden_size, num_clusters=4 * shape.num_experts)
+    x.requires_grad_()
     dy = make_hidden_states(shape.num_tokens, shape.hidden_size, seed=1)
     layers = {}
     for name, router in ROUTERS.items():

@@ -18,11 +18,12 @@ from torch import Tensor
 from benchmarks.conftest import Bench
 from benchmarks.harness import checks, peers, rivals, steps
 from benchmarks.harness.contest import Contest, Goal
+from benchmarks.harness.shapes import CPU_BENCH_SHAPES
 from kmeans_route import KMeansRouter, directions
 from kmeans_route.bench import baselines
 from kmeans_route.bench.contest import Contestant
 from kmeans_route.bench.problem import Problem
-from kmeans_route.testing import CPU_BENCH_SHAPES, MODEL_SHAPES, BenchShape
+from kmeans_route.testing import MODEL_SHAPES, BenchShape
 
 MODEL_TOKENS = 1024  # few for a training step, enough to be no decoding: DeepSeek-V3's takes a second
 SHAPES = {

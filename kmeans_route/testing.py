@@ -1,4 +1,4 @@
-"""Shared by tests and benchmarks: named shapes, input makers, and the comparisons that decide right from wrong.
+"""Shared by commands, tests and benchmarks: named shapes, input makers, and the comparison of selections.
 
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
@@ -35,15 +35,6 @@ MODEL_SHAPES = {
     "GPT-OSS-120B": ModelShape(2880, 128, 4),
     "Qwen3-Next": ModelShape(2048, 512, 10),
 }
-TOKEN_COUNTS = (1, 64, 512, 4096, 16384, 65536)
-
-CPU_BENCH_SHAPES = {
-    "T8192-D1024-E64-K8": BenchShape(8192, 1024, 64, 8),
-    "T4096-D2048-E128-K8": BenchShape(4096, 2048, 128, 8),
-    "T16384-D768-E16-K2": BenchShape(16384, 768, 16, 2),
-}
-
-LAYOUTS = ("contiguous", "padded_rows", "every_second", "transposed", "expanded")
 
 
 def make_hidden_states(
@@ -53,11 +44,9 @@ def make_hidden_states(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    layout: str = "contiguous",
     offset: float = 0.0,
     num_clusters: int = 0,
     spread: float = 0.5,
-    requires_grad: bool = False,
 ) -> Tensor:
     """Random hidden states (T, D), equal for equal arguments on every device.
 
@@ -65,19 +54,11 @@ def make_hidden_states(
         num_tokens, hidden_size: T and D, >= 0.
         seed: of a private generator; the global one is not touched.
         dtype, device: of the result. Values are drawn in fp32 on the CPU, then cast and moved.
-        layout: "contiguous"; "padded_rows", a slice of wider rows; "every_second", element stride 2; "transposed",
-            token stride 1; "expanded", one row seen T times with stride 0.
         offset: length of a direction common to all tokens, in units of the tokens' own standard deviation times
             sqrt(D): 1 makes half of the energy common, as the hidden states of real models have it.
         num_clusters: 0 for standard normal tokens, else tokens lie around that many normal centres.
         spread: standard deviation around a centre (whose own entries have standard deviation 1).
-        requires_grad: make the result a leaf that wants a gradient.
-
-    Raises:
-        ValueError: unknown layout.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, hidden_size, generator=generator)
     if num_clusters:
@@ -86,8 +67,7 @@ def make_hidden_states(
         x.mul_(spread).add_(centres[member])
     if offset:
         x.add_(torch.randn(hidden_size, generator=generator), alpha=offset)
-    x = _lay_out(x.to(device=device, dtype=dtype), layout)
-    return x.requires_grad_(requires_grad)
+    return x.to(device=device, dtype=dtype)
 
 
 def make_centroids(
@@ -102,77 +82,6 @@ def make_centroids(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.functional.normalize(torch.randn(num_experts, hidden_size, generator=generator))
     return weight.to(device=device, dtype=dtype)
-
-
-def make_tied_rows(
-    num_tokens: int,
-    hidden_size: int,
-    num_experts: int,
-    *,
-    num_levels: int = 3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Hidden states (T, D) and centroids (E, D), in `dtype` and fp32, whose scores tie exactly on any backend.
-
-    The centroids are coordinate axes and the first E entries of a token are integers in 1..num_levels, so every dot is
-    one exact product: experts with the same entry have the same score bit for bit, in whatever order one sums.
-
-    Raises:
-        ValueError: more experts than hidden entries.
-    """
-    if num_experts > hidden_size:
-        raise ValueError(
-            f"num_experts must be at most hidden_size {hidden_size}, got {num_experts}: one axis an expert"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(-num_levels, num_levels + 1, (num_tokens, hidden_size), generator=generator).float()
-    x[:, :num_experts] = torch.randint(1, num_levels + 1, (num_tokens, num_experts), generator=generator).float()
-    return x.to(device=device, dtype=dtype), torch.eye(num_experts, hidden_size, device=device)
-
-
-def assert_close_to_truth(
-    actual: Tensor, truth: Tensor, same_dtype_baseline: Tensor, *, tolerance: float | None = None, name: str = "result"
-) -> float:
-    """Assert that the error against the truth is no larger than plain PyTorch's in the same dtype, plus a little.
-
-    max |actual - truth| <= max |same_dtype_baseline - truth| + tolerance, so the bound is measured, not picked.
-
-    Args:
-        actual: what is tested.
-        truth: the same quantity, same shape, computed in fp64 (from the same inputs as rounded to their dtype).
-        same_dtype_baseline: the same quantity from plain PyTorch in the dtype of `actual`.
-        tolerance: absolute; None for 2 eps max |truth|, eps of the dtype of `actual`: two roundings of the result.
-        name: what the message calls it.
-
-    Returns:
-        max |actual - truth|; 0 for empty tensors.
-
-    Raises:
-        AssertionError: the error is larger, a shape or the dtype differs, or `actual` is not finite.
-    """
-    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    assert same_dtype_baseline.shape == truth.shape, f"{name}: the baseline has {tuple(same_dtype_baseline.shape)}"
-    assert actual.dtype == same_dtype_baseline.dtype, (
-        f"{name}: dtype {actual.dtype} against a baseline in {same_dtype_baseline.dtype}"
-    )
-    assert truth.dtype == torch.float64, f"{name}: the truth must be fp64, got {truth.dtype}"
-    if not actual.numel():
-        return 0.0
-    assert bool(torch.isfinite(truth).all()), f"{name}: the truth is not finite"
-    assert bool(torch.isfinite(actual).all()), f"{name}: {int((~torch.isfinite(actual)).sum())} values are not finite"
-    truth = truth.detach().cpu()
-    error = (actual.detach().cpu().double() - truth).abs()
-    allowed = float((same_dtype_baseline.detach().cpu().double() - truth).abs().max())
-    if tolerance is None:
-        tolerance = 2 * torch.finfo(actual.dtype).eps * float(truth.abs().max())
-    worst = float(error.max())
-    assert worst <= allowed + tolerance, (
-        f"{name}: error {worst:.3e} at {tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))}, "
-        f"plain PyTorch {allowed:.3e} + tolerance {tolerance:.3e}"
-    )
-    return worst
 
 
 def assert_same_selection(
@@ -230,23 +139,6 @@ def assert_same_selection(
     allowed = math.ceil(cap * num_tokens)
     assert num_differing <= allowed, f"{num_differing} of {num_tokens} rows differ in near-ties, at most {allowed} may"
     return num_differing
-
-
-def _lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in another layout; what lies between them is NaN, so that reading it shows."""
-    if layout == "expanded":
-        return x[:1].expand(x.shape[0], -1)
-    if layout == "transposed":
-        return x.T.contiguous().T
-    if layout == "padded_rows":
-        wide = x.new_full((x.shape[0], x.shape[1] + 3), torch.nan)
-        wide[:, 1:-2] = x
-        return wide[:, 1:-2]
-    if layout == "every_second":
-        wide = x.new_full((x.shape[0], 2 * x.shape[1]), torch.nan)
-        wide[:, ::2] = x
-        return wide[:, ::2]
-    return x
 
 
 def _first(rows: Tensor) -> int:

@@ -8,8 +8,9 @@ Legend: T tokens, D hidden size, E experts, K top_k.
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from benchmarks.harness.shapes import TOKEN_COUNTS
 from kmeans_route.kernels.configs import Config
-from kmeans_route.testing import MODEL_SHAPES, TOKEN_COUNTS
+from kmeans_route.testing import MODEL_SHAPES
 
 
 class Cell(NamedTuple):

@@ -16,11 +16,11 @@ from torch import Tensor
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.checks import TAU, Problem, check_dispatch, check_routing
 from benchmarks.gpu.measure import Outcome
+from benchmarks.harness.truth import assert_close_to_truth
 from kmeans_route import KMeansRouter, MoE, attach, dispatch, route
 from kmeans_route.bench.clock import Clock
 from kmeans_route.bench.truth import score_tolerance
 from kmeans_route.kernels.route import route_fwd
-from kmeans_route.testing import assert_close_to_truth
 from kmeans_route.types import Routing
 
 ROUTED = ("indices", "weights", "selected_scores", "tokens_per_expert", "inv_norm")

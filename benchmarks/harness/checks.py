@@ -8,12 +8,13 @@ from torch import Tensor
 
 from benchmarks.harness import rivals
 from benchmarks.harness.steps import Exchange, ExchangeFunction, Sorted, SortedFunction, clear
+from benchmarks.harness.truth import assert_close_to_truth
 from kmeans_route import KMeansRouter, MoE, centroid_sums, directions, route
 from kmeans_route.bench import baselines
 from kmeans_route.bench.problem import Problem
 from kmeans_route.checks import check_route_options
 from kmeans_route.reference import candidates_reference
-from kmeans_route.testing import assert_close_to_truth, assert_same_selection
+from kmeans_route.testing import assert_same_selection
 
 # Rows in which two fp32 implementations may choose differently: near-ties grow with E, K and the logits' scale.
 NEAR_TIE_CAP = 1e-3

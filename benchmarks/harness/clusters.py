@@ -15,9 +15,10 @@ from torch import Tensor
 
 from benchmarks.harness import checks
 from benchmarks.harness.peers import Codebook
+from benchmarks.harness.truth import assert_close_to_truth
 from kmeans_route import KMeansRouter
 from kmeans_route.bench import baselines
-from kmeans_route.testing import BenchShape, assert_close_to_truth, make_centroids, make_hidden_states
+from kmeans_route.testing import BenchShape, make_centroids, make_hidden_states
 
 DECAY = 0.9
 NUM_BATCHES = 4

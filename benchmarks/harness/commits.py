@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.harness.truth import assert_close_to_truth
 from kmeans_route import KMeansRouter
 from kmeans_route.bench.contest import Contestant
 from kmeans_route.bench.problem import Problem
 from kmeans_route.reference import State, commit_reference, whitened_reference
 from kmeans_route.routing.pending import Pending
-from kmeans_route.testing import assert_close_to_truth
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 

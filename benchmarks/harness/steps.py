@@ -155,9 +155,8 @@ def make_sorted(exchange: Exchange, seed: int = 4) -> Sorted:
     """Random expert outputs for the routing of `exchange`."""
     sent = dispatch(exchange.x.detach(), exchange.routing)
     order = rivals.index_dispatch(exchange.x.detach(), exchange.routing.indices)[1]
-    y_sorted = make_hidden_states(
-        sent.x_sorted.shape[0], exchange.x.shape[1], seed=seed, dtype=exchange.x.dtype, requires_grad=True
-    )
+    y_sorted = make_hidden_states(sent.x_sorted.shape[0], exchange.x.shape[1], seed=seed, dtype=exchange.x.dtype)
+    y_sorted.requires_grad_()
     return Sorted(y_sorted, exchange.routing, sent._replace(x_sorted=y_sorted.new_empty(0)), order, exchange.dy)
 
 

@@ -194,20 +194,6 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def wire_bytes(num_experts: int, hidden_size: int, num_ranks: int, *, wire: str = "fp32", shard: bool = False) -> float:
-    """Bytes that each rank sends for one router and commit, and receives as many, by a ring.
-
-    An all-reduce sends 2 (R - 1) / R times its buffer, an all-to-all or all-gather half of that. The counts, E + 2
-    int64, are in it; the histograms of balance="quantile" and the first commit's reservoir are not.
-    """
-    elements, counted = num_experts * hidden_size, 4 + 8 * (num_experts + 2)
-    if shard:
-        halves = elements * (WIRE_DTYPES[wire].itemsize + 2)
-    else:
-        halves = 2 * elements * WIRE_DTYPES[wire].itemsize
-    return (halves + 2 * counted) * (num_ranks - 1) / num_ranks
-
-
 def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """The (16 E,) smallest hashes of all ranks, each once, and their rows (16 E, D): what one process would have kept.
 

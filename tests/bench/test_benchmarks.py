@@ -1,6 +1,6 @@
 """The code behind the benchmarks: contestants compute what they claim, no time is shown unverified, memory is bounded.
 
-The helpers of `kmeans_route.testing`, which benchmarks and tests share, are tested here too.
+The helpers of `kmeans_route.testing` and `tests.helpers.inputs`, which benchmarks and tests share, are tested here too.
 """
 
 import importlib
@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import checks, memory, rivals, steps
+from benchmarks.harness import checks, memory, rivals, shapes, steps
 from benchmarks.harness.contest import Contest
+from benchmarks.harness.truth import assert_close_to_truth
 from kmeans_route import KMeansRouter, directions, dispatch, route, testing
 from kmeans_route.bench import baselines
 from kmeans_route.bench.contest import Contestant, NotVerifiedError
 from kmeans_route.bench.problem import Problem
-from kmeans_route.testing import BenchShape, assert_close_to_truth, assert_same_selection
+from kmeans_route.testing import BenchShape, assert_same_selection
+from tests.helpers import inputs
 
 TINY = BenchShape(96, 24, 8, 2)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -185,7 +187,7 @@ def test_peak_extra_bytes_counts_what_lives_together() -> None:
 def test_routing_makes_no_copy_of_x(dtype: torch.dtype, training: bool) -> None:
     """Peak extra memory of a forward is O(T E + E D) and a fixed scratch, while x would be T D."""
     num_tokens, hidden_size, num_experts = 2048, 4096, 8
-    x = testing.make_hidden_states(num_tokens, hidden_size, dtype=dtype, requires_grad=training)
+    x = testing.make_hidden_states(num_tokens, hidden_size, dtype=dtype).requires_grad_(training)
     router = KMeansRouter(hidden_size, num_experts, 2)
     router.initialize(x.detach())
     router.commit()
@@ -216,19 +218,19 @@ def test_named_shapes_are_those_of_the_models() -> None:
     assert testing.MODEL_SHAPES["OLMoE"] == (2048, 64, 8)
     assert testing.MODEL_SHAPES["DeepSeek-V3"] == (7168, 256, 8)
     assert len(testing.MODEL_SHAPES) == 6
-    assert testing.TOKEN_COUNTS == (1, 64, 512, 4096, 16384, 65536)
-    for name, shape in testing.CPU_BENCH_SHAPES.items():
+    assert shapes.TOKEN_COUNTS == (1, 64, 512, 4096, 16384, 65536)
+    for name, shape in shapes.CPU_BENCH_SHAPES.items():
         assert name == "T{}-D{}-E{}-K{}".format(*shape)
 
 
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", inputs.LAYOUTS)
 def test_layouts_hold_the_same_values(layout: str) -> None:
     plain = testing.make_hidden_states(5, 7, seed=3)
-    x = testing.make_hidden_states(5, 7, seed=3, layout=layout)
+    x = inputs.lay_out(plain, layout)
     expected = plain[:1].expand(5, -1) if layout == "expanded" else plain
     assert torch.equal(x, expected)
     assert x.is_contiguous() == (layout == "contiguous")
-    assert testing.make_hidden_states(0, 7, layout=layout).shape == (0, 7)
+    assert inputs.lay_out(plain[:0], layout).shape == (0, 7)
 
 
 def test_input_makers_do_what_they_say() -> None:
@@ -238,18 +240,14 @@ def test_input_makers_do_what_they_say() -> None:
     clustered = testing.make_hidden_states(4000, 64, num_clusters=3, spread=0.1)
     cosine = torch.nn.functional.normalize(clustered[:300]) @ torch.nn.functional.normalize(clustered[:300]).T
     assert ((cosine > 0.95) | (cosine < 0.6)).all(), "tokens share a centre or do not"
-    assert testing.make_hidden_states(2, 3, dtype=torch.float16, requires_grad=True).requires_grad
+    assert testing.make_hidden_states(2, 3, dtype=torch.float16).dtype == torch.float16
     torch.testing.assert_close(testing.make_centroids(5, 9).norm(dim=1), torch.ones(5))
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(ValueError, match="layout must be one of"):
-        testing.make_hidden_states(2, 3, layout="sideways")
-    with pytest.raises(ValueError, match="at most hidden_size"):
-        testing.make_tied_rows(2, 3, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 def test_tied_rows_tie_and_go_to_the_lower_id(dtype: torch.dtype) -> None:
-    x, weight = testing.make_tied_rows(200, 24, 12, dtype=dtype)
+    x, weight = inputs.make_tied_rows(200, 24, 12, dtype=dtype)
     routing = route(x, weight, 4, return_scores=True)
     assert routing.scores is not None
     assert (routing.scores[:, 1:] == routing.scores[:, :-1]).float().mean() > 0.2

@@ -19,7 +19,7 @@ from kmeans_route.kernels import directions as directions_kernels
 from kmeans_route.kernels import route as route_kernels
 from kmeans_route.kernels import route_bwd as route_bwd_kernels
 from kmeans_route.kernels.configs import Config
-from kmeans_route.testing import assert_same_selection, make_tied_rows
+from kmeans_route.testing import assert_same_selection
 from kmeans_route.types import RouteOptions, Wanted
 from tests.helpers.compare import (
     EPS,
@@ -33,6 +33,7 @@ from tests.helpers.compare import (
     numpy,
     tokens_of,
 )
+from tests.helpers.inputs import make_tied_rows
 from tests.routing.test_route import check_against_truth
 
 pytestmark = pytest.mark.usefixtures("coarse_rows")

@@ -20,6 +20,7 @@ from kmeans_route.kernels import route as route_kernels
 from kmeans_route.kernels.configs import Config
 from kmeans_route.testing import make_centroids, make_hidden_states
 from tests.helpers.compare import EPS, ROUND, assert_same_bits, assert_same_routing, generator, make_inputs
+from tests.helpers.inputs import lay_out
 
 MODULES = (
     route_kernels,
@@ -124,7 +125,7 @@ def test_dispatch_without_copies(backend: str) -> None:
 @pytest.mark.parametrize("layout", ["padded_rows", "every_second", "transposed", "expanded"])
 def test_layouts(layout: str, dtype: torch.dtype) -> None:
     """Strides change no bit."""
-    x = make_hidden_states(40, 24, layout=layout, dtype=dtype)
+    x = lay_out(make_hidden_states(40, 24, dtype=dtype), layout)
     weight = make_centroids(6, 24)
     results = []
     for rows in (x, x.contiguous()):

@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.exchange import recorded, sent_by_a_ring
+from benchmarks.exchange import recorded, sent_by_a_ring, wire_bytes
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
 from kmeans_route.training.attach import Attachment
-from kmeans_route.training.exchange import wire_bytes
 from tests.helpers.compare import generator
 from tests.helpers.ranks import run_on_ranks
 
