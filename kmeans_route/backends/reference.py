@@ -8,20 +8,14 @@ import torch
 from torch import Tensor
 
 from kmeans_route import reference
-from kmeans_route.backends.torch import accumulate, commit
+from kmeans_route.backends.torch import accumulate as accumulate
+from kmeans_route.backends.torch import commit as commit
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, Wanted
 
 NAME, PLAIN, FUSED = "reference", True, False
 
-__all__ = [
-    "accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd",
-    "whitened",
-]  # fmt: skip
-
-
-def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit rows of weight (E, D) in `dtype`."""
-    return reference.directions_reference(weight, dtype)
+combine_fwd = reference.combine_reference
+directions = reference.directions_reference
 
 
 def whitened(centroids: Tensor, weight: Tensor) -> Tensor:
@@ -58,11 +52,6 @@ def dispatch_fwd(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, *, c
     """Rows in expert order."""
     sent = reference.dispatch_reference(x, indices, counts, valid)
     return sent if copies else sent._replace(x_sorted=sent.x_sorted[:0])
-
-
-def combine_fwd(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
-    """Weighted sum of each token's rows, in token order."""
-    return reference.combine_reference(rows, positions, weights, valid)
 
 
 def centroid_sums(x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int) -> Tensor:
