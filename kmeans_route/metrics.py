@@ -3,6 +3,10 @@
 Legend: E experts, D hidden size, T tokens, K top_k; `...` are leading dimensions (layers, steps) and stay as they are.
 f_e = counts_e / sum of counts is the share of the load on expert e. Where nothing was counted, every f_e is 1 / E:
 an idle router is balanced (load 1, MaxVio 0, std 0, entropy 1, Gini 0), and all its experts are dead.
+
+Measures of a load take counts (..., E), tokens of each expert, integer or floating, >= 0; with E = 0 or no dimension at
+all they raise ValueError. Measures of directions take centroids (..., E, D), floating, of any scale; with fewer than
+two dimensions they raise ValueError.
 """
 
 import math
@@ -10,22 +14,14 @@ import math
 import torch
 from torch import Tensor
 
-from kmeans_route.reference import product
-
-MIN_NORM = 1e-12  # a centroid shorter than this has no direction, as in `directions`
+from kmeans_route.reference import compute_dtype, product, unit_rows
 
 
 def load(counts: Tensor) -> Tensor:
     """Load of each expert relative to the mean: counts_e / mean of counts = E f_e.
 
-    Args:
-        counts: (..., E) tokens of each expert, integer or floating, >= 0.
-
     Returns:
         (..., E) floating, >= 0, mean 1; 1 everywhere where nothing was counted.
-
-    Raises:
-        ValueError: counts has no expert dimension, or no experts.
 
     Example:
         >>> import torch
@@ -38,14 +34,10 @@ def load(counts: Tensor) -> Tensor:
 def max_vio(counts: Tensor) -> Tensor:
     """MaxVio = max load / mean load - 1: how far the fullest expert is above a fair share.
 
-    Args:
-        counts: (..., E) tokens of each expert. Counts of one batch give the batch MaxVio, pooled counts the global.
+    Counts of one batch give the batch MaxVio, pooled counts the global.
 
     Returns:
         (...) in [0, E - 1]; 0 is perfect balance, and the value where nothing was counted.
-
-    Raises:
-        ValueError: counts has no expert dimension, or no experts.
 
     Example:
         >>> import torch
@@ -61,14 +53,8 @@ def load_std(counts: Tensor) -> Tensor:
     The shares sum to 1, so the value depends on E: times E it is the coefficient of variation of the load, the one to
     compare between models of different E.
 
-    Args:
-        counts: (..., E) tokens of each expert.
-
     Returns:
         (...) in [0, sqrt(E - 1) / E]; 0 where nothing was counted.
-
-    Raises:
-        ValueError: counts has no expert dimension, or no experts.
     """
     return _shares(counts).std(-1, correction=0)
 
@@ -76,14 +62,8 @@ def load_std(counts: Tensor) -> Tensor:
 def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the load, normalised: -(sum over e of f_e log f_e) / log E.
 
-    Args:
-        counts: (..., E) tokens of each expert.
-
     Returns:
         (...) in [0, 1]: 1 for an even load, 0 when one expert takes all; 1 for E = 1 and where nothing was counted.
-
-    Raises:
-        ValueError: counts has no expert dimension, or no experts.
     """
     shares = _shares(counts)
     if shares.shape[-1] == 1:
@@ -94,14 +74,8 @@ def load_entropy(counts: Tensor) -> Tensor:
 def gini(counts: Tensor) -> Tensor:
     """Gini coefficient of the load: sum over i of (2 i - E - 1) f_(i) / E, f_(1) <= ... <= f_(E).
 
-    Args:
-        counts: (..., E) tokens of each expert.
-
     Returns:
         (...) in [0, 1 - 1 / E]: 0 for an even load and where nothing was counted, 1 - 1 / E when one takes all.
-
-    Raises:
-        ValueError: counts has no expert dimension, or no experts.
     """
     shares = _shares(counts).sort(-1).values
     num_experts = shares.shape[-1]
@@ -112,14 +86,8 @@ def gini(counts: Tensor) -> Tensor:
 def dead_experts(counts: Tensor) -> Tensor:
     """Number of experts that no token chose: sum over e of [counts_e = 0].
 
-    Args:
-        counts: (..., E) tokens of each expert.
-
     Returns:
         (...) int64 in [0, E]; E where nothing was counted.
-
-    Raises:
-        ValueError: counts has no expert dimension, or no experts.
     """
     _check_counts(counts)
     return (counts == 0).sum(-1)
@@ -180,15 +148,9 @@ def _participation(covariance: Tensor) -> Tensor:
 def pairwise_cosine(weight: Tensor) -> Tensor:
     """Cosine between every two centroids: d_i . d_j with d_e = c_e / ||c_e||.
 
-    Args:
-        weight: (..., E, D) centroids, floating, any scale.
-
     Returns:
         (..., E, E) symmetric, in [-1, 1], in fp32 (fp64 for fp64 centroids); rows and columns of centroids shorter
         than 1e-12 are 0.
-
-    Raises:
-        ValueError: weight has fewer than two dimensions.
     """
     d = _directions(weight, "weight")
     with torch.autocast(d.device.type, enabled=False):
@@ -198,14 +160,8 @@ def pairwise_cosine(weight: Tensor) -> Tensor:
 def mean_pairwise_cosine(weight: Tensor) -> Tensor:
     """Mean cosine between different centroids: (sum over i != j of d_i . d_j) / (E (E - 1)).
 
-    Args:
-        weight: (..., E, D) centroids, floating, any scale.
-
     Returns:
         (...) in [-1 / (E - 1), 1]; 0 for a single expert. Near 1 the centroids have collapsed onto each other.
-
-    Raises:
-        ValueError: weight has fewer than two dimensions.
     """
     cosine = pairwise_cosine(weight)
     num_experts = cosine.shape[-1]
@@ -218,14 +174,13 @@ def centroid_drift(before: Tensor, after: Tensor) -> Tensor:
 
     This form keeps its digits for small angles, where 1 - cosine has none left in fp32.
 
-    Args:
-        before, after: (..., E, D) centroids, floating, any scale; the shapes must broadcast.
+    The leading dimensions of the two must broadcast.
 
     Returns:
         (..., E) in [0, pi]; pi / 2 where one of the two is shorter than 1e-12, 0 where both are.
 
     Raises:
-        ValueError: fewer than two dimensions, or another number of experts or hidden size.
+        ValueError: another number of experts or hidden size.
     """
     if before.shape[-2:] != after.shape[-2:]:
         raise ValueError(
@@ -270,12 +225,10 @@ def coupling(scores: Tensor, activation_norms: Tensor, mask: Tensor | None = Non
             f"scores and activation_norms must have one shape, got {tuple(scores.shape)} and "
             f"{tuple(activation_norms.shape)}: pass one norm for each selected score"
         )
-    if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=scores.device)
-    keep = mask.expand_as(scores)
+    keep = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
     s, a = _centred(scores, keep), _centred(activation_norms, keep)
     scale = torch.linalg.vector_norm(s) * torch.linalg.vector_norm(a)
-    r = (s * a).sum() / torch.where(scale > 0, scale, torch.ones_like(scale))
+    r = (s * a).sum() / torch.where(scale > 0, scale, 1.0)
     return r.clamp(-1, 1)
 
 
@@ -288,30 +241,23 @@ def _shares(counts: Tensor) -> Tensor:
     """f_e (..., E); 1 / E where the counts sum to 0."""
     _check_counts(counts)
     total = counts.sum(-1, keepdim=True)
-    dtype = _float_dtype(counts)
+    dtype = compute_dtype(counts.dtype)
     # Summed as integers: fp32 is not exact past 2^24 tokens.
-    shares = counts.to(dtype) / torch.where(total == 0, torch.ones_like(total), total).to(dtype)
-    return torch.where(total == 0, torch.full_like(shares, 1 / counts.shape[-1]), shares)
+    shares = counts.to(dtype) / torch.where(total == 0, 1, total).to(dtype)
+    return torch.where(total == 0, 1 / counts.shape[-1], shares)
 
 
 def _directions(weight: Tensor, name: str) -> Tensor:
     if weight.dim() < 2:
         raise ValueError(f"{name} must be (..., E, D), got {tuple(weight.shape)}: pass one centroid a row")
-    rows = weight.to(_float_dtype(weight))
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    has_direction = (norm >= MIN_NORM) & norm.isfinite()
-    return torch.where(has_direction, rows / torch.where(has_direction, norm, torch.ones_like(norm)), 0.0)
+    return unit_rows(weight.to(compute_dtype(weight.dtype)))
 
 
 def _centred(values: Tensor, keep: Tensor) -> Tensor:
     """values - their mean over `keep`, 0 outside it and where all are equal."""
-    values = torch.where(keep, values.to(_float_dtype(values)), 0.0)
+    values = torch.where(keep, values.to(compute_dtype(values.dtype)), 0.0)
     mean = values.sum() / keep.sum().clamp_min(1)
     centred = torch.where(keep, values - mean, 0.0)
     # The mean of equal values is rounded: what is left of them must not pass for variation.
     noise = torch.finfo(values.dtype).eps * values.abs().amax() if values.numel() else values.sum()
     return torch.where(centred.abs().sum() > 4 * noise * keep.sum(), centred, 0.0)
-
-
-def _float_dtype(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32

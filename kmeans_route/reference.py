@@ -96,13 +96,20 @@ def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(usable, c / torch.where(usable, norm, 1.0), 0.0).to(dtype)
 
 
+def unit_rows(rows: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+    """r / ||r|| of rows (..., D); `otherwise` where a row has no direction: ||r|| < 1e-12, or not finite.
+
+    Of centroids, with the old `weight` otherwise, it is what a commit writes into `weight`.
+    """
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
+    return torch.where(usable, rows / torch.where(usable, norm, 1.0), otherwise)
+
+
 def shifted_directions(unit: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows of unit + offset, (E, D) both, rounded to `dtype`, with a gradient; 0 where there is no direction."""
     with torch.autocast(unit.device.type, enabled=False):
-        rows = unit + offset.to(unit.dtype)
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
-        return torch.where(usable, rows / torch.where(usable, norm, 1.0), 0.0).to(dtype)
+        return unit_rows(unit + offset.to(unit.dtype)).to(dtype)
 
 
 def validity_reference(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -321,13 +328,6 @@ def hist_quantile(hist: Tensor, q: float) -> Tensor:
     return order_statistic(rank.floor()).lerp(order_statistic(rank.ceil()), rank - rank.floor())
 
 
-def centroid_directions(centroids: Tensor, weight: Tensor) -> Tensor:
-    """What a commit writes into `weight`: c_e / ||c_e||; where c_e has no direction yet, weight_e as it is. (E, D)."""
-    norm = torch.linalg.vector_norm(centroids, dim=1, keepdim=True)
-    usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
-    return torch.where(usable, centroids / torch.where(usable, norm, 1.0), weight)
-
-
 def whitened_reference(centroids: Tensor, weight: Tensor) -> Tensor:
     """The other rule for `weight`: differences from the mean of all centroids, decorrelated. (E, D).
 
@@ -401,7 +401,7 @@ def commit_reference(
     moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
-    weight = centroid_directions(moved, state.weight) if options.directions == "centroids" else state.weight
+    weight = unit_rows(moved, state.weight) if options.directions == "centroids" else state.weight
     return State(
         torch.where(some, weight, state.weight),
         torch.where(some, moved, state.centroids),

@@ -92,7 +92,7 @@ class CentroidCommit(CentroidState):
         found = hashes[chosen] != EMPTY_HASH
         self.centroids.copy_(torch.where(found[:, None], _parted(rows[chosen], self.weight), 0.0))
         if self.commit_options.directions == "centroids":
-            self.weight.copy_(reference.centroid_directions(self.centroids, self.weight))
+            self.weight.copy_(reference.unit_rows(self.centroids, self.weight))
 
     def commit(self, skip: Tensor | None = None) -> None:
         """See `StatefulRouter.commit`."""

@@ -245,9 +245,8 @@ class CentroidState(StatefulRouter):
         if not self.has_data:
             return
         if "weight" not in brought:
-            rule = reference.centroid_directions
-            if self.commit_options.directions == "whitened":
-                rule = reference.whitened_reference
+            whitened = self.commit_options.directions == "whitened"
+            rule = reference.whitened_reference if whitened else reference.unit_rows
             self.weight.copy_(rule(self.centroids, self.weight))
         counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
         if not counters <= brought:

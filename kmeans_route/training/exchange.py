@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kmeans_route import metrics
 from kmeans_route.backends.reservoir import EMPTY_HASH
-from kmeans_route.reference import centroid_directions
+from kmeans_route.reference import unit_rows
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.pending import Pending
@@ -157,7 +157,7 @@ class Exchange:
         for (router, _), old, go, turned in places:
             if router.commit_options.directions == "whitened":  # written from what was gathered, after this
                 continue
-            weight = centroid_directions(router.centroids, old)
+            weight = unit_rows(router.centroids, old)
             router.weight.copy_(torch.where(go, weight, router.weight))
             turn = metrics.centroid_turn(old, weight)
             router.centroid_turn.copy_(torch.where(turned, turn, router.centroid_turn))
