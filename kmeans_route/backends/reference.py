@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kmeans_route import reference
-from kmeans_route.backends.torch import accumulate as accumulate
-from kmeans_route.backends.torch import commit as commit
+from kmeans_route.backends.torch_statistics import accumulate as accumulate
+from kmeans_route.backends.torch_statistics import commit as commit
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, Wanted
 
 NAME, PLAIN, FUSED = "reference", True, False

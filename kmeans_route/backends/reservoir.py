@@ -7,7 +7,7 @@ the micro-batches, shards or order. Legend: T tokens, D hidden size, E experts, 
 import torch
 from torch import Tensor
 
-from kmeans_route.backends.torch import chunks
+from kmeans_route.backends import chunks
 
 EMPTY_HASH = torch.iinfo(torch.int64).max  # of a place that holds no token
 TOKENS_PER_EXPERT = 16
@@ -24,7 +24,7 @@ def hash_rows(x: Tensor, seed: int) -> Tensor:
     factors = torch.randint(-(2**63), 2**63 - 1, (x.shape[1],), generator=generator, dtype=torch.int64, device="cpu")
     factors = (factors | 1).to(x.device)
     h = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    for c in chunks(x):
+    for c in chunks.of(x):
         bits = x[c].contiguous().view(width).long()
         # The low half of an fp64 is often all 0, and a product never carries high bits down: fold them in first.
         h[c] = ((bits ^ (bits >> 32)) * factors).sum(1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kmeans_route import backends, metrics, ops, reference
-from kmeans_route.backends.torch import count_experts, margin_hist
+from kmeans_route.backends.torch_statistics import count_experts, margin_hist
 from kmeans_route.backends.torch_topk import exact_topk
 from kmeans_route.checks import (
     MAX_FACTOR,
@@ -196,8 +196,7 @@ class LearnedRouter(StatefulRouter):
         p = self.pending
         hist = None
         if self._want_hist:
-            ranking = probabilities + self.expert_bias
-            hist = margin_hist(ranking, ranking, routing.valid, self.top_k)
+            hist = margin_hist(probabilities + self.expert_bias, routing.valid, self.top_k)
         none = p.std_sum.new_zeros(0)
         batch = Statistics(routing.tokens_per_expert, none, hist, p.num_dropped.new_zeros(()))
         ops.accumulate(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import centroid_sums, route
-from kmeans_route.backends import torch as torch_backend
+from kmeans_route.backends import torch_statistics
 from tests.helpers import oracle
 from tests.helpers.compare import EPS, LOW, assert_same_bits, generator, make_inputs, numpy, truth
 
@@ -112,7 +112,7 @@ def test_no_graph(backend: str) -> None:
 def test_accuracy_at_size(dtype: torch.dtype, bag_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sums: the error of one large expert stays that of fp32 accumulation in blocks, not of a naive chain."""
     if bag_bytes is not None:
-        monkeypatch.setattr(torch_backend, "BAG_BYTES", bag_bytes)
+        monkeypatch.setattr(torch_statistics, "BAG_BYTES", bag_bytes)
     x, weight, bias = make_inputs(20_000, 16, 4, dtype, seed=9)
     x[:, 0] += 3
     routing = route(x, weight, 2, bias, backend="torch")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import Dispatch, Routing, combine, dispatch, route
-from kmeans_route.backends import torch as torch_backend
+from kmeans_route.backends import chunks
 from tests.helpers import oracle
 from tests.helpers.compare import EPS, LOW, assert_same_bits, generator, half_step, make_inputs, numpy
 
@@ -68,7 +68,7 @@ def test_weighted_sum_and_gradients(backend: str, shape: tuple[int, int, int, in
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_many_chunks(shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 1_000)
+    monkeypatch.setattr(chunks, "BYTES", 1_000)
     check_weighted_sum_and_gradients("torch", shape, dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import directions, route
-from kmeans_route.backends import torch as torch_backend
+from kmeans_route.backends import chunks
 from tests.helpers import oracle
 from tests.helpers.compare import (
     EPS,
@@ -220,7 +220,7 @@ def test_near_ties_are_rare(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["softmax", "softmax-all-candidates"])
 def test_many_chunks(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than fit in one chunk, one of them not valid, against the reference in fp64."""
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(chunks, "BYTES", 100_000)
     x, weight, bias = make_inputs(1_001, 90, 20, dtype, seed=12)
     x[500] = torch.nan
     gen = generator(13)
