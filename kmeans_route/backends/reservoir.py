@@ -33,24 +33,25 @@ def hash_rows(x: Tensor, seed: int) -> Tensor:
     return (h & EMPTY_HASH).clamp_max_(EMPTY_HASH - 1)
 
 
+def smallest(hashes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` smallest of hashes, each once, and where the first of its equals stood; then EMPTY_HASH."""
+    values, place = hashes.sort(stable=True)
+    values[1:] = torch.where(values[1:] == values[:-1], EMPTY_HASH, values[1:])
+    values, again = values.sort(stable=True)
+    return values[:size], place[again[:size]]
+
+
 def keep_smallest_hashes_(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
     """Keep in `hashes` (R,) and `rows` (R, D) the R distinct valid rows of smallest hash seen so far, in that order.
 
     A sample that depends on the set of tokens alone: not on micro-batches, shards or order. Equal rows count once.
     """
     size = hashes.shape[0]
-    new = torch.where(valid, hash_rows(x, seed), EMPTY_HASH)
-    new, token = new.sort(stable=True)
-    new[1:] = torch.where(new[1:] == new[:-1], EMPTY_HASH, new[1:])
-    new, again = new.sort(stable=True)
-    new, token = new[:size], token[again][:size]
-    merged, place = torch.cat([hashes, new]).sort(stable=True)  # a token kept before stays the first of its equals
-    merged[1:] = torch.where(merged[1:] == merged[:-1], EMPTY_HASH, merged[1:])
-    merged, again = merged.sort(stable=True)
-    place = place[again][:size]
+    new, token = smallest(torch.where(valid, hash_rows(x, seed), EMPTY_HASH), size)
+    merged, place = smallest(torch.cat([hashes, new]), size)  # a token kept before stays the first of its equals
     fresh = x.index_select(0, token).to(rows.dtype)
     fresh = torch.where(valid[token, None], fresh * inv_norm[token, None].to(rows.dtype), 0.0)
-    hashes.copy_(merged[:size])
+    hashes.copy_(merged)
     rows.copy_(torch.cat([rows, fresh]).index_select(0, place))
 
 

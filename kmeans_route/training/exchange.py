@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmeans_route import metrics
-from kmeans_route.backends.reservoir import EMPTY_HASH
+from kmeans_route.backends.reservoir import EMPTY_HASH, smallest
 from kmeans_route.reference import unit_rows
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.kmeans import KMeansRouter
@@ -202,12 +202,7 @@ def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, 
     places, num_ranks = hashes.numel(), dist.get_world_size(group)
     everyone = hashes.new_empty(num_ranks * places)
     dist.all_gather(list(everyone.view(num_ranks, places).unbind()), hashes, group=group)
-    order = everyone.sort(stable=True).indices  # equal hashes: the lowest rank first
-    values = everyone[order]
-    again = torch.zeros_like(values, dtype=torch.bool)
-    again[1:] = values[1:] == values[:-1]
-    first = again.long().sort(stable=True).indices[:places]
-    chosen, source = values.masked_fill(again, EMPTY_HASH)[first], order[first]
+    chosen, source = smallest(everyone, places)  # of equal hashes that of the lowest rank
     mine = (source // places == dist.get_rank(group)) & (chosen != EMPTY_HASH)
     given = torch.where(mine[:, None], rows[source % places], 0.0)
     dist.all_reduce(given, group=group)
@@ -220,23 +215,21 @@ def check_same_routers(routers: dict[str, StatefulRouter], options: str, group: 
     Raises:
         RuntimeError: the options of attach, or the routers' names, options or state are not the same on all ranks.
     """
-    own = {name: (repr(router), _fingerprint(router)) for name, router in routers.items()}
-    asked: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(asked, options, group=group)
-    for rank, theirs_asked in enumerate(asked):
-        if theirs_asked != asked[0]:
-            raise RuntimeError(
-                f"options of attach must be the same on all ranks, got {theirs_asked} on rank {rank}, on rank 0: "
-                f"{asked[0]}"
-            )
-    everyone: list[dict[str, tuple[str, Any]]] = [{} for _ in asked]
+    own = options, {name: (repr(router), _fingerprint(router)) for name, router in routers.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group=group)
-    for rank, theirs in enumerate(everyone):
-        if list(theirs) != list(everyone[0]):
-            difference = f"rank {rank} has {list(theirs)}, rank 0 has {list(everyone[0])}"
+    wanted, first = everyone[0]
+    for rank, (asked, _) in enumerate(everyone):
+        if asked != wanted:
+            raise RuntimeError(
+                f"options of attach must be the same on all ranks, got {asked} on rank {rank}, on rank 0: {wanted}"
+            )
+    for rank, (_, theirs) in enumerate(everyone):
+        if list(theirs) != list(first):
+            difference = f"rank {rank} has {list(theirs)}, rank 0 has {list(first)}"
             raise RuntimeError(f"routers must be the same on all ranks, got other names: {difference}")
         for name, (text, state) in theirs.items():
-            first_text, first_state = everyone[0][name]
+            first_text, first_state = first[name]
             if text != first_text:
                 raise RuntimeError(
                     f"routers must be the same on all ranks, got other options of {name!r} on rank {rank}: {text}, on "
