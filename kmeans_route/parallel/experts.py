@@ -164,17 +164,6 @@ class _ToTokens(torch.autograd.Function):
         return _to_experts(dy_sorted, order, ctx.pieces), None
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor, None]:
-        return d_weight * ctx.factor, None
-
-
 def send_rows(x_sorted: Tensor, plan: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
     """Rows of all ranks for this rank's experts, (M, D) in expert order, from x_sorted (T*K, D)."""
     if plan.wants_dx:
@@ -257,6 +246,7 @@ class ParallelExperts(nn.Module):
 
     def _local(self, weight: DTensor) -> Tensor:
         local = weight.to_local()
-        if self.average_gradients and self.mesh.size() > 1:
-            local = _ScaleGradient.apply(local, 1 / self.mesh.size())  # type: ignore[no-untyped-call]
+        if self.average_gradients and self.mesh.size() > 1 and local.requires_grad:
+            factor = 1 / self.mesh.size()
+            local.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
         return local
