@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kmeans_route import ops
+from kmeans_route.checks import check_positive_int
 from kmeans_route.functional import enter
 from kmeans_route.routing.pending import CountingScope, Pending
 from kmeans_route.types import Dispatch, RouterOutput, Routing, Tokens
@@ -60,6 +61,8 @@ class StatefulRouter(nn.Module):
     PLAIN_TENSORS: tuple[str, ...] = ("tokens_per_expert",)
 
     def __init__(self, hidden_size: int, num_experts: int, *, seed: int, name: str) -> None:
+        check_positive_int("hidden_size", hidden_size)
+        check_positive_int("num_experts", num_experts)
         ops.tell_flop_counters()
         nn.Module.__init__(self)  # not super(): adapters put a class of another framework behind this one
         self.hidden_size, self.num_experts = hidden_size, num_experts
@@ -287,6 +290,11 @@ class StatefulRouter(nn.Module):
     def _private_generator(self) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed_for(self.seed, self.name))
 
+    def _gaussian_rows(self) -> Tensor:
+        """(E, D) fp32 from the private generator, on the host, so that every device starts with the same."""
+        size = self.num_experts, self.hidden_size
+        return torch.randn(size, generator=self._private_generator(), dtype=torch.float32, device="cpu")
+
     def _own_dtypes_again(self, *, tell: bool) -> None:
         """Undo a cast that has gone past the module: FSDP1's buffer_dtype, `.data` casts, a checkpoint cast whole."""
         own = dict.fromkeys(self.FP32_STATE, torch.float32) | dict.fromkeys(self.INT64_STATE, torch.int64)
@@ -336,16 +344,7 @@ class StatefulRouter(nn.Module):
         self._own_dtypes_again(tell=True)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load all of this module's state, or none of it: a foreign or non-finite entry refuses the rest by name."""
         self._own_dtypes_again(tell=True)  # else loading would round to what the buffers were cast to
         problems = []
@@ -361,11 +360,10 @@ class StatefulRouter(nn.Module):
             elif given.is_floating_point() and not given.is_meta and not bool(given.isfinite().all()):
                 problems.append(f"{prefix}{name} must be finite, got NaN or Inf: load a checkpoint from before that")
         if problems:
+            *_, error_msgs = args  # the last of what PyTorch passes
             error_msgs.extend(problems)
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._own_dtypes_again(tell=False)  # load_state_dict(assign=True) brings the checkpoint's own dtype
         names = [*self._buffers, *self._parameters]
         brought = {name for name in names if prefix + name in state_dict}

@@ -16,7 +16,6 @@ from kmeans_route.checks import (
     WHITENED_TAU,
     check_bias,
     check_choice,
-    check_positive_int,
     check_range,
     check_route_options,
 )
@@ -122,8 +121,6 @@ class KMeansRouter(CentroidCommit):
         backend: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
-        check_positive_int("hidden_size", hidden_size)
-        check_positive_int("num_experts", num_experts)
         check_choice("average", average, AVERAGES)
         check_choice("accumulate", accumulate, ACCUMULATES)
         check_choice("balance", balance, BALANCES)

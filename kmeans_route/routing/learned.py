@@ -19,7 +19,6 @@ from kmeans_route.backends.torch_topk import exact_topk
 from kmeans_route.checks import (
     MAX_FACTOR,
     check_choice,
-    check_positive_int,
     check_range,
     check_route_options,
 )
@@ -69,8 +68,6 @@ class LearnedRouter(StatefulRouter):
         seed: int = 0,
         name: str = "",
     ) -> None:
-        check_positive_int("hidden_size", hidden_size)
-        check_positive_int("num_experts", num_experts)
         check_choice("kind", kind, KINDS)
         balance = {"softmax": "aux", "sigmoid": "sign"}[kind] if balance is None else balance
         check_choice("balance", balance, BALANCES)
@@ -98,13 +95,7 @@ class LearnedRouter(StatefulRouter):
         if self.weight.is_meta:
             return
         with torch.no_grad():
-            rows = torch.randn(
-                (self.num_experts, self.hidden_size),
-                generator=self._private_generator(),
-                dtype=torch.float32,
-                device="cpu",
-            )
-            self.weight.copy_(rows * self.hidden_size**-0.5)
+            self.weight.copy_(self._gaussian_rows() * self.hidden_size**-0.5)
             self.expert_bias.zero_()
 
     def extra_repr(self) -> str:

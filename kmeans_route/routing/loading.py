@@ -89,9 +89,7 @@ class CentroidState(StatefulRouter):
             for tensor in (*self.buffers(recurse=False), self.offset):
                 if tensor is not None:
                     tensor.zero_()
-            rows = torch.randn(
-                self.weight.shape, generator=self._private_generator(), dtype=torch.float32, device="cpu"
-            )
+            rows = self._gaussian_rows()
             self.weight.copy_(FIRST_NORM * rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     def _await_data(self, awaits: bool) -> None:
