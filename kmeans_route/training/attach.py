@@ -296,9 +296,10 @@ def attach(
         options = f"every_n_steps={every_n_steps}, overlap_after={overlap_after}, wire={wire!r}, shard={shard}"
         check_same_routers(routers, options, group)
         exchange = Exchange(group, wire=wire, shard=shard)
-    for attachment in former:
-        attachment.remove()
-    return Attachment(model, clocks, routers, exchange, every_n_steps, overlap_after if exchange else 0)
+    attachment = Attachment(model, clocks, routers, exchange, every_n_steps, overlap_after if exchange else 0)
+    for each in former:  # last of all, since a foreign clock may refuse
+        each.remove()
+    return attachment
 
 
 def _attachments_of(routers: dict[str, StatefulRouter], *, replace: bool) -> list[Attachment]:

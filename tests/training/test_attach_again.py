@@ -83,6 +83,13 @@ def test_replace_takes_several_attachments_for_one_and_none_for_new() -> None:
     assert all(layer.router.attachment is whole for layer in model)
 
 
+class Refusing:
+    """Offers hooks and takes none."""
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        raise NotImplementedError("planted")
+
+
 def test_what_replace_refuses_changes_nothing() -> None:
     model = make()
     optimizer = SGD(model.parameters(), 1e-3)
@@ -95,6 +102,8 @@ def test_what_replace_refuses_changes_nothing() -> None:
         attach(model, [optimizer], replace=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
         attach(model, optimizer, replace=True, every_n_steps=0)
+    with pytest.raises(NotImplementedError, match="planted"):
+        attach(model, Refusing(), replace=True)  # type: ignore[arg-type]
     assert all(layer.router.attachment is attachment for layer in model)
     train_step(model, optimizer)
     assert pending(model) == [0, 0]
