@@ -68,7 +68,7 @@ def load_heatmap(loads: Mapping[str, Values]) -> Figure:
         >>> figure.axes[0].get_xlabel()
         'expert'
     """
-    panels = {name: _array(value, 2, "loads") for name, value in _nonempty(loads, "loads").items()}
+    panels = _arrays(loads, 2, "loads")
     deviation = max(float((panel - 1).abs().max()) for panel in panels.values())
     reach = min(1.0, max(0.1, math.ceil(deviation * 10) / 10))
     figure = new_figure(0.9 + sum(0.85 + 0.32 * panel.shape[0] for panel in panels.values()))
@@ -103,7 +103,7 @@ def max_vio_curves(curves: Mapping[str, Values], *, window: int = 10) -> Figure:
     figure = new_figure(4.8)
     axis = figure.subplots()
     label = "MaxVio = max load / mean load - 1\n(log scale, mean over layers)"
-    runs = _runs(curves, "curves")
+    runs = _arrays(curves, 2, "curves", one_run=True)
     _draw_curves(axis, runs, window, label, "Imbalance of the training batches", _explain_lines(runs, window))
     axis.set_yscale("log", nonpositive="clip")
     _label_log_axis(axis)
@@ -126,7 +126,7 @@ def loss_curves(
         validation: router name -> (step, bits per byte) of each validation pass, drawn as markers.
         window: steps of the running mean that the thick line shows.
     """
-    runs = _runs(train, "train")
+    runs = _arrays(train, 2, "train", one_run=True)
     first_name, first = next(iter(runs.items()))
     compared = len(runs) > 1 and all(values.shape == first.shape for values in runs.values())
     figure = new_figure(7.8 if compared else 4.8)
@@ -159,7 +159,7 @@ def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
     Returns:
         The figure; above each matrix stands the mean off its diagonal.
     """
-    panels = {name: _array(value, 3, "similarities") for name, value in _nonempty(similarities, "similarities").items()}
+    panels = _arrays(similarities, 3, "similarities")
     num_layers = max(panel.shape[0] for panel in panels.values())
     figure = new_figure(1.2 + 1.85 * len(panels))
     axes = figure.subplots(len(panels), num_layers, squeeze=False)
@@ -201,15 +201,6 @@ def _label_log_axis(axis: Axes) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
-
-
-def _runs(curves: Mapping[str, Values], name: str) -> dict[str, Tensor]:
-    """Router name -> (R, S) fp64."""
-    arrays = {label: torch.as_tensor(values, dtype=torch.float64) for label, values in _nonempty(curves, name).items()}
-    return {
-        label: _array(array[None] if array.ndim == 1 else array, 2, f"{name}[{label!r}]")
-        for label, array in arrays.items()
-    }
 
 
 def _draw_curves(
@@ -258,14 +249,17 @@ def _explain_lines(runs: Mapping[str, Tensor], window: int) -> str:
     return f"thick: running mean of {window} steps; {pale}"
 
 
-def _nonempty(mapping: Mapping[str, Values], name: str) -> Mapping[str, Values]:
-    if not mapping:
+def _arrays(given: Mapping[str, Values], ndim: int, name: str, *, one_run: bool = False) -> dict[str, Tensor]:
+    """Router name -> fp64 on the CPU; with one_run, a curve alone is a row of such."""
+    if not given:
         raise ValueError(f"{name} must hold at least one router, got none")
-    return mapping
-
-
-def _array(values: Values, ndim: int, name: str) -> Tensor:
-    array = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    if array.ndim != ndim or not array.numel():
-        raise ValueError(f"{name} must have {ndim} dimensions and values, got shape {tuple(array.shape)}")
-    return array
+    found = {}
+    for router, values in given.items():
+        array = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        array = array[None] if one_run and array.ndim == 1 else array
+        if array.ndim != ndim or not array.numel():
+            raise ValueError(
+                f"{name}[{router!r}] must have {ndim} dimensions and values, got shape {tuple(array.shape)}"
+            )
+        found[router] = array
+    return found
