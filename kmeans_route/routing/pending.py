@@ -81,7 +81,7 @@ class CountingScope:
 
     def __init__(self, owner: Any = None) -> None:
         self.owner = owner
-        self._here = threading.local()
+        self._here = threading.local()  # not a base: of a subclass torch.compile sees the class's values alone
 
     @property
     def entered(self) -> tuple[bool, ...]:

@@ -231,6 +231,17 @@ def test_scopes_are_copied_without_their_threads() -> None:
         assert other.owner is None
 
 
+def test_compiled_code_sees_which_root_is_entered() -> None:
+    scope = CountingScope()
+    seen = torch.compile(lambda x: x + {None: 0, False: 1, True: 2}[scope.active], backend="eager", fullgraph=True)
+    found = []
+    for counts in (None, False, True):
+        if counts is not None:
+            scope.enter(counts)
+        found.append(int(seen(torch.zeros(()))))
+    assert found == [0, 1, 2]
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_an_attached_model_trains_by_itself(how: Callable[[nn.Module], Any]) -> None:
     model = make()
