@@ -3,7 +3,8 @@
 "torch" runs anywhere and is tuned for CPU; "triton" runs the fused kernels on a GPU; "reference" is the definition,
 slow and plain. "auto" takes "triton" on a GPU where Triton is installed, for at most 1024 experts in fp16 and bf16 and
 512 in fp32, else "torch". Each says of itself, as constants: NAME; PLAIN, that autograd differentiates its functions,
-so that no operator stands before them; FUSED, that routing and dispatch are one function with one backward.
+so that no operator stands before them; FUSED, that routing and dispatch are one function with one backward. Which
+functions that takes, `tests/test_house.py` lists.
 """
 
 import os
@@ -18,13 +19,6 @@ from kmeans_route.checks import check_choice
 from kmeans_route.reference import exporting_onnx
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-FUNCTIONS = (
-    "accumulate", "centroid_sums", "combine_fwd", "commit", "directions", "dispatch_fwd", "route_fwd", "whitened",
-)  # fmt: skip
-BACKWARDS = ("combine_bwd", "route_bwd")
-"""Of those that are not PLAIN."""
-FUSED = ("num_partials", "route_dispatch_fwd")
-"""Of those that are FUSED."""
 TRITON_INSTALLED = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON_MAX_EXPERTS = {float32: 512, float16: 1024, bfloat16: 1024}

@@ -39,8 +39,10 @@ class Attachment:
         self._steps = self._forwards = 0
         self._put_off: tuple[torch.Tensor | None] | None = None
         self._clocks = [weakref.ref(clock) for clock in clocks]
+        # Wrappers that took over the attributes of what they wrap share its hooks.
+        each_once = {id(getattr(clock, "_optimizer_step_post_hooks", clock)): clock for clock in clocks}.values()
         # First of all that marks something, since a foreign clock may refuse.
-        self._handles = [clock.register_step_post_hook(self._after_step) for clock in _each_once(clocks)]
+        self._handles = [clock.register_step_post_hook(self._after_step) for clock in each_once]
         self._scope = CountingScope(self)
         for router in routers.values():
             router.bind(self._scope)
@@ -220,11 +222,6 @@ class Attachment:
             unwatch_steps(self._overdue)
         for router in self.routers.values():
             router.release(self._scope)
-
-
-def _each_once(clocks: list[Any]) -> list[Any]:
-    """Without those that share the hooks of one before: wrappers that took over the attributes of what they wrap."""
-    return list({id(getattr(clock, "_optimizer_step_post_hooks", clock)): clock for clock in clocks}.values())
 
 
 def attach(

@@ -295,11 +295,3 @@ def test_same_selection_counts_near_ties_and_nothing_else() -> None:
         assert_same_selection(torch.tensor([[1, 0]] * 3), ranking[[1, 1, 1]])
     with pytest.raises(AssertionError, match="int64"):
         assert_same_selection(torch.tensor([[1, 2], [0, 1]], dtype=torch.int32), ranking)
-
-
-def test_same_selection_of_rows_that_are_not_valid() -> None:
-    ranking = torch.tensor([[0.1, 0.5, 0.3], [torch.nan, 0.4, 0.1]], dtype=torch.float64)
-    valid = torch.tensor([True, False])
-    assert assert_same_selection(torch.tensor([[1, 2], [0, 1]]), ranking, valid=valid) == 0
-    with pytest.raises(AssertionError, match="first row 1"):
-        assert_same_selection(torch.tensor([[1, 2], [1, 2]]), ranking, valid=valid)
