@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from kmeans_route.reference import MIN_CENTROID_NORM, WHITENING_EPS, product
+from kmeans_route.reference import MIN_CENTROID_NORM, WHITENING_EPS, product, unit_rows
 
 
 def newton_schulz_steps(num_experts: int) -> int:
@@ -49,12 +49,4 @@ def whitened(centroids: Tensor, weight: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(a, dim=(1, 2), keepdim=True)
     w = product(inverse_root(a / torch.where(size > 0, size, 1.0)), delta)
     n = torch.linalg.vector_norm(delta, dim=-1, keepdim=True).sum(1, keepdim=True) / number
-    rows = mu + n * _unit(w)
-    found = here & (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) >= MIN_CENTROID_NORM)
-    return torch.where(found, _unit(rows), weight)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Unit rows; 0 where a row has no length."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / torch.where(norm > 0, norm, 1.0)
+    return torch.where(here, unit_rows(mu + n * unit_rows(w), weight), weight)

@@ -58,11 +58,7 @@ def make_plan(x_sorted: Tensor, offsets: Tensor, num_local: int, group: Any, *, 
     must be known there. With the counts go the dtype and whether this rank will run a backward pass, so that ranks
     which disagree fail together instead of waiting for each other.
 
-    Args:
-        x_sorted: (T*K, D), on its way to the experts.
-        offsets: (E+1,) int32 of all experts.
-        num_local: L.
-        trains: whether a parameter of the experts requires a gradient.
+    trains: whether a parameter of the experts requires a gradient.
 
     Raises:
         RuntimeError: dtype or gradients differ between the ranks.

@@ -18,7 +18,7 @@ from kmeans_route import ops
 from kmeans_route.checks import check_positive_int
 from kmeans_route.functional import enter
 from kmeans_route.routing.pending import CountingScope, Pending
-from kmeans_route.types import Dispatch, RouterOutput, Routing, Tokens
+from kmeans_route.types import CommitOptions, Dispatch, RouterOutput, Routing, Tokens
 
 
 def seed_for(seed: int, name: str) -> int:
@@ -54,6 +54,7 @@ class StatefulRouter(nn.Module):
     weight: Tensor
     expert_bias: Tensor
     top_k: int
+    commit_options: CommitOptions
     backend = "auto"
     learns = True  # whether a commit changes anything
     FP32_STATE: tuple[str, ...] = ("expert_bias",)
@@ -75,6 +76,11 @@ class StatefulRouter(nn.Module):
         self._commits_by_hand = False
         self._warned = self._has_gathered = self._told_of_cast = False
         self._cast: tuple[str, ...] = ()
+
+    @property
+    def want_hist(self) -> bool:
+        """Whether the balance rule needs the histogram of margins."""
+        return self.commit_options.balance == "quantile" and self.top_k < self.num_experts
 
     @property
     def aux_loss(self) -> Tensor:
@@ -133,9 +139,8 @@ class StatefulRouter(nn.Module):
         """`route`, and the hidden states in expert order."""
         tokens = self.enter(x, mask, indices, count_mask)
         routing = self.route(tokens, gather=gather)
-        return routing, ops.dispatch(
-            tokens.x, routing.indices, routing.tokens_per_expert, routing.valid, tokens.backend
-        )
+        sent = ops.dispatch(tokens.x, routing.indices, routing.tokens_per_expert, routing.valid, tokens.backend)
+        return routing, sent
 
     def forward(
         self,
@@ -365,8 +370,7 @@ class StatefulRouter(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._own_dtypes_again(tell=False)  # load_state_dict(assign=True) brings the checkpoint's own dtype
-        names = [*self._buffers, *self._parameters]
-        brought = {name for name in names if prefix + name in state_dict}
+        brought = {name for name in (*self._buffers, *self._parameters) if prefix + name in state_dict}
         if brought.intersection(self.FP32_STATE):
             self._after_load(brought)
 
@@ -379,8 +383,7 @@ class StatefulRouter(nn.Module):
                 f"router {self.name!r} drops {int(pending)} pending tokens: they belong to the state that is replaced",
                 stacklevel=2,
             )
-        if not pending.is_meta:
-            self.pending.clear_()
+        self.pending.clear_()
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: a copy is not attached, and shares no graph."""

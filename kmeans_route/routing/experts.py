@@ -64,14 +64,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """One SwiGLU network that sees every token.
-
-    Args:
-        hidden_size, intermediate_size: D, I.
-
-    Shape:
-        (T, D) -> (T, D).
-    """
+    """One SwiGLU network that sees every token, (T, D) -> (T, D); hidden_size D, intermediate_size I."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

@@ -81,7 +81,6 @@ class LearnedRouter(StatefulRouter):
         rule = balance if balance in ("sign", "quantile") else "none"
         self.commit_options = CommitOptions(top_k, 0.0, "ema", rule, bias_rate)
         self.learns = rule != "none" and top_k < num_experts
-        self._want_hist = balance == "quantile" and top_k < num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32))
         self.reset_parameters()
@@ -89,7 +88,7 @@ class LearnedRouter(StatefulRouter):
     def reset_parameters(self) -> None:
         """Gaussian weights of standard deviation 1 / sqrt(D), no bias, nothing pending."""
         device = self.weight.device
-        self.pending = Pending(self.num_experts, 0, device, with_hist=self._want_hist)
+        self.pending = Pending(self.num_experts, 0, device, with_hist=self.want_hist)
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
         self.switch_loss = torch.zeros((), dtype=torch.float32, device=device)
         if self.weight.is_meta:
@@ -185,9 +184,7 @@ class LearnedRouter(StatefulRouter):
 
     def _gather(self, x: Tensor, probabilities: Tensor, routing: Routing) -> None:
         p = self.pending
-        hist = None
-        if self._want_hist:
-            hist = margin_hist(probabilities + self.expert_bias, routing.valid, self.top_k)
+        hist = margin_hist(probabilities + self.expert_bias, routing.valid, self.top_k) if self.want_hist else None
         none = p.std_sum.new_zeros(0)
         batch = Statistics(routing.tokens_per_expert, none, hist, p.num_dropped.new_zeros(()))
         ops.accumulate(

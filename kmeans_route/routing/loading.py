@@ -19,7 +19,6 @@ from kmeans_route import reference
 from kmeans_route.backends.reservoir import TOKENS_PER_EXPERT
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.pending import Pending
-from kmeans_route.types import CommitOptions
 
 FIRST_NORM = 2.0**-7  # of the rows that score before there is data; a power of two, so that directions keep their bits
 
@@ -35,7 +34,6 @@ class CentroidState(StatefulRouter):
     steps: Tensor
     tokens_seen: Tensor | None
     init: str
-    commit_options: CommitOptions
     FP32_STATE = ("weight", "centroids", "expert_bias", "score_std")
     INT64_STATE = ("steps", "dropped_total", "tokens_seen")
     PLAIN_TENSORS = ("tokens_per_expert", "centroid_turn", "chosen_together", "_moved")
@@ -68,21 +66,15 @@ class CentroidState(StatefulRouter):
         """`initialized`, read back to the host: not for the routing path."""
         return not self.centroids.is_meta and bool(self.initialized)
 
-    @property
-    def want_hist(self) -> bool:
-        """Whether the balance rule needs the histogram of margins."""
-        return self.commit_options.balance == "quantile" and self.top_k < self.num_experts
-
     def reset_parameters(self) -> None:
         """Gaussian rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
         self._pinned: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._own_dtypes_again(tell=False)
-        self._moved = torch.zeros((), dtype=torch.bool, device=self.weight.device)
+        num_experts, device = self.num_experts, self.weight.device
+        self._moved = torch.zeros((), dtype=torch.bool, device=device)
         self._await_data(True)
-        self.centroid_turn = torch.zeros(2, self.num_experts, dtype=torch.float32, device=self.weight.device)
-        self.chosen_together = torch.zeros(
-            self.num_experts, self.num_experts, dtype=torch.float32, device=self.weight.device
-        )
+        self.centroid_turn = torch.zeros(2, num_experts, dtype=torch.float32, device=device)
+        self.chosen_together = torch.zeros(num_experts, num_experts, dtype=torch.float32, device=device)
         if self.weight.is_meta:
             return
         with torch.no_grad():

@@ -38,11 +38,6 @@ class Exchange:
     """The exchanges of one attachment, one at a time: `start`, `finish`, the commits, `settle`.
 
     Every rank of the group must call it with the same routers in the same order.
-
-    Args:
-        group: of the ranks that see different tokens.
-        wire: "fp32" or "bf16", how sums travel.
-        shard: each rank commits its own chunk of the centroids.
     """
 
     def __init__(self, group: Any, *, wire: str = "fp32", shard: bool = False) -> None:
