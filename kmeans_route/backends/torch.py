@@ -210,7 +210,8 @@ def route_bwd(
         along += (ds_TE * saved.scores).sum(1, keepdim=True)
     coef = along.mul_(-inv_norm.square()[:, None])
     sparse = ds_TK is not None and ds_TE is None and x.device.type == "cpu"
-    ds = ds_TK if sparse and ds_TK is not None else _of_all_experts(ds_TK, ds_TE, saved, d_ED.shape[0])
+    ds = ds_TK if sparse else _of_all_experts(ds_TK, ds_TE, saved, d_ED.shape[0])
+    assert ds is not None
     ds = ds * inv_norm[:, None]
 
     def rows(c: slice) -> Tensor:
