@@ -296,9 +296,10 @@ def report(records: Sequence[Record]) -> str:
         lines.append(f"{order}: {stability(contestants)}.")
         lines.append("Routers and experts:\n\n" + table(contestants, GEOMETRY))
         parts.extend(line for line in lines if line)
+    bases = groups(records, ["main", "rates"])
     for (size, steps), contestants in groups(records, ["tries"]).items():
         parts.append(f"### Tries, {size}, {steps} steps")
-        parts.append(against(contestants, main.get((size, steps), {})))
+        parts.append(against(contestants, bases.get((size, steps), {})))
     return "\n\n".join([*parts, *changes(records)])
 
 

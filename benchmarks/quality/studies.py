@@ -62,6 +62,24 @@ WHITENED = "K-Means, whitened"
 WHITENED_OFFSET = f"{WHITENED}, learned offset"
 
 
+RIVALS = ("sigmoid, sign 0.01", "softmax, aux 0.01")
+"""Of each kind of learned router the one with the fewest bits per byte over the twelve runs of the main study."""
+FINAL = {name: MAIN[name] for name in (WHITENED, WHITENED_OFFSET, DEFAULT, *RIVALS)}
+"""Those between whom the study decides."""
+FLOORS = {name: MAIN[name] for name in ("hash of the byte", "random, fixed")}
+DENSE: dict[str, dict[str, Any]] = {"dense": {"router": "random"}}
+RATES = (0.006, 0.012)
+"""Peak learning rates beside 0.003, which the main study has."""
+
+
+def at_rate(name: str, rate: float) -> str:
+    """The name of a contestant at a peak learning rate."""
+    return name if rate not in RATES else f"{name}, lr {rate:g}"
+
+
+RATED = {at_rate(name, rate): options | {"lr": rate} for rate in RATES for name, options in (FINAL | FLOORS).items()}
+
+
 def _options(**options: Any) -> dict[str, Any]:
     return {"router_options": options}
 
@@ -89,26 +107,16 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
         f"{DEFAULT}, commit every 4": {"commit_every": 4},
         **{f"{DEFAULT}, {trial}": {"trial": trial} for trial in TRIALS if trial not in ("learned offset", FAN_IN)},
     },
+    at_rate(WHITENED, 0.006): {
+        **{f"{at_rate(WHITENED, 0.006)}, decay {decay:g}": {"decay": decay} for decay in (0.99, 0.9999)},
+        f"{at_rate(WHITENED, 0.006)}, tau 0.2": {"tau": 0.2},
+    },
 }
-"""The first tries changed quantile balancing at tau 0.05, before the default was what it is; the others change that."""
-TRIES = {name: MAIN[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
+"""The first tries changed quantile balancing at tau 0.05, before the default was what it is; the others change that; the
+last ones whitened directions, at a rate that suits them better."""
+TRIES = {name: (MAIN | RATED)[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
 CHANGED_BY = {name: base for base, tries in _TRIES.items() for name in tries}
-"""Try -> the contestant of the main study that it changes."""
-RIVALS = ("sigmoid, sign 0.01", "softmax, aux 0.01")
-"""Of each kind of learned router the one with the fewest bits per byte over the twelve runs of the main study."""
-FINAL = {name: MAIN[name] for name in (WHITENED, WHITENED_OFFSET, DEFAULT, *RIVALS)}
-"""Those between whom the study decides."""
-FLOORS = {name: MAIN[name] for name in ("hash of the byte", "random, fixed")}
-DENSE = {"dense": {"router": "random"}}
-RATES = (0.006, 0.012)
-"""Peak learning rates beside 0.003, which the main study has."""
-
-
-def at_rate(name: str, rate: float) -> str:
-    """The name of a contestant at a peak learning rate."""
-    return name if rate not in RATES else f"{name}, lr {rate:g}"
-
-
+"""Try -> the contestant of the main study, or of the rates, that it changes."""
 CHANGES = {
     "prose": "the text turns from code to prose",
     "lr": "the learning rate doubles",
@@ -126,9 +134,7 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         at_rate(name, rate): options | {"lr": rate} for rate in (0.003, *RATES) for name, options in DENSE.items()
     },
     FAN_IN: {f"{name}, {FAN_IN}": options | {"trial": FAN_IN} for name, options in FINAL.items()},
-    "rates": {
-        at_rate(name, rate): options | {"lr": rate} for rate in RATES for name, options in (FINAL | FLOORS).items()
-    },
+    "rates": RATED,
     **{change: {f"{name}; {change}": MAIN[name] for name in CHANGED} for change in CHANGES},
 }
 """Study -> contestants. The last three change something after half of the steps, see `one.py`; "dense" is for the
