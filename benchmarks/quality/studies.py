@@ -112,8 +112,8 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
         f"{at_rate(WHITENED, 0.006)}, tau 0.2": {"tau": 0.2},
     },
 }
-"""The first tries changed quantile balancing at tau 0.05, before the default was what it is; the others change it, and the
-last ones whitened directions at a rate that suits them better."""
+"""The first tries changed quantile balancing at tau 0.05, before the default was what it is; others change that; the
+last ones change whitened directions at a rate that suits them better."""
 TRIES = {name: (MAIN | RATED)[base] | options for base, tries in _TRIES.items() for name, options in tries.items()}
 CHANGED_BY = {name: base for base, tries in _TRIES.items() for name in tries}
 """Try -> the contestant of the main study, or of the rates, that it changes."""
