@@ -135,6 +135,7 @@ def launch_options(config: Config, arch: str) -> dict[str, int]:
     return config.launch | (all_registers(config.num_warps, arch) if arch == "sm_100" else {})
 
 
+@lru_cache(maxsize=1024)
 def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
     """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers, twice. aligned: as in
     `route_config`."""
@@ -155,6 +156,7 @@ def dispatch_experts(num_experts: int) -> int:
     return min(padded_experts(num_experts), 128)
 
 
+@lru_cache
 def row_config(dtype: torch.dtype) -> Config:
     """Of the kernels that move rows: combine, its backward, and the fused backward."""
     return Config(4, 512 if dtype.itemsize == 2 else 256, 4, 2)

@@ -17,13 +17,15 @@ copies, and partials 2 S E D 4.
 Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of the tokens.
 """
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kmeans_route.kernels import tune
 from kmeans_route.kernels.common import count_and_rank, publish_totals, rows_of
 from kmeans_route.kernels.configs import (
     Config,
@@ -38,7 +40,6 @@ from kmeans_route.kernels.configs import (
     power_of_2,
     waits_for_products,
 )
-from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
 MAX_PARTIAL_BYTES = 64 << 20
@@ -180,12 +181,12 @@ class Ranks(NamedTuple):
 
 
 class DispatchResult(NamedTuple):
-    """x_sorted (T*K, D) or (0, D); positions (T, K), token_of_row (T*K,) int64; partials (S, E, D) fp32, S may be 0."""
+    """x_sorted (T*K, D) or (0, D); positions (T, K), token_of_row (T*K,) int64; partials (S, E, D) fp32 or None."""
 
     x_sorted: Tensor
     positions: Tensor
     token_of_row: Tensor
-    partials: Tensor
+    partials: Tensor | None
 
 
 def rank(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
@@ -240,26 +241,25 @@ def dispatch_fwd(
         copies: write x_sorted. want_sums: give the partial centroid sums.
     """
     (num_tokens, hidden_size), top_k = x.shape, indices.shape[1]
-    arch, be = architecture(x.device), padded_experts(num_experts)
-    c = config or tuned(
-        "dispatch_config", (num_experts, x.dtype), x.device,
-        dispatch_config(num_experts, x.dtype, arch, hidden_size % 16 == 0),
-        lambda c: dispatch_fwd(
-            x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=c
-        ),
+    arch, dtype = architecture(x.device), x.dtype
+    c = config or dispatch_config(num_experts, dtype, arch, hidden_size % 16 == 0)
+    if config is None and tune.ENABLED:
+        c = tune.tuned("dispatch_config", (num_experts, dtype), x.device, c, lambda config: dispatch_fwd(
+            x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=config
+        ))
+    plan = _plan(
+        c, num_tokens, hidden_size, num_experts, top_k, 1 if ranks is None else ranks.block,
+        inv_norm is not None or dtype == torch.float32, want_sums, dtype, arch,
     )
     num_rows = num_tokens * top_k if ranks is not None else 0
-    splits, per_split = token_splits(num_tokens, hidden_size, num_experts, c)
-    if not want_sums:  # nothing to add up: one tile a program
-        splits, per_split = ceil_div(num_tokens, c.BT), 1
     out = DispatchResult(
         x.new_empty(num_rows if copies else 0, hidden_size),
         indices.new_empty(num_tokens if ranks is not None else 0, top_k),
         indices.new_empty(num_rows),
-        x.new_empty(splits if want_sums else 0, num_experts, hidden_size, dtype=torch.float32),
+        x.new_empty(plan.num_splits, num_experts, hidden_size, dtype=torch.float32) if want_sums else None,
     )
     if num_tokens == 0:
-        return out._replace(partials=out.partials.zero_())
+        return out if out.partials is None else out._replace(partials=out.partials.zero_())
     first_row = None
     if ranks is not None:
         num_blocks = ranks.block_counts.shape[0]
@@ -269,15 +269,38 @@ def dispatch_fwd(
             E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
         )
     x = rows_of(x)
-    eb = dispatch_experts(num_experts) if want_sums else be
-    _dispatch_fwd_kernel[(be // eb * ceil_div(hidden_size, c.BD) * splits,)](
+    _dispatch_fwd_kernel[plan.grid](
         x, x.stride(0), indices, valid, inv_norm,
         None if ranks is None else ranks.rank, first_row,
-        out.x_sorted if copies and ranks is not None else None, out.positions, out.token_of_row,
-        out.partials if want_sums else None,
-        num_tokens, hidden_size, per_split,
-        E=num_experts, K=top_k, RT=1 if ranks is None else ranks.block, PRECISION=one_hot_precision(x.dtype, arch),
-        TWO_PARTS=inv_norm is not None or x.dtype == torch.float32, WAIT=waits_for_products(arch),
-        BT=c.BT, BD=c.BD, BE=be, EB=eb, **launch_options(c, arch),
+        out.x_sorted if copies and ranks is not None else None, out.positions, out.token_of_row, out.partials,
+        num_tokens, hidden_size, plan.tiles_per_split, **plan.constants,
     )
     return out
+
+
+class _Plan(NamedTuple):
+    """How a dispatch is launched. num_splits, tiles_per_split: of the tokens. constants: what the kernel is compiled
+    for; not to be changed."""
+
+    grid: tuple[int]
+    num_splits: int
+    tiles_per_split: int
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    c: Config, num_tokens: int, hidden_size: int, num_experts: int, top_k: int, ranked: int, two_parts: bool,
+    want_sums: bool, dtype: torch.dtype, arch: str,
+) -> _Plan:
+    """ranked: tokens that were ranked together."""
+    be = padded_experts(num_experts)
+    if want_sums:
+        splits, per_split, eb = *token_splits(num_tokens, hidden_size, num_experts, c), dispatch_experts(num_experts)
+    else:  # nothing to add up: one tile a program
+        splits, per_split, eb = ceil_div(num_tokens, c.BT), 1, be
+    return _Plan((be // eb * ceil_div(hidden_size, c.BD) * splits,), splits, per_split, {
+        "E": num_experts, "K": top_k, "RT": ranked, "PRECISION": one_hot_precision(dtype, arch),
+        "TWO_PARTS": two_parts, "WAIT": waits_for_products(arch),
+        "BT": c.BT, "BD": c.BD, "BE": be, "EB": eb, **launch_options(c, arch),
+    })

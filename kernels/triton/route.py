@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kmeans_route.kernels import tune
 from kmeans_route.kernels.common import NUM_MARGIN_BINS, publish_totals, rows_of
 from kmeans_route.kernels.configs import (
     Config,
@@ -39,7 +40,6 @@ from kmeans_route.kernels.configs import (
     waits_for_products,
 )
 from kmeans_route.kernels.select import select_and_store
-from kmeans_route.kernels.tune import tuned
 from kmeans_route.kernels.workspace import counters
 
 Options = tuple[int, str, float, bool, float, int, int, str]
@@ -221,21 +221,20 @@ def route_fwd(
         want_scores, want_std, want_hist: fill scores, score_std, margin_hist. want_rank: fill rank and block_counts.
         config: instead of the table's.
     """
-    top_k, gate, tau, normalize, scaling, n_group, topk_group, _ = options
     (num_tokens, hidden_size), num_experts = x.shape, directions.shape[0]
-    arch, be = architecture(x.device), padded_experts(num_experts)
-    c = config or _config(x, directions, expert_bias, mask, indices, options, arch, {
-        "count_mask": count_mask, "want_scores": want_scores, "want_std": want_std, "want_hist": want_hist,
-        "want_rank": want_rank,
-    })
-    num_blocks = ceil_div(num_tokens, c.BT)
-    num_splits, split_size = column_splits(hidden_size, max(1, num_blocks), c.BD)
-    over_all = gate == "softmax" and not normalize
-    long = over_all or want_hist or indices is not None or topk_group < n_group
-    stream = num_splits == 1 and selects_at_once(c, num_experts, long=long)
-    block = c.BT if stream else min(c.BT, selected_rows(num_experts, long=long))
+    top_k, gate, tau, normalize, scaling, *_ = options
+    arch, dtype = architecture(x.device), x.dtype
+    c = config or route_config(num_tokens, num_experts, dtype, arch, hidden_size % 16 == 0)
+    if config is None and tune.ENABLED:
+        c = tune.tuned("route_config", (num_tokens, num_experts, dtype), x.device, c, lambda config: route_fwd(
+            x, directions, expert_bias, mask, indices, options, count_mask=count_mask, want_scores=want_scores,
+            want_std=want_std, want_hist=want_hist, want_rank=want_rank, config=config,
+        ))
+    num_blocks, over_all = ceil_div(num_tokens, c.BT), gate == "softmax" and not normalize
+    keeps_more = want_hist or indices is not None
+    plan = _plan(c, num_blocks, hidden_size, num_experts, options, keeps_more, dtype, arch, PROGRAMS)
     out = _empty_result(
-        x, num_experts, top_k, block, num_blocks * (c.BT // block),
+        x, num_experts, top_k, plan.block, num_blocks * (c.BT // plan.block),
         want_scores or over_all, over_all, want_std, want_hist, want_rank,
     )
     if num_tokens == 0:
@@ -243,7 +242,7 @@ def route_fwd(
             empty.zero_()
         return out
     x, directions = rows_of(x), directions.contiguous()
-    totals, ticket, block_tickets = counters(x.device, num_experts + 2, 1, num_blocks)
+    totals, ticket, *block_tickets = counters(x.device, num_experts + 2, 1, *(() if plan.stream else (num_blocks,)))
     pointers = (
         None if expert_bias is None else expert_bias.float().contiguous(),
         None if mask is None else mask.contiguous(), None if count_mask is None else count_mask.contiguous(),
@@ -252,81 +251,86 @@ def route_fwd(
         out.rank, out.block_counts, totals, ticket,
         out.counts, out.offsets, out.dropped, out.score_std, out.margin_hist,
     )
-    constants = _constants(c, num_experts, options, x.dtype, arch)
-    if stream:
+    if plan.stream:
         _route_fwd_kernel[(num_blocks,)](
-            x, x.stride(0), directions, *pointers, num_tokens, hidden_size, tau, scaling, **constants
+            x, x.stride(0), directions, *pointers, num_tokens, hidden_size, tau, scaling, **plan.constants
         )
         return out
-    rows = num_blocks * c.BT
-    partial_dots = x.new_empty((num_splits, rows, be), dtype=torch.float32)
-    partial_squares = x.new_empty((num_splits, rows), dtype=torch.float32)
-    _route_split_kernel[(num_splits * num_blocks,)](
-        x, x.stride(0), directions, partial_dots, partial_squares, block_tickets, *pointers,
-        num_tokens, hidden_size, num_splits, split_size, tau, scaling, **constants, RT=block,
+    rows, splits = num_blocks * c.BT, plan.num_splits
+    partial_dots = x.new_empty(splits, rows, padded_experts(num_experts), dtype=torch.float32)
+    partial_squares = x.new_empty(splits, rows, dtype=torch.float32)
+    _route_split_kernel[(splits * num_blocks,)](
+        x, x.stride(0), directions, partial_dots, partial_squares, *block_tickets, *pointers,
+        num_tokens, hidden_size, splits, plan.split_size, tau, scaling, **plan.constants,
     )
     return out
 
 
-def _config(
-    x: Tensor, directions: Tensor, expert_bias: Tensor | None, mask: Tensor | None, indices: Tensor | None,
-    options: Options, arch: str, wanted: dict[str, Any],
-) -> Config:
-    """The table's, or the fastest where a search is on."""
-    (num_tokens, hidden_size), num_experts = x.shape, directions.shape[0]
-    default = route_config(num_tokens, num_experts, x.dtype, arch, hidden_size % 16 == 0)
+class _Plan(NamedTuple):
+    """How a routing is launched. stream: by `_route_fwd_kernel`. block: tokens that are selected for, and ranked,
+    together. num_splits, split_size: of D. constants: what the kernel is compiled for; not to be changed."""
 
-    def launch(config: Config) -> RouteResult:
-        return route_fwd(x, directions, expert_bias, mask, indices, options, **wanted, config=config)
-
-    return tuned("route_config", (num_tokens, num_experts, x.dtype), x.device, default, launch)
+    stream: bool
+    block: int
+    num_splits: int
+    split_size: int
+    constants: dict[str, Any]
 
 
 @lru_cache(maxsize=1024)
-def _constants(c: Config, num_experts: int, options: Options, dtype: torch.dtype, arch: str) -> dict[str, Any]:
-    """What both kernels are compiled for; not to be changed by who gets it."""
+def _plan(
+    c: Config, num_blocks: int, hidden_size: int, num_experts: int, options: Options, keeps_more: bool,
+    dtype: torch.dtype, arch: str, programs: int,
+) -> _Plan:
+    """keeps_more: for a histogram, or for replay."""
     top_k, gate, _tau, normalize, _scaling, n_group, topk_group, group_score = options
-    return {
+    num_splits, split_size = column_splits(hidden_size, max(1, num_blocks), c.BD, programs)
+    long = keeps_more or topk_group < n_group or (gate == "softmax" and not normalize)
+    stream = num_splits == 1 and selects_at_once(c, num_experts, long=long)
+    block = c.BT if stream else min(c.BT, selected_rows(num_experts, long=long))
+    return _Plan(stream, block, num_splits, split_size, {
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
         "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
         "PRECISION": dot_precision(dtype, arch), "WAIT": waits_for_products(arch),
         "BT": c.BT, "BD": c.BD, "BE": padded_experts(num_experts), "KP": power_of_2(top_k),
-        **c.launch, **all_registers(c.num_warps, arch),
-    }
+        **({} if stream else {"RT": block}), **c.launch, **all_registers(c.num_warps, arch),
+    })
 
 
 def _empty_result(
     x: Tensor, num_experts: int, top_k: int, block: int, num_ranked: int,
     want_scores: bool, want_candidates: bool, want_std: bool, want_hist: bool, want_rank: bool,
 ) -> RouteResult:
-    """What a launch fills. Allocations are half of a launcher's time, so what is not wanted is not made."""
-    made, fp32, int32, int64 = x.new_empty, torch.float32, torch.int32, torch.int64
-    by_token, by_slot, by_expert = (x.shape[0],), (x.shape[0], top_k), (x.shape[0], num_experts)
+    """What a launch fills. Allocations are half of a launcher's time, so what is not wanted is not made; each is of its
+    own memory, since views of one take as long to make."""
+    made, num_tokens, fp32, int32, int64 = x.new_empty, x.shape[0], torch.float32, torch.int32, torch.int64
     return RouteResult(
-        indices=made(by_slot, dtype=int64),
-        weights=made(by_slot, dtype=fp32),
-        selected=made(by_slot, dtype=fp32),
-        scores=made(by_expert, dtype=fp32) if want_scores else None,
-        candidates=made(by_expert, dtype=torch.bool) if want_candidates else None,
-        counts=made((num_experts,), dtype=int64),
-        inv_norm=made(by_token, dtype=fp32),
-        valid=made(by_token, dtype=torch.bool),
-        offsets=made((num_experts + 1,), dtype=int32),
+        indices=made(num_tokens, top_k, dtype=int64),
+        weights=made(num_tokens, top_k, dtype=fp32),
+        selected=made(num_tokens, top_k, dtype=fp32),
+        scores=made(num_tokens, num_experts, dtype=fp32) if want_scores else None,
+        candidates=made(num_tokens, num_experts, dtype=torch.bool) if want_candidates else None,
+        counts=made(num_experts, dtype=int64),
+        inv_norm=made(num_tokens, dtype=fp32),
+        valid=made(num_tokens, dtype=torch.bool),
+        offsets=made(num_experts + 1, dtype=int32),
         dropped=made((), dtype=int64),
-        rank=made(by_slot, dtype=int32) if want_rank else None,
-        block_counts=made((num_ranked, num_experts + 2), dtype=int32) if want_rank else None,
-        score_std=made(by_token, dtype=fp32) if want_std else None,
-        margin_hist=x.new_zeros((num_experts, NUM_MARGIN_BINS.value), dtype=int32) if want_hist else None,
+        rank=made(num_tokens, top_k, dtype=int32) if want_rank else None,
+        block_counts=made(num_ranked, num_experts + 2, dtype=int32) if want_rank else None,
+        score_std=made(num_tokens, dtype=fp32) if want_std else None,
+        margin_hist=x.new_zeros(num_experts, NUM_MARGIN_BINS.value, dtype=int32) if want_hist else None,
         block=block,
     )
 
 
-def column_splits(hidden_size: int, num_blocks: int, columns: int) -> tuple[int, int]:
-    """Splits of D and the columns of each, a multiple of a tile: at least PROGRAMS in all, at most 32 splits.
+def column_splits(
+    hidden_size: int, num_blocks: int, columns: int, programs: int = PROGRAMS
+) -> tuple[int, int]:
+    """Splits of D and the columns of each, a multiple of a tile: at least `programs` in all, at most 32 splits.
 
     It does not look at the device, so that the order of the sums, and the bits, do not depend on it.
     """
     tiles = ceil_div(hidden_size, columns)
-    splits = max(1, min(tiles, 32, PROGRAMS // num_blocks))
+    splits = max(1, min(tiles, 32, programs // num_blocks))
     size = ceil_div(tiles, splits) * columns
     return ceil_div(hidden_size, size), size

@@ -5,6 +5,8 @@ after another and share a slice; each stream has its own; and each launch captur
 nothing else ever uses, since a replay may run beside anything.
 """
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,11 @@ _for_graphs: dict[torch.device, list[Tensor]] = {}
 
 
 def counters(device: torch.device, *sizes: int) -> list[Tensor]:
-    """int32 zeros of these sizes, each 16-byte aligned, which the launch that gets them must leave at zero."""
+    """int32 zeros, at least as many as these sizes say, each 16-byte aligned, which the launch that gets them must leave
+    at zero. Each reaches to the end of all: nobody asks for its length, and a slice takes a microsecond."""
     padded = [-(-size // 4) * 4 for size in sizes]
-    return list(_space(device, sum(padded)).split_with_sizes(padded))
+    space = _space(device, sum(padded))
+    return [space, *(space[start:] for start in accumulate(padded[:-1]))]
 
 
 def _space(device: torch.device, size: int) -> Tensor:
@@ -28,7 +32,7 @@ def _space(device: torch.device, size: int) -> Tensor:
     if key not in _by_stream or _by_stream[key].numel() < size:
         _by_stream[key] = torch.zeros(max(size, 8192), dtype=torch.int32, device=device)
         _for_graphs.setdefault(device, [torch.zeros(_CHUNK, dtype=torch.int32, device=device)])
-    return _by_stream[key][:size]
+    return _by_stream[key]
 
 
 def _captured(device: torch.device, size: int) -> Tensor:
