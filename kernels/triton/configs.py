@@ -135,7 +135,6 @@ def launch_options(config: Config, arch: str) -> dict[str, int]:
     return config.launch | (all_registers(config.num_warps, arch) if arch == "sm_100" else {})
 
 
-@lru_cache(maxsize=1024)
 def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
     """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers, twice. aligned: as in
     `route_config`."""

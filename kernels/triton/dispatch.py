@@ -242,13 +242,16 @@ def dispatch_fwd(
     """
     (num_tokens, hidden_size), top_k = x.shape, indices.shape[1]
     arch, dtype = architecture(x.device), x.dtype
-    c = config or dispatch_config(num_experts, dtype, arch, hidden_size % 16 == 0)
     if config is None and tune.ENABLED:
-        c = tune.tuned("dispatch_config", (num_experts, dtype), x.device, c, lambda config: dispatch_fwd(
-            x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=config
-        ))
+        config = tune.tuned(
+            "dispatch_config", (num_experts, dtype), x.device,
+            dispatch_config(num_experts, dtype, arch, hidden_size % 16 == 0),
+            lambda c: dispatch_fwd(
+                x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=c
+            ),
+        )
     plan = _plan(
-        c, num_tokens, hidden_size, num_experts, top_k, 1 if ranks is None else ranks.block,
+        config, num_tokens, hidden_size, num_experts, top_k, 1 if ranks is None else ranks.block,
         inv_norm is not None or dtype == torch.float32, want_sums, dtype, arch,
     )
     num_rows = num_tokens * top_k if ranks is not None else 0
@@ -259,7 +262,9 @@ def dispatch_fwd(
         x.new_empty(plan.num_splits, num_experts, hidden_size, dtype=torch.float32) if want_sums else None,
     )
     if num_tokens == 0:
-        return out if out.partials is None else out._replace(partials=out.partials.zero_())
+        if out.partials is not None:
+            out.partials.zero_()
+        return out
     first_row = None
     if ranks is not None:
         num_blocks = ranks.block_counts.shape[0]
@@ -290,11 +295,11 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _plan(
-    c: Config, num_tokens: int, hidden_size: int, num_experts: int, top_k: int, ranked: int, two_parts: bool,
-    want_sums: bool, dtype: torch.dtype, arch: str,
+    config: Config | None, num_tokens: int, hidden_size: int, num_experts: int, top_k: int, ranked: int,
+    two_parts: bool, want_sums: bool, dtype: torch.dtype, arch: str,
 ) -> _Plan:
-    """ranked: tokens that were ranked together."""
-    be = padded_experts(num_experts)
+    """config: None for the table's. ranked: tokens that were ranked together."""
+    be, c = padded_experts(num_experts), config or dispatch_config(num_experts, dtype, arch, hidden_size % 16 == 0)
     if want_sums:
         splits, per_split, eb = *token_splits(num_tokens, hidden_size, num_experts, c), dispatch_experts(num_experts)
     else:  # nothing to add up: one tile a program

@@ -16,8 +16,8 @@ _for_graphs: dict[torch.device, list[Tensor]] = {}
 
 
 def counters(device: torch.device, *sizes: int) -> list[Tensor]:
-    """int32 zeros, at least as many as these sizes say, each 16-byte aligned, which the launch that gets them must leave
-    at zero. Each reaches to the end of all: nobody asks for its length, and a slice takes a microsecond."""
+    """int32 zeros, at least as many as these sizes say, 16-byte aligned, which the launch that gets them must leave at
+    zero. Each reaches to the end of all: a kernel gets no length, and each end would take a microsecond more."""
     padded = [-(-size // 4) * 4 for size in sizes]
     space = _space(device, sum(padded))
     return [space, *(space[start:] for start in accumulate(padded[:-1]))]

@@ -64,7 +64,7 @@ def _route(inputs: RouteInputs, options: RouteOptions, wanted: Wanted, *, want_r
 
 def route_dispatch_fwd(
     inputs: RouteInputs, options: RouteOptions, wanted: Wanted, accumulate: str
-) -> tuple[Routed, Dispatch, Tensor]:
+) -> tuple[Routed, Dispatch, Tensor | None]:
     """route, then dispatch and centroid sums (S, E, D) in one more pass over x. accumulate: "unit", "raw" or ""."""
     from kmeans_route.kernels.dispatch import Ranks, dispatch_fwd
 
@@ -151,7 +151,9 @@ def centroid_sums(x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tens
     """(S, E, D) fp32: sums of factor_t x_t over valid tokens, or of x_t without a factor, in parts: one launch."""
     from kmeans_route.kernels.dispatch import dispatch_fwd as launch
 
-    return launch(x, indices.contiguous(), valid, num_experts, None, factor, want_sums=True).partials
+    sums = launch(x, indices.contiguous(), valid, num_experts, None, factor, want_sums=True).partials
+    assert sums is not None, "asked for"
+    return sums
 
 
 def accumulate(

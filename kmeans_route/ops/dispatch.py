@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends
-from kmeans_route.ops.schema import no_autocast, recorded
+from kmeans_route.ops.schema import direct, no_autocast
 from kmeans_route.types import Dispatch
 
 
@@ -14,20 +14,22 @@ def dispatch(
     x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, backend: Any, *, copies: bool = True
 ) -> Dispatch:
     """Rows of x (T, D) in the order of their experts, differentiable in x."""
-    if backend.PLAIN or not recorded(x):
+    if backend.PLAIN:
         sent: Dispatch = backend.dispatch_fwd(x, indices, counts, valid, copies=copies)
         return sent
-    return Dispatch(*_dispatch(x, indices, counts, valid, copies, backend.NAME))
+    return Dispatch(*_dispatch_call(x, indices, counts, valid, copies, backend.NAME))
 
 
-@torch.library.custom_op("kmeans_route::dispatch", mutates_args=())
-def _dispatch(
+def _dispatch_body(
     x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, copies: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sent: tuple[Tensor, Tensor, Tensor, Tensor] = backends.get(backend).dispatch_fwd(
         x, indices, counts, valid, copies=copies
     )
     return sent
+
+
+_dispatch = torch.library.custom_op("kmeans_route::dispatch", _dispatch_body, mutates_args=())
 
 
 @_dispatch.register_fake
@@ -57,6 +59,7 @@ def _dispatch_backward(ctx: Any, d_x_sorted: Tensor | None, *_: Any) -> tuple[Te
 
 
 _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
+_dispatch_call = direct(_dispatch, _dispatch_body, _dispatch_setup, _dispatch_backward)
 
 
 @torch.library.custom_op("kmeans_route::gather_sum", mutates_args=())
@@ -74,16 +77,12 @@ def _(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor, ba
 
 def combine(y_sorted: Tensor, weights: Tensor, sent: Dispatch, valid: Tensor, backend: Any) -> Tensor:
     """Weighted sum of each token's rows (T, D), differentiable in y_sorted and weights."""
-    if backend.PLAIN or not recorded(y_sorted, weights):
-        with no_autocast(y_sorted):
-            y: Tensor = backend.combine_fwd(y_sorted, sent.positions, weights, valid)
-            return y
-    combined: Tensor = _combine(y_sorted, weights, sent.positions, sent.token_of_row, sent.offsets, valid, backend.NAME)
-    return combined
+    call = _combine_body if backend.PLAIN else _combine_call
+    y: Tensor = call(y_sorted, weights, sent.positions, sent.token_of_row, sent.offsets, valid, backend.NAME)
+    return y
 
 
-@torch.library.custom_op("kmeans_route::combine", mutates_args=())
-def _combine(
+def _combine_body(
     y_sorted: Tensor,
     weights: Tensor,
     positions: Tensor,
@@ -95,6 +94,9 @@ def _combine(
     with no_autocast(y_sorted):
         y: Tensor = backends.get(backend).combine_fwd(y_sorted, positions, weights, valid)
         return y
+
+
+_combine = torch.library.custom_op("kmeans_route::combine", _combine_body, mutates_args=())
 
 
 @_combine.register_fake
@@ -139,3 +141,4 @@ def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _combine.register_autograd(_combine_backward, setup_context=_combine_setup)
+_combine_call = direct(_combine, _combine_body, _combine_setup, _combine_backward)

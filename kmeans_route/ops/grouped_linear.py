@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kmeans_route import backends
 from kmeans_route.backends.torch import zero_past_end_
-from kmeans_route.ops.schema import no_autocast
+from kmeans_route.ops.schema import direct, no_autocast
 from kmeans_route.reference import grouped_linear_reference
 
 
@@ -30,12 +30,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if backends.by_definition():
         with no_autocast(rows):
             return grouped_linear_reference(rows, weight, offsets)
-    y: Tensor = _grouped_linear(rows, weight, offsets)
+    y: Tensor = _grouped_linear_call(rows, weight, offsets)
     return y
 
 
-@torch.library.custom_op("kmeans_route::grouped_linear", mutates_args=())
-def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_linear_body(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """One grouped_mm where it takes the shapes, else a loop over the experts, which reads the offsets back to the host.
     Rows at offsets[E] and after may hold anything and come out 0: grouped_mm leaves them unwritten, and anomaly mode
     and hooks that look for NaN would find some there. An operator of its own, because torch.compile knows grouped_mm
@@ -49,6 +48,9 @@ def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             for e, span in enumerate(_spans(offsets)):
                 torch.mm(rows[span], weight[e].T, out=y[span])
         return zero_past_end_(y, offsets)
+
+
+_grouped_linear = torch.library.custom_op("kmeans_route::grouped_linear", _grouped_linear_body, mutates_args=())
 
 
 @_grouped_linear.register_fake
@@ -85,3 +87,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_setup)
+_grouped_linear_call = direct(_grouped_linear, _grouped_linear_body, _setup, _backward)

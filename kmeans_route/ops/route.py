@@ -13,7 +13,7 @@ from kmeans_route import backends
 from kmeans_route.backends.torch import directions_bwd
 from kmeans_route.checks import check_index_values
 from kmeans_route.ops.dispatch import dispatch
-from kmeans_route.ops.schema import OPTIONS, arguments, looked_at, no_autocast, recorded, results, take
+from kmeans_route.ops.schema import OPTIONS, arguments, direct, looked_at, no_autocast, results, take
 from kmeans_route.reference import NUM_MARGIN_BINS, compute_dtype
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, RoutingGrads, SavedRouting, Tokens, Wanted
 
@@ -23,12 +23,14 @@ def route(
 ) -> Routed:
     """The routing of tokens by directions (E, D) in their dtype, differentiable in both."""
     inputs = RouteInputs(tokens.x, directions, expert_bias, tokens.mask, tokens.count_mask, tokens.indices)
-    if tokens.backend.PLAIN or not recorded(tokens.x):
-        return _route_body(inputs, options, wanted, tokens.backend)
-    return Routed(*_route(*inputs, *options, *wanted, tokens.backend.NAME))
+    call = _route_body if tokens.backend.PLAIN else _route_call
+    return Routed(*call(tokens.x, directions, inputs, options, wanted, tokens.backend))
 
 
-def _route_body(inputs: RouteInputs, options: RouteOptions, wanted: Wanted, backend: Any) -> Routed:
+def _route_body(
+    _x: Tensor, _directions: Tensor, inputs: RouteInputs, options: RouteOptions, wanted: Wanted, backend: Any
+) -> Routed:
+    """Tensors that autograd is to know come first, and once more among `inputs`."""
     if inputs.indices is not None and not backends.by_definition():
         check_index_values(inputs.indices, inputs.directions.shape[0])
     with no_autocast(inputs.x):
@@ -44,7 +46,7 @@ def _split(flat: tuple[Any, ...]) -> tuple[RouteInputs, RouteOptions, Wanted, li
 
 def _route_by_name(*flat: Any) -> tuple[Tensor, ...]:
     inputs, options, wanted, (name,) = _split(flat)
-    return _present(_route_body(inputs, options, wanted, backends.get(name)), inputs)
+    return _present(_route_body(*inputs[:2], inputs, options, wanted, backends.get(name)), inputs)
 
 
 _route = torch.library.custom_op(
@@ -102,13 +104,20 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
 _saved_fields = attrgetter(*SavedRouting._fields)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given, ctx.options, ctx.wanted, (*_, ctx.backend) = _split(inputs)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """Of the operators."""
+    given, options, wanted, (*_, name) = _split(inputs)
+    _setup_direct(ctx, (*given[:2], given, options, wanted, backends.get(name)), output)
+    ctx.num_inputs = len(inputs)
+
+
+def _setup_direct(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, directions, _given, ctx.options, ctx.wanted, *_accumulate, backend = inputs
     results = iter(output)
     routed, rest = take(Routed, results), tuple(results)
     positions = take(Dispatch, iter(rest)).positions if rest else None
-    ctx.save_for_backward(given.x, given.directions, *_saved_fields(routed), positions)
-    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(x, directions, *_saved_fields(routed), positions)
+    ctx.backend, ctx.num_inputs = backend.NAME, len(inputs)
     ctx.set_materialize_grads(False)
 
 
@@ -130,6 +139,12 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _route.register_autograd(_backward, setup_context=_setup)
+_route_call = direct(
+    lambda _x, _directions, inputs, options, wanted, backend: _route(*inputs, *options, *wanted, backend.NAME),
+    _route_body,
+    _setup_direct,
+    _backward,
+)
 
 BACK = f"Tensor x, Tensor directions, {arguments(SavedRouting)}, {arguments(RoutingGrads, 'd_')}"
 
@@ -200,25 +215,32 @@ def route_dispatch(
         routed = route(tokens, directions, expert_bias, options, wanted)
         return routed, dispatch(tokens.x, routed.indices, routed.tokens_per_expert, routed.valid, backend), None
     inputs = RouteInputs(tokens.x, directions, expert_bias, tokens.mask, tokens.count_mask, tokens.indices)
-    if not recorded(tokens.x):
-        return _route_dispatch_body(inputs, options, wanted, accumulate, backend)
-    out = iter(_route_dispatch(*inputs, *options, *wanted, accumulate, backend.NAME))
-    return take(Routed, out), take(Dispatch, out), next(out)
+    values = iter(_route_dispatch_call(tokens.x, directions, inputs, options, wanted, accumulate, backend))
+    return take(Routed, values), take(Dispatch, values), next(values)
 
 
 def _route_dispatch_body(
-    inputs: RouteInputs, options: RouteOptions, wanted: Wanted, accumulate: str, backend: Any
-) -> tuple[Routed, Dispatch, Tensor]:
+    _x: Tensor,
+    _directions: Tensor,
+    inputs: RouteInputs,
+    options: RouteOptions,
+    wanted: Wanted,
+    accumulate: str,
+    backend: Any,
+) -> tuple[Any, ...]:
     if inputs.indices is not None:
         check_index_values(inputs.indices, inputs.directions.shape[0])
     with no_autocast(inputs.x):
-        out: tuple[Routed, Dispatch, Tensor] = backend.route_dispatch_fwd(inputs, options, wanted, accumulate)
-        return out
+        routed, sent, partials = backend.route_dispatch_fwd(inputs, options, wanted, accumulate)
+        return *routed, *sent, partials
 
 
 def _route_dispatch_by_name(*flat: Any) -> tuple[Tensor, ...]:
     inputs, options, wanted, (accumulate, name) = _split(flat)
-    routed, sent, partials = _route_dispatch_body(inputs, options, wanted, accumulate, backends.get(name))
+    values = iter(_route_dispatch_body(*inputs[:2], inputs, options, wanted, accumulate, backends.get(name)))
+    routed, sent, partials = take(Routed, values), take(Dispatch, values), next(values)
+    if partials is None:
+        partials = inputs.x.new_empty(0, *inputs.directions.shape, dtype=torch.float32)
     return *_present(routed, inputs), *sent, partials
 
 
@@ -248,6 +270,14 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
 
 
 _route_dispatch.register_autograd(_backward, setup_context=_setup)
+_route_dispatch_call = direct(
+    lambda _x, _directions, inputs, options, wanted, accumulate, backend: _route_dispatch(
+        *inputs, *options, *wanted, accumulate, backend.NAME
+    ),
+    _route_dispatch_body,
+    _setup_direct,
+    _backward,
+)
 
 
 def directions(weight: Tensor, dtype: torch.dtype, backend: Any) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kmeans_route import backends
 from kmeans_route.backends.reservoir import keep_smallest_hashes_
-from kmeans_route.ops.schema import arguments, in_backward, no_autocast, recorded, take
+from kmeans_route.ops.schema import arguments, direct, in_backward, no_autocast, take
 from kmeans_route.reference import compute_dtype
 from kmeans_route.types import PendingStatistics, Statistics
 
@@ -18,23 +18,21 @@ def centroid_sums(
     x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int, backend: Any
 ) -> Tensor:
     """(E, D): sums of factor_t x_t over valid tokens, or of x_t without a factor."""
-    if backend.PLAIN or not recorded(x):
-        return _sums(x, indices, factor, valid, num_experts, backend)
-    sums: Tensor = _centroid_sums(x, indices, factor, valid, num_experts, backend.NAME)
+    call = _centroid_sums_body if backend.PLAIN else _centroid_sums_call
+    sums: Tensor = call(x, indices, factor, valid, num_experts, backend.NAME)
     return sums
 
 
-def _sums(x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int, backend: Any) -> Tensor:
+def _centroid_sums_body(
+    x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int, backend: str
+) -> Tensor:
     with no_autocast(x):
-        sums: Tensor = backend.centroid_sums(x, indices, factor, valid, num_experts).sum(0)
+        sums: Tensor = backends.get(backend).centroid_sums(x, indices, factor, valid, num_experts).sum(0)
         return sums
 
 
-@torch.library.custom_op("kmeans_route::centroid_sums", mutates_args=())
-def _centroid_sums(
-    x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int, backend: str
-) -> Tensor:
-    return _sums(x, indices, factor, valid, num_experts, backends.get(backend))
+_centroid_sums = torch.library.custom_op("kmeans_route::centroid_sums", _centroid_sums_body, mutates_args=())
+_centroid_sums_call = direct(_centroid_sums, _centroid_sums_body)
 
 
 @_centroid_sums.register_fake
@@ -57,18 +55,19 @@ def accumulate(
     factor: (T,) of each token in the centroid sums; None for 1. counted: (T,) bool, the tokens that count. partials:
     the sums in parts (S, E, D); None: taken from x here.
     """
-    _accumulate(x, indices, factor, counted, partials, *batch, *pending, backend.NAME)
+    _accumulate_call(x, indices, factor, counted, partials, batch, pending, backend)
 
 
-def _accumulate_by_name(
-    x: Tensor, indices: Tensor, factor: Tensor | None, counted: Tensor, partials: Tensor | None, *flat: Any
-) -> None:
-    if in_backward():
-        return
-    values = iter(flat)
+def _accumulate_body(x: Tensor, *rest: Any) -> None:
+    if not in_backward():
+        with no_autocast(x):
+            rest[-1].accumulate(x, *rest[:-1])
+
+
+def _accumulate_by_name(*flat: Any) -> None:
+    values = iter(flat[5:])
     batch, pending = take(Statistics, values), take(PendingStatistics, values)
-    with no_autocast(x):
-        backends.get(next(values)).accumulate(x, indices, factor, counted, partials, batch, pending)
+    _accumulate_body(*flat[:5], batch, pending, backends.get(next(values)))
 
 
 _PENDING = ", ".join(f"Tensor(a{i}!) {name}" for i, name in enumerate(PendingStatistics._fields))
@@ -81,21 +80,31 @@ _accumulate = torch.library.custom_op(
 )
 
 
+_accumulate_call = direct(lambda *given: _accumulate(*given[:5], *given[5], *given[6], given[7].NAME), _accumulate_body)
+
+
 @_accumulate.register_fake
 def _(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-@torch.library.custom_op("kmeans_route::reservoir", mutates_args=("hashes", "rows"))
-def reservoir(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
+def _reservoir_body(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
     """Keep the tokens of smallest hash; nothing while a backward pass runs."""
     if not in_backward():
         with no_autocast(x):
             keep_smallest_hashes_(x, inv_norm, valid, seed, hashes, rows)
 
 
-@torch.library.custom_op("kmeans_route::count_pairs", mutates_args=("pairs",))
-def count_pairs(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
+_reservoir = torch.library.custom_op("kmeans_route::reservoir", _reservoir_body, mutates_args=("hashes", "rows"))
+reservoir = direct(_reservoir, _reservoir_body)
+
+
+@_reservoir.register_fake
+def _(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _count_pairs_body(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
     """Add to pairs (E, E) fp32 how many of the first tokens chose both of two experts; nothing in a backward pass.
 
     An (E, E) product over at most `PAIRS_FROM` tokens: sums of ones, so exact in any order.
@@ -109,11 +118,10 @@ def count_pairs(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
         pairs.addmm_(chosen.T, chosen)
 
 
-@count_pairs.register_fake
-def _(*_args: Any, **_kwargs: Any) -> None:
-    return None
+_count_pairs = torch.library.custom_op("kmeans_route::count_pairs", _count_pairs_body, mutates_args=("pairs",))
+count_pairs = direct(_count_pairs, _count_pairs_body)
 
 
-@reservoir.register_fake
+@_count_pairs.register_fake
 def _(*_args: Any, **_kwargs: Any) -> None:
     return None
