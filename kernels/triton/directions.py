@@ -45,7 +45,7 @@ def _directions_kernel(weight_ptr, weight_stride_e, d_ptr, D, BD: tl.constexpr):
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows of weight (E, D) fp32, rounded to `dtype`. One launch."""
     weight = rows_of(weight.detach())
-    d = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    d = weight.new_empty(*weight.shape, dtype=dtype)
     if d.numel():
         _directions_kernel[(weight.shape[0],)](weight, weight.stride(0), d, weight.shape[1], BD=BLOCK, num_warps=4)
     return d

@@ -111,9 +111,9 @@ def _count_pairs_body(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
     """
     if in_backward():
         return
-    some = slice(0, PAIRS_FROM)
-    experts = torch.arange(pairs.shape[0], device=pairs.device)
-    chosen = ((indices[some, :, None] == experts).any(1) & counted[some, None]).to(pairs.dtype)
+    ids = indices[:PAIRS_FROM]
+    ones = counted[:PAIRS_FROM, None].to(pairs.dtype).expand_as(ids)
+    chosen = pairs.new_zeros(ids.shape[0], pairs.shape[0]).scatter_(1, ids, ones)
     with no_autocast(pairs):
         pairs.addmm_(chosen.T, chosen)
 
