@@ -5,9 +5,10 @@
 Backend "torch", T = 1, D = 64, E = 16, K = 2, eval without gradients, one thread: `route`, a router, a frozen router.
 
 Backend "triton", T = 64, D = 2048, E = 64, K = 8, on the CPU: every kernel is replaced by a call that does nothing, so
-this is all but Triton's own launch and a GPU's work: results hold what memory held. Launchers alone (route, route with
-what training and dispatch want, dispatch with centroid sums), and forwards of an MoE layer whose experts hand back
-what they get, eval without gradients and training.
+this is all but Triton's own launch and a GPU's work: results hold what memory held, ids of experts 0. The functions
+`route` and `dispatch`; launchers alone (route, route with what training and dispatch want, dispatch, dispatch with
+centroid sums); and an MoE layer whose experts hand back what they get: a forward in eval without gradients, one in
+training, and that with its backward.
 
 Thread time, the least of many batches; workers of both trees take turns, and ratios are within one turn.
 """
@@ -67,6 +68,7 @@ class _NoLaunch:
 
 def launcher_cases() -> dict[str, Callable[[], object]]:
     """Calls on the backend "triton" without launches."""
+    import kmeans_route
     from kmeans_route import MoE, kernels
     from kmeans_route.checks import check_route_options
     from kmeans_route.kernels import dispatch, route
@@ -85,7 +87,11 @@ def launcher_cases() -> dict[str, Callable[[], object]]:
         each.experts.forward = lambda rows, offsets: rows
     trained.router.commit()  # nothing is pending: commits come by hand, so it does not warn
     leaf = x.clone().requires_grad_()
+    routed = {"expert_bias": bias, "directions": directions, "backend": "triton"}
+    routing = kmeans_route.route(x, directions, 8, **routed)
     return {
+        "route, triton": lambda: kmeans_route.route(x, directions, 8, **routed),
+        "dispatch, triton": lambda: kmeans_route.dispatch(x, routing, backend="triton"),
         "launcher of route": lambda: route.route_fwd(*given),
         "the same, in training": lambda: route.route_fwd(*given, want_std=True, want_rank=True),
         "launcher of dispatch": lambda: dispatch.dispatch_fwd(x, r.indices, r.valid, 64, ranks),
@@ -94,6 +100,7 @@ def launcher_cases() -> dict[str, Callable[[], object]]:
         ),
         "MoE, eval": lambda: layer(x),
         "MoE, training": torch.enable_grad()(lambda: trained(leaf)),
+        "the same, and backward": torch.enable_grad()(lambda: trained(leaf).backward(x)),
     }
 
 

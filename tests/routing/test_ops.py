@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kmeans_route import centroid_sums, combine, directions, dispatch, ops, route
+from kmeans_route import KMeansRouter, MoE, centroid_sums, combine, directions, dispatch, ops, route
 from kmeans_route.checks import check_route_options
 from kmeans_route.types import Wanted
 from tests.helpers import oracle
@@ -351,3 +352,45 @@ def test_no_silent_second_derivative() -> None:
     (grad,) = torch.autograd.grad(got.weights.square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.square().sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """Which operators of the namespace are called while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func.name().split("::")
+        if namespace == NAMESPACE:
+            self.names.add(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"learned_offset": True}, {"normalize": False, "detach_gates": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
+def test_calls_past_the_dispatcher_equal_the_operators(backend: str, options: dict[str, Any]) -> None:
+    """Who looks sees operators; nobody else gets to them, forward, and all bits are the same."""
+    x, results, nodes, seen = torch.randn(9, 16, generator=generator(4)), [], [], Seen()
+    for looks in (False, True):
+        torch.manual_seed(2)
+        layer = MoE(16, 8, 4, 2, backend=backend, balance="quantile", **options)
+        assert isinstance(layer.router, KMeansRouter)
+        leaf = x.clone().requires_grad_()
+        if looks:
+            with seen:
+                y = layer(leaf)
+        else:
+            y = layer(leaf)
+        nodes.append(str(y.grad_fn.next_functions[0][0]))
+        y.square().sum().backward()
+        p = layer.router.pending
+        results.append([y, leaf.grad, *(w.grad for w in layer.parameters()), *(getattr(p, name) for name in p.FIELDS)])
+    assert "function.combineBackward" in nodes[0]
+    assert "GeneratedBackwardFor" in nodes[1]
+    routed = {"route_dispatch"} if backend == "triton" else {"route", "dispatch"}
+    assert seen.names >= routed | {"accumulate", "combine", "count_pairs", "grouped_linear", "reservoir"}
+    for direct, looked_at in zip(*results, strict=True):
+        assert_same_bits(direct, looked_at)
