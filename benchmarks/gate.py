@@ -141,11 +141,12 @@ def dispatch_launches(
             empty(num_tokens) if variant.get("unit", True) else None,
             copies=variant.get("copies", True), want_sums=variant.get("sums", True),
         )  # fmt: skip
+        partials = empty(0, num_experts, hidden_size) if sent.partials is None else sent.partials
         scalar, number = empty(), empty(dtype=torch.int64)
         for bins in (0, num_experts):
             hist = empty(bins, route.NUM_MARGIN_BINS.value, dtype=torch.int32)
             accumulate.accumulate(
-                sent.partials, count, empty(num_tokens), number, hist, top_k,
+                partials, count, empty(num_tokens), number, hist, top_k,
                 empty(num_experts, hidden_size), count, scalar, number, number, hist,
             )  # fmt: skip
     return launches

@@ -11,8 +11,7 @@ the splits by `accumulate`: no float atomics anywhere, the same bits every time.
 The one-hot factor is exact in 16 bits. The unit vectors are not, so each goes in as a high and a low part, which keeps
 the sums at 16 bits of mantissa (22 in fp16, and in fp32, whose parts are TF32) for two products instead of one. Each
 part has an accumulator of its own: two products chained through one in a loop were seen to come out wrong on sm_103
-(triton#10821). Bytes: (1 + K) T D B, or T D B without
-copies, and partials 2 S E D 4.
+(triton#10821). Bytes: (1 + K) T D B, or T D B without copies, and partials 2 S E D 4.
 
 Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of the tokens.
 """
