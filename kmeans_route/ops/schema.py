@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -120,8 +121,9 @@ def traced() -> str:
 
 
 def looked_at(*tensors: Tensor) -> bool:
-    """Whether a compiler, a tracer, a dispatch mode (which counts FLOPs, say) or a tensor of another kind looks on."""
-    if torch.compiler.is_compiling() or jit_tracing() or is_in_torch_dispatch_mode():
+    """Whether a compiler, a tracer, a profiler, a dispatch mode (which counts FLOPs, say) or a tensor of another kind
+    looks on."""
+    if torch.compiler.is_compiling() or jit_tracing() or is_in_torch_dispatch_mode() or profiler._is_profiler_enabled:
         return True
     return not PLAIN_TYPES.issuperset(map(type, tensors))
 

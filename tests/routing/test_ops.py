@@ -394,3 +394,12 @@ def test_calls_past_the_dispatcher_equal_the_operators(backend: str, options: di
     assert seen.names >= routed | {"accumulate", "combine", "count_pairs", "grouped_linear", "reservoir"}
     for direct, looked_at in zip(*results, strict=True):
         assert_same_bits(direct, looked_at)
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
+def test_a_profile_names_the_operators() -> None:
+    layer, x = MoE(16, 8, 4, 2), torch.randn(9, 16, generator=generator(4))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    named = {event.key.removeprefix(f"{NAMESPACE}::") for event in profile.key_averages()}
+    assert named >= {"route", "dispatch", "accumulate", "combine", "grouped_linear"}
