@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import final
 from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, OFFSET, SIZES, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
 from benchmarks.quality.tables import (
@@ -280,7 +281,7 @@ def _around(runs: Sequence[Record]) -> list[str]:
 
 def report(records: Sequence[Record]) -> str:
     """All tables, in Markdown."""
-    parts = ["## Bits per byte, MaxVio", summary(records)]
+    parts = [final.report(records), "## Bits per byte, MaxVio", summary(records)]
     parts.append(GOALS)
     parts.append(goals(records))
     parts.append(f"Each against the default, {DEFAULT}, all sizes and seeds together (MaxVio: geometric mean):")

@@ -44,13 +44,13 @@ class Runs:
         return [record for record in self._records if (record["size"], record["contestant"]) == wanted]
 
     def rate(self, name: str, size: str) -> float | None:
-        """The one chosen on seed 0; None where nothing has run."""
+        """The one chosen on seed 0; None until all have run there."""
         of_first = {
             rate: found[0]
             for rate in ALL_RATES
             if (found := [float(bits(r) or 0.0) for r in self.at(name, size, rate) if r["config"]["seed"] == 0])
         }
-        return min(of_first, key=lambda rate: of_first[rate]) if of_first else None
+        return min(of_first, key=lambda rate: of_first[rate]) if len(of_first) == len(ALL_RATES) else None
 
     def final(self, name: str, size: str) -> list[Record]:
         """At the chosen rate, without seed 0."""
@@ -110,7 +110,7 @@ def _rates_of(runs: Runs, name: str, size: str) -> str:
         found = [r for r in runs.at(name, size, rate) if r["config"]["seed"] == 0]
         text = mean_text(values(found, bits), 3) if found else "-"
         parts.append(f"**{text}**" if rate == chosen else text)
-    return " / ".join(parts) if chosen is not None else ""
+    return " / ".join(parts) if set(parts) != {"-"} else ""
 
 
 def early(records: Sequence[Record]) -> str:
@@ -130,14 +130,16 @@ def _early(record: Record) -> float:
 
 def report(records: Sequence[Record]) -> str:
     """All of them, in Markdown."""
-    return "\n\n".join(
-        [
-            "## The decision",
-            "Bits per byte (seeds), mean over the four sizes where a column names none:",
+    parts = [
+        "## The decision",
+        "Bits per byte on seed 0 at each peak learning rate; bold: chosen, once all three have run.",
+        rates(records),
+    ]
+    if any(Runs(records).everywhere(name) for name in FINAL):
+        parts += [
+            "Bits per byte (seeds), mean over the four sizes where a column names none; the other seeds at that rate:",
             decision(records),
-            "Bits per byte on seed 0 at each peak learning rate; bold: chosen.",
-            rates(records),
             "MaxVio of training batches, first 200 steps:",
             early(records),
         ]
-    )
+    return "\n\n".join(parts)
