@@ -55,7 +55,7 @@ quality: env
 quality-run: env
 	$(BIN)/python -m benchmarks.quality.sweep $(QUALITY_ARGS)
 
-## make pictures    draw roofline, bars and scaling from benchmarks/results
+## make pictures    draw roofline, predictions, bars and scaling from benchmarks/results
 pictures: env
 	$(BIN)/python -m benchmarks.pictures
 

@@ -2,9 +2,8 @@
 
     python -m benchmarks.pictures [--results benchmarks/results] [--out benchmarks/results]
 
-What pages show: a roofline from the newest GPU run, or, until there is one, from the offline table (and then it says
-so); bars of a training step and of a layer's step from the newest CPU run; scaling from those of its suite. What no
-file holds is named and left out.
+What pages show: a roofline from the newest GPU run; times predicted from compiled code; bars of a training step and of
+a layer's step from the newest CPU run; scaling from those of its suite. What no file holds is named and left out.
 """
 
 import argparse
@@ -28,6 +27,11 @@ PARTS = {
     "combine": "combine",
     "combine_backward": "combine backward",
     "commit": "commit",
+}
+STEPS = {
+    "routing, eval": ("eval",),
+    "training forward": ("forward", "combine"),
+    "training backward": ("combine_bwd", "backward"),
 }
 DECODE_T = 512
 BARS = ("training step", "MoE layer step")
@@ -68,25 +72,8 @@ def measured_points(run: list[Record], *, decode: bool) -> list[Point]:
     return points
 
 
-def predicted_points(table: Record) -> tuple[list[Point], float, float]:
-    """Floors of every kernel on an H100, and the round rates they were computed with: bytes/s and FLOP/s."""
-    rows = [row for row in table["rows"] if row["arch"] == "sm_90"]
-    points: dict[tuple[str, str], Point] = {}
-    for row in rows:
-        kernel, work = row["kernel"], row["work"]
-        if row["regime"] == "index mode":
-            kernel += ", no copies"
-        if row["regime"] == "decode":
-            kernel += ", T=64"
-        point = Point(kernel, row["shape"], work["hbm"], work["flop"], max(row["floors_us"].values()))
-        points.setdefault((kernel, row["shape"]), point)  # eval and training route alike
-    product = next(row for row in rows if row["work"]["flop"])
-    work, floors = product["work"], product["floors_us"]
-    return list(points.values()), 1e6 * work["hbm"] / floors["HBM"], 1e6 * work["flop"] / floors["FLOP"]
-
-
 def rooflines(folder: Path) -> Iterator[tuple[str, "Figure"]]:
-    """Measured where a GPU was, else predicted."""
+    """Of the newest GPU run."""
     runs = gpu_runs(folder)
     if runs:
         run = runs[-1]
@@ -101,21 +88,24 @@ def rooflines(folder: Path) -> Iterator[tuple[str, "Figure"]]:
                     dot="bytes that must move / median time",
                     roof="rates of a copy and of a bf16 product in the same run",
                 )  # fmt: skip
-        return
-    tables = sorted(folder.glob("offline-triton-*.json"), key=_version)
-    if not tables:
-        return
-    points, copy, flop = predicted_points(json.loads(tables[-1].read_text(encoding="utf-8")))
-    yield "roofline-predicted", pictures.roofline(
-        points, copy, flop,
-        title="Predicted floors, not measured: every kernel on an H100 (T=16384 where not said)",
-        dot="bytes that must move / largest of three floors (HBM, L2, matrix units)",
-        roof=f"round figures, {copy / 1e12:g} TB/s and {flop / 1e12:g} TFLOP/s; below it L2 is the floor",
-    )  # fmt: skip
 
 
-def _version(path: Path) -> list[int]:
-    return [int(number) for number in path.stem.rpartition("-")[2].split(".")]
+def predictions(folder: Path) -> Iterator[tuple[str, "Figure"]]:
+    """Of the newest file of `benchmarks.predict`: what runs together is added up."""
+    files = sorted(folder.glob("predict-h200-*.json"))
+    if not files:
+        return
+    table = json.loads(files[-1].read_text(encoding="utf-8"))
+    panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for shape in dict.fromkeys(row["shape"] for row in table["rows"]):
+        for name, parts in STEPS.items():
+            rows = [row for row in table["rows"] if row["shape"] == shape and row["part"] in parts]
+            for num_tokens in sorted({row["num_tokens"] for row in rows}):
+                of_step = [row for row in rows if row["num_tokens"] == num_tokens]
+                time_us, floor_us = (sum(row[key] for row in of_step) for key in ("time_us", "floor_us"))
+                panels.setdefault(shape, {}).setdefault(name, []).append((num_tokens, time_us, floor_us))
+    title = f"Predicted from compiled code, not measured: {table['device']['name']}, Triton {table['triton']}"
+    yield "predicted", pictures.predictions(panels, title=f"{title}\nfloor: HBM bytes or FLOP, whichever takes longer")
 
 
 def results_of(folder: Path, pattern: str) -> list[Record]:
@@ -198,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or args.results
     out.mkdir(parents=True, exist_ok=True)
     drawn = 0
-    for what, draw in (("roofline", rooflines), ("bars", bars), ("scaling", scalings)):
+    for what, draw in (
+        ("roofline", rooflines), ("predictions", predictions), ("bars", bars), ("scaling", scalings),
+    ):  # fmt: skip
         figures = list(draw(args.results))
         if not figures:
             print(f"{what}: no result file has the data, left out")

@@ -1,5 +1,5 @@
-"""Pictures of measurements: roofline, bars against other contestants, scaling. `python -m benchmarks.pictures` draws
-them from result files.
+"""Pictures of measurements: roofline, bars against other contestants, scaling; and of predicted times.
+`python -m benchmarks.pictures` draws them from result files.
 
 As in `kmeans_route.viz`: a Figure of its own each, Okabe and Ito's colours, nothing told apart by colour alone.
 """
@@ -111,6 +111,54 @@ def roofline(
     handles = [_handle(shape, *styles[shape]) for shape in shapes]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=_SMALL)
     figure.suptitle(f"{title}\ndot: {dot}\nline: {roof}", fontsize=FONT_SIZE, x=0.01, ha="left")
+    return figure
+
+
+@large_print
+def predictions(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], *, title: str) -> Figure:
+    """Time over T, a panel a shape, both scales logarithmic; a dotted line of the same colour is the floor.
+
+    Args:
+        panels: shape -> what -> (T, microseconds, microseconds of the floor).
+        title: says that nothing was measured.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is absent; names the extra.
+        ValueError: no panel.
+    """
+    if not panels:
+        raise ValueError("panels must hold at least one, got none")
+    columns = min(2, len(panels))
+    count = math.ceil(len(panels) / columns)
+    figure = new_figure(2.9 * count + 1.9)
+    axes = figure.subplots(count, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    for place, (axis, (shape, series)) in enumerate(zip(axes, panels.items(), strict=False)):
+        for name, points in series.items():
+            color, style = STYLES[names.index(name) % len(STYLES)]
+            tokens, times, floors = zip(*points, strict=True)
+            marker = MARKERS[names.index(name) % 6]
+            axis.plot(tokens, times, color=color, linestyle=style, marker=marker, linewidth=2, label=name)
+            axis.plot(tokens, floors, color=color, linestyle=DOTTED, linewidth=1.6, label=f"floor of {name}")
+        axis.set_title(shape, fontsize=FONT_SIZE, loc="left")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(tokens, [f"{value:g}" for value in tokens], rotation=30)
+        axis.minorticks_off()
+        axis.tick_params(labelsize=_SMALL)
+        axis.grid(alpha=0.3, linewidth=0.6)
+        if place % columns == 0:
+            axis.set_ylabel("microseconds", fontsize=_SMALL)
+        if place >= len(panels) - columns:
+            axis.set_xlabel("T", fontsize=_SMALL)
+            axis.tick_params(axis="x", labelbottom=True)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    _plain_numbers(axes[0].yaxis, *axes[0].get_ylim(), decades=True)
+    handles = [_handle(name, MARKERS[i % 6], *STYLES[i % len(STYLES)]) for i, name in enumerate(names)]
+    figure.legend(handles=[*handles, _handle("floor", "", _GREY, DOTTED)], loc="outside lower center", ncols=4,
+                  fontsize=_SMALL)  # fmt: skip
+    figure.suptitle(title, fontsize=FONT_SIZE, x=0.01, ha="left")
     return figure
 
 

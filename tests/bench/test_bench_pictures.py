@@ -120,7 +120,7 @@ def write_run(folder: Path, name: str, device: str, date: str, *cells: dict[str,
     (folder / name).write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
 
 
-def test_a_gpu_run_replaces_the_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_run_is_drawn_from_its_newest_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "a.jsonl", "H100", "2026-01-02", cell(64, eval=20.0), cell(4096, eval=9.0),
               cell(65536, eval=40.0, commit=50.0))  # fmt: skip
     write_run(tmp_path, "b.jsonl", "H100", "2026-01-01", cell(4096, eval=1.0))
@@ -140,30 +140,35 @@ def test_a_gpu_run_replaces_the_prediction(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.splitlines() == [
         "roofline: roofline.png",
         "roofline: roofline-decode.png",
+        "predictions: no result file has the data, left out",
         "bars: no result file has the data, left out",
         "scaling: no result file has the data, left out",
     ]
     assert (tmp_path / "out" / "roofline.png").stat().st_size > 10_000
 
 
-def test_committed_results_give_the_prediction_and_the_bars() -> None:
-    """Every kernel and shape of the offline table has its dot."""
-    table = json.loads(sorted(command.RESULTS.glob("offline-triton-*.json"))[-1].read_text(encoding="utf-8"))
-    points, copy, flop = command.predicted_points(table)
-    rows = [row for row in table["rows"] if row["arch"] == "sm_90"]
-    assert {point.shape for point in points} == {row["shape"] for row in rows}
-    assert {point.kernel.split(",")[0] for point in points} == {row["kernel"] for row in rows}
-    assert (copy, flop) == (pytest.approx(3e12), pytest.approx(800e12))
-    for point in points:
-        assert point.tb_per_s * 1e12 <= 1.0001 * copy
-        assert point.flop / point.time_us * 1e6 <= 1.0001 * flop
+def test_committed_results_give_the_predictions_and_the_bars() -> None:
+    """Six panels, of each the sums of three steps and their floors, at every T."""
+    table = json.loads(sorted(command.RESULTS.glob("predict-h200-*.json"))[-1].read_text(encoding="utf-8"))
+    ((name, figure),) = command.predictions(command.RESULTS)
+    drawn(figure)
+    assert name == "predicted"
+    assert figure.get_suptitle().startswith("Predicted from compiled code, not measured: H200")
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.get_title(loc="left")}
+    assert set(panels) == {row["shape"] for row in table["rows"]}
+    for shape, axis in panels.items():
+        lines = {line.get_label(): line for line in axis.get_lines()}
+        assert len(lines) == 2 * len(command.STEPS)
+        for step, parts in command.STEPS.items():
+            rows = [row for row in table["rows"] if row["shape"] == shape and row["part"] in parts]
+            for label, key in ((step, "time_us"), (f"floor of {step}", "floor_us")):
+                expected = [
+                    sum(row[key] for row in rows if row["num_tokens"] == tokens) for tokens in lines[label].get_xdata()
+                ]
+                assert list(lines[label].get_ydata()) == pytest.approx(expected)
     found = command.contests(command.results_of(command.RESULTS, "cpu-*.json"))
     assert len(found["training step"][1]) == 9
     assert found["training step"][1][0].label == "T=8192  D=1024  E=64  K=8"
-    if not command.gpu_runs(command.RESULTS):
-        ((name, figure),) = command.rooflines(command.RESULTS)
-        assert name == "roofline-predicted"
-        assert figure.get_suptitle().startswith("Predicted floors, not measured")
 
 
 def test_each_picture_is_shown_by_a_page() -> None:
@@ -172,7 +177,11 @@ def test_each_picture_is_shown_by_a_page() -> None:
     links = [re.findall(r"!\[[^]]+\]\(\S*benchmarks/results/(\S+\.png)\)", page.read_text("utf-8")) for page in pages]
     shown = {name for of_page in links for name in of_page}
     assert {path.name for path in command.RESULTS.glob("*.png")} <= shown
-    names = [name for draw in (command.rooflines, command.bars, command.scalings) for name, _ in draw(command.RESULTS)]
+    names = [
+        name
+        for draw in (command.rooflines, command.predictions, command.bars, command.scalings)
+        for name, _ in draw(command.RESULTS)
+    ]
     assert len(set(names)) == len(names) >= 4
     assert {f"{name}.png" for name in names} <= shown
 
@@ -205,6 +214,7 @@ def test_nothing_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert command.main(["--results", str(tmp_path)]) == 1
     for draw, message in (
         (lambda: pictures.roofline([], 1.0, 1.0, title="", dot="", roof=""), "points must hold at least one"),
+        (lambda: pictures.predictions({}, title=""), "panels must hold at least one"),
         (lambda: pictures.contest_bars([], title=""), "contests must hold at least one"),
         (lambda: pictures.scaling([], title=""), "records must hold at least one"),
     ):
