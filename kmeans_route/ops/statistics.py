@@ -111,7 +111,7 @@ def _count_pairs_body(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
     """
     if in_backward():
         return
-    ids = indices[:PAIRS_FROM]
+    ids = indices[:PAIRS_FROM].clamp(0, pairs.shape[0] - 1)  # they are in range; scatter_ must not rest on that
     ones = counted[:PAIRS_FROM, None].to(pairs.dtype).expand_as(ids)
     chosen = pairs.new_zeros(ids.shape[0], pairs.shape[0]).scatter_(1, ids, ones)
     with no_autocast(pairs):
