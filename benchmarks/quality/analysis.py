@@ -32,7 +32,7 @@ from benchmarks.quality.tables import (
     measure,
     paired,
     values,
-)  # fmt: skip
+)
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 README, SUMMARY, APPENDIX = ROOT / "README.md", ROOT / "docs" / "quality.md", ROOT / "docs" / "quality-appendix.md"

@@ -4,6 +4,7 @@ The rate of a contestant at a size is the one with the fewest bits per byte on s
 means, intervals and pairs are of the other seeds.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ from benchmarks.quality.tables import (
     mean_text,
     measure,
     values,
-)  # fmt: skip
+)
 
 ALL_RATES = (0.003, *RATES)
 WHERE = [name for name, sizes in SIZES.items() if name.startswith("D64") and sizes["experts"] > 1]
@@ -46,9 +47,10 @@ class Runs:
     def rate(self, name: str, size: str) -> float | None:
         """The one chosen on seed 0; None until all have run there."""
         of_first = {
-            rate: found[0]
+            rate: math.inf if (got := bits(run)) is None else got  # a run may have no finite loss
             for rate in ALL_RATES
-            if (found := [float(bits(r) or 0.0) for r in self.at(name, size, rate) if r["config"]["seed"] == 0])
+            for run in self.at(name, size, rate)
+            if run["config"]["seed"] == 0
         }
         return min(of_first, key=lambda rate: of_first[rate]) if len(of_first) == len(ALL_RATES) else None
 
@@ -88,8 +90,8 @@ def _with_seeds(runs: Sequence[Record], get: Measure) -> str:
 
 
 def _share(runs: Sequence[Record]) -> str:
-    shares = [float(at_the_end("effective_experts")(r) or 0.0) / r["config"]["experts"] for r in runs]
-    return mean_text(shares, 2)
+    effective = values(runs, at_the_end("effective_experts"))
+    return mean_text([value / run["config"]["experts"] for value, run in zip(effective, runs, strict=True)], 2)
 
 
 def rates(records: Sequence[Record]) -> str:

@@ -1,10 +1,10 @@
 """torch.library operators: schema, body, fake and autograd of each, side by side.
 
 Each wrapper takes the backend as the module that `backends.choose` gave, each operator its name. Whoever has to see an
-operator (a compiler, a tracer, a dispatch mode) sees it; other calls go straight to its body: `schema.direct`. The
-bodies are opaque to torch.compile, so they may branch on data. The operators that change pending state carry no
-autograd, and they do nothing while a backward pass runs: whatever activation checkpointing recomputes there has been
-counted already.
+operator (a compiler, a tracer, a profiler, a dispatch mode) sees it; other calls go straight to its body:
+`schema.direct`. The bodies are opaque to torch.compile, so they may branch on data. The operators that change pending
+state carry no autograd, and they do nothing while a backward pass runs: whatever activation checkpointing recomputes
+there has been counted already.
 
 Legend: T tokens, D hidden size, E experts, K top_k, S splits. What is absent is None, and in what an operator returns
 an empty tensor.
