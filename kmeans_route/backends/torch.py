@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kmeans_route.backends import chunks
+from kmeans_route.backends import chunks, pages
 from kmeans_route.backends.torch_statistics import accumulate as accumulate
 from kmeans_route.backends.torch_statistics import centroid_sums as centroid_sums
 from kmeans_route.backends.torch_statistics import commit as commit
@@ -37,6 +37,7 @@ from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, Rout
 
 NAME, PLAIN, FUSED = "torch", False, False
 MIN_NORM, MAX_NORM = MIN_SQUARED_NORM**0.5, MAX_SQUARED_NORM**0.5
+PER_PRODUCT = 2  # chunks; threads wait for each other at the end of each product, so there should be few
 FEW = 1024  # elements up to which one call is quicker than several that are vectorised
 
 
@@ -57,13 +58,13 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
     """s (T, E), 1 / ||x|| (T,), validity (T,), and whether all are known to be valid; reads x from memory once."""
     dtype = compute_dtype(x.dtype)
     d_DE = directions.to(dtype).T
-    if x.numel() * dtype.itemsize <= chunks.BYTES:
+    if x.numel() * dtype.itemsize <= PER_PRODUCT * chunks.BYTES:
         x_c = x.to(dtype)
         norm, scores = torch.linalg.vector_norm(x_c, dim=1), product(x_c, d_DE)
     else:
         scores = x.new_empty(x.shape[0], directions.shape[0], dtype=dtype)
         norm = x.new_empty(x.shape[0], dtype=dtype)
-        for c in chunks.of(x):
+        for c in chunks.of(x, PER_PRODUCT):
             x_c = x[c].to(dtype)
             torch.linalg.vector_norm(x_c, dim=1, out=norm[c])
             scores[c] = product(x_c, d_DE)
@@ -148,12 +149,12 @@ def _num_dropped(mask: Tensor | None, count_mask: Tensor | None, valid: Tensor) 
 
 
 def softmax_rows(z: Tensor) -> Tensor:
-    """Softmax over the few columns of (T, K). On CPU a row shorter than a vector register is best taken as a column."""
+    """Softmax over the few columns of (T, K), in vectorised passes: PyTorch's own takes rows that are shorter than a
+    vector register (16 fp32 with AVX-512, 8 with AVX2) element by element."""
     if z.numel() <= FEW:
         return z.softmax(1)
-    if z.shape[1] == 2:
-        return torch.sigmoid(z - z.flip(1))
-    return z.T.contiguous().softmax(0).T.contiguous() if z.shape[1] < 8 else z.softmax(1)
+    p = (z - z.amax(1, keepdim=True)).exp_()
+    return p.div_(row_sums(p))
 
 
 def row_sums(values: Tensor) -> Tensor:
@@ -197,8 +198,8 @@ def route_bwd(
     """dx_t = inv_norm_t (sum over e of ds_te d_e - x_t inv_norm_t sum over e of ds_te s_te), 0 if not valid.
 
     With ds of the selected experts alone, a CPU gathers K direction rows a token (embedding_bag) instead of multiplying
-    by all E: 0.65 to 0.9 of the time. dx in fp32 is written by one whole-tensor call: page faults of the fresh tensor
-    cost more than its arithmetic, and chunks make them collide.
+    by all E: 0.65 to 0.9 of the time. A small dx is written by one whole-tensor call; one that malloc maps anew, where
+    page faults cost more than the arithmetic, by chunks into large pages.
     """
     ds_TK, ds_TE = score_grads(saved, grads, options)
     indices, selected, inv_norm = saved.indices, saved.selected_scores, saved.inv_norm
@@ -219,12 +220,12 @@ def route_bwd(
             return F.embedding_bag(indices[c], d_ED, per_sample_weights=ds[c], mode="sum")
         return product(ds[c], d_ED)
 
-    if x.dtype == selected.dtype:
+    if x.dtype == selected.dtype and x.nbytes < pages.MAPPED_ANEW:
         dx = rows(slice(None)).addcmul_(x, coef)
     else:
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dx = pages.empty_like(x)
         for c in chunks.of(x):
-            dx[c] = rows(c).addcmul_(x[c].to(selected.dtype), coef[c])
+            torch.addcmul(rows(c), x[c].to(selected.dtype), coef[c], out=dx[c])
     dx = _zero_rows(dx, saved.valid)
     if d_x_sorted is not None:
         assert positions is not None
