@@ -7,9 +7,9 @@ from kmeans_route.reference import compute_dtype
 BYTES = 8 << 20  # of a chunk in the compute dtype
 
 
-def of(x: Tensor, size: int = 1) -> list[slice]:
-    """Slices of rows of about the same length, of `size` times BYTES."""
-    rows = max(1, size * BYTES // max(1, x.shape[1] * compute_dtype(x.dtype).itemsize))
+def of(x: Tensor) -> list[slice]:
+    """Slices of rows of about the same length."""
+    rows = max(1, BYTES // max(1, x.shape[1] * compute_dtype(x.dtype).itemsize))
     rows = rows if x.device.type == "cpu" else 16 * rows
     rows = -(-x.shape[0] // max(1, round(x.shape[0] / rows)))
     return [slice(i, min(i + rows, x.shape[0])) for i in range(0, x.shape[0], max(1, rows))]

@@ -1,9 +1,9 @@
 """Backend "torch": the bodies of the operators in plain PyTorch, tuned for CPU, correct on any device.
 
 No autograd here and no argument checks; `ops` adds the first, `functional` the second. Rows are taken in chunks
-that stay in cache, which also bounds the fp32 copy that 16-bit inputs need. On CPU a branch on data costs nothing and
-saves passes (are all tokens valid? is there a tie?); on other devices it would stall the stream, so there the general
-path always runs.
+that stay in cache where that bounds a temporary, such as the fp32 copy that 16-bit inputs need. On CPU a branch on data
+costs nothing and saves passes (are all tokens valid? is there a tie?); on other devices it would stall the stream, so
+there the general path always runs.
 
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
@@ -37,7 +37,6 @@ from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, Rout
 
 NAME, PLAIN, FUSED = "torch", False, False
 MIN_NORM, MAX_NORM = MIN_SQUARED_NORM**0.5, MAX_SQUARED_NORM**0.5
-PER_PRODUCT = 2  # chunks; threads wait for each other at the end of each product, so there should be few
 FEW = 1024  # elements up to which one call is quicker than several that are vectorised
 
 
@@ -55,16 +54,19 @@ def _all_within(norm: Tensor, low: float, high: float) -> bool:
 
 
 def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """s (T, E), 1 / ||x|| (T,), validity (T,), and whether all are known to be valid; reads x from memory once."""
+    """s (T, E), 1 / ||x|| (T,), validity (T,), and whether all are known to be valid.
+
+    One product for all rows, since threads wait for each other at the end of each; what has to be cast goes by chunks.
+    """
     dtype = compute_dtype(x.dtype)
     d_DE = directions.to(dtype).T
-    if x.numel() * dtype.itemsize <= PER_PRODUCT * chunks.BYTES:
+    if x.dtype == dtype or x.numel() * dtype.itemsize <= chunks.BYTES:
         x_c = x.to(dtype)
         norm, scores = torch.linalg.vector_norm(x_c, dim=1), product(x_c, d_DE)
     else:
         scores = x.new_empty(x.shape[0], directions.shape[0], dtype=dtype)
         norm = x.new_empty(x.shape[0], dtype=dtype)
-        for c in chunks.of(x, PER_PRODUCT):
+        for c in chunks.of(x):
             x_c = x[c].to(dtype)
             torch.linalg.vector_norm(x_c, dim=1, out=norm[c])
             scores[c] = product(x_c, d_DE)
@@ -153,6 +155,8 @@ def softmax_rows(z: Tensor) -> Tensor:
     vector register (16 fp32 with AVX-512, 8 with AVX2) element by element."""
     if z.numel() <= FEW:
         return z.softmax(1)
+    if z.shape[1] == 2:
+        return torch.sigmoid(z - z.flip(1))
     p = (z - z.amax(1, keepdim=True)).exp_()
     return p.div_(row_sums(p))
 
@@ -224,7 +228,7 @@ def route_bwd(
         dx = rows(slice(None)).addcmul_(x, coef)
     else:
         dx = pages.empty_like(x)
-        for c in chunks.of(x):
+        for c in reversed(chunks.of(x)):  # the end of x was read last, so that is what may still be in cache
             torch.addcmul(rows(c), x[c].to(selected.dtype), coef[c], out=dx[c])
     dx = _zero_rows(dx, saved.valid)
     if d_x_sorted is not None:

@@ -58,6 +58,6 @@ def test_the_gradient_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None
         return leaf.grad
 
     whole = gradient()
-    monkeypatch.setattr(chunks, "BYTES", 200_000)  # two in the backward; the forward takes as much at once
+    monkeypatch.setattr(chunks, "BYTES", 200_000)  # two in the backward
     monkeypatch.setattr(pages, "MAPPED_ANEW", 0)
     assert_same_bits(gradient(), whole)
