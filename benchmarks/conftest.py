@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--repeats", type=int, default=None, help="rounds of each contest (15, the least for a result)")
     group.addoption("--threads", type=int, default=2, help="threads of PyTorch")
     group.addoption("--max-ratio", type=float, default=1.0, help="fail above this ratio of training steps; 0: report")
-    group.addoption("--malloc", choices=("recycle", "default"), default="recycle", help="see bench/memory.py")
+    group.addoption("--malloc", choices=("recycle", "default"), default="default", help="see bench/memory.py")
     group.addoption("--no-compile", action="store_true", help="leave out what needs torch.compile, and say so")
     group.addoption("--quick", action="store_true", help="tiny shapes, 2 rounds, nothing asserted about times")
 

@@ -1,9 +1,8 @@
-"""How much memory is free, and one regime of malloc for all contestants.
+"""How much memory is free, and a malloc that keeps what it has, for a suite that asks for it.
 
 glibc's malloc maps a block above 32 MiB anew at each call, and the kernel then zeroes it page by page: 14 to 23 ms for
-one gradient of 32 to 48 MiB where all of the arithmetic takes 30. Whether a step pays that depends on what happens to
-lie free on the heap, so the same step was seen at 28 and at 46 ms. A training loop with a caching allocator does not
-pay it. So the benchmarks let malloc keep what it has, for everyone; `--malloc default` leaves it as it is.
+one gradient of 32 to 48 MiB where all of the arithmetic takes 30. Users have that malloc, so times are taken with it.
+`--malloc recycle` lets malloc keep its memory, for all contestants alike, as under a caching allocator.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ import torch
 
 from kmeans_route.bench.clock import Clock, reason
 from kmeans_route.bench.contest import ClockedContest
-from kmeans_route.bench.memory import free_bytes, recycle_memory
+from kmeans_route.bench.memory import free_bytes
 from kmeans_route.bench.problem import Problem
 from kmeans_route.bench.results import environment
 from kmeans_route.bench.routing_contest import MODES, OURS, QUICK_RIVALS, RIVALS, routing_contest
@@ -118,8 +118,6 @@ def bench(options: BenchOptions, output: Output) -> int:
                 f"--shape {name} needs about {needed / 1e9:.1f} GB in mode {options.mode}, and {free / 1e9:.1f} GB are "
                 f"free on {options.device}: take fewer tokens"
             )
-    if options.device.type == "cpu":
-        recycle_memory()
     clock, results = Clock(options.device), []
     for name, shape in options.shapes:
         facts = _one_shape(name, shape, options, clock, output)

@@ -34,12 +34,6 @@ TINY = ("--shape", "24,32,8,2", "--repeats", "2", "--threads", "1", "--device", 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def malloc_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other tests of this process keep their memory regime."""
-    monkeypatch.setattr(command, "recycle_memory", lambda: True)
-
-
 def invoke(*arguments: str) -> Result:
     result = CliRunner().invoke(commands.app, ["bench", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
