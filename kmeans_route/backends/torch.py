@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kmeans_route.backends import chunks, pages
+from kmeans_route.backends import chunks
 from kmeans_route.backends.torch_statistics import accumulate as accumulate
 from kmeans_route.backends.torch_statistics import centroid_sums as centroid_sums
 from kmeans_route.backends.torch_statistics import commit as commit
@@ -202,8 +202,8 @@ def route_bwd(
     """dx_t = inv_norm_t (sum over e of ds_te d_e - x_t inv_norm_t sum over e of ds_te s_te), 0 if not valid.
 
     With ds of the selected experts alone, a CPU gathers K direction rows a token (embedding_bag) instead of multiplying
-    by all E: 0.65 to 0.9 of the time. A small dx is written by one whole-tensor call; one that malloc maps anew, where
-    page faults cost more than the arithmetic, by chunks into large pages.
+    by all E: 0.65 to 0.9 of the time. dx in fp32 is written by one whole-tensor call: page faults of the fresh tensor
+    cost more than its arithmetic, and chunks make them collide.
     """
     ds_TK, ds_TE = score_grads(saved, grads, options)
     indices, selected, inv_norm = saved.indices, saved.selected_scores, saved.inv_norm
@@ -224,12 +224,12 @@ def route_bwd(
             return F.embedding_bag(indices[c], d_ED, per_sample_weights=ds[c], mode="sum")
         return product(ds[c], d_ED)
 
-    if x.dtype == selected.dtype and x.nbytes < pages.MAPPED_ANEW:
+    if x.dtype == selected.dtype:
         dx = rows(slice(None)).addcmul_(x, coef)
     else:
-        dx = pages.empty_like(x)
-        for c in reversed(chunks.of(x)):  # the end of x was read last, so that is what may still be in cache
-            torch.addcmul(rows(c), x[c].to(selected.dtype), coef[c], out=dx[c])
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for c in chunks.of(x):
+            dx[c] = rows(c).addcmul_(x[c].to(selected.dtype), coef[c])
     dx = _zero_rows(dx, saved.valid)
     if d_x_sorted is not None:
         assert positions is not None
