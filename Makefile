@@ -8,8 +8,8 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench quality quality-run pictures offline gpu gpu-full profile quality-gpu style \
-	types hub clean env
+.PHONY: demo demo-seeds test test-all bench quality quality-run pictures offline gpu gpu-full profile quality-gpu \
+	gpu-wheels style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -74,7 +74,8 @@ offline-%: .venv-triton-%/.installed
 	@touch $@
 
 ## make gpu         on a machine with a GPU: races, checks, timings, bytes, in ten minutes (GPU_ARGS="--from timing")
-## make gpu-full    the same without a time limit, then compiled PyTorch, learned routers, every T
+## make gpu-full    the same without a time limit, then compiled PyTorch, learned routers, peers, every T
+## make gpu-wheels  where there is a network: other packages' kernels, for GPU_ARGS="--wheels build/wheels" elsewhere
 ## make profile     there too: one kernel and what bounds it (PROFILE_ARGS="--kernel route_fwd --shape OLMoE --tokens 4096")
 ## make quality-gpu there too: two routers, 20 million active parameters, five minutes (GPU_ARGS=--toy runs anywhere)
 gpu: MODULE = benchmarks.gpu --since $$since $(GPU_ARGS)
@@ -88,6 +89,10 @@ gpu gpu-full profile quality-gpu:
 	ln -s "$(CURDIR)"/kmeans_route/* "$$layout/kmeans_route" && \
 	ln -s "$(CURDIR)/kernels/triton" "$$layout/kmeans_route/kernels" && \
 	PYTHONSAFEPATH=1 PYTHONPATH="$$layout:$(CURDIR)" $(PYTHON) -m $(MODULE)
+
+# Without what they ask for: torch and Triton stay the ones that are there.
+gpu-wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --dest build/wheels -r benchmarks/gpu/peers.txt
 
 ## make style       ruff: lint and format check
 style: env

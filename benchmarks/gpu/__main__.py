@@ -1,6 +1,6 @@
 """One command on a machine with a GPU: a plan of ten minutes, a JSON line for all that it finds.
 
-    python -m benchmarks.gpu [--out DIR] [--from STEP] [--full]
+    python -m benchmarks.gpu [--out DIR] [--from STEP] [--full] [--wheels DIR]
     python -m benchmarks.gpu --dry        # the same steps on a CPU, in Triton's interpreter, at tiny shapes
 
 It needs the repository, torch and Triton, and no network. The steps and their ends stand in `steps.py`, the cells in
@@ -39,6 +39,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock-speed", type=float, default=1.0, metavar="N", help="the plan's seconds pass N times as fast"
     )
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help=(
+        "time other packages' kernels too; those that are not installed come from the wheels of this folder"
+    ))  # fmt: skip
     parser.add_argument("--since", type=float, help="when the ten minutes began, in seconds since 1970 (now)")
     return parser.parse_args(argv)
 
@@ -50,6 +53,8 @@ def cannot_start(args: argparse.Namespace) -> str:
         return (
             f"{' and '.join(missing)} cannot be imported by {Path(sys.executable).name}: choose another with PYTHON=..."
         )
+    if args.wheels and not any(args.wheels.glob("*.whl")):
+        return f"--wheels {args.wheels} has no wheels: `make gpu-wheels` fetches them where there is a network."
     import torch
 
     if args.dry or torch.cuda.is_available():
@@ -61,7 +66,8 @@ def command(args: argparse.Namespace) -> str:
     """The command line without paths of the machine."""
     flags = [f"--{name}" for name in ("full", "dry") if getattr(args, name)]
     speed = [f"--clock-speed {args.clock_speed:g}"] if args.clock_speed != 1 else []
-    return " ".join(["python -m benchmarks.gpu", *([f"--from {args.first}"] if args.first else []), *flags, *speed])
+    given = [f"--from {args.first}"] * bool(args.first) + ["--wheels DIR"] * bool(args.wheels)
+    return " ".join(["python -m benchmarks.gpu", *given, *flags, *speed])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +95,7 @@ def device_for(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace, stack: ExitStack) -> int:
     """What follows the decision between compiler and interpreter."""
     from benchmarks.gpu.launches import watched
+    from benchmarks.gpu.peers import unpack
     from benchmarks.gpu.plan import Plan, Timer
     from benchmarks.gpu.report import ROOT, Report, header
     from benchmarks.gpu.steps import Session, steps
@@ -104,7 +111,9 @@ def run(args: argparse.Namespace, stack: ExitStack) -> int:
     device = device_for(args)
     folder = args.out or ROOT / ("build/gpu-dry" if args.dry else "benchmarks/results")
     report = Report(folder, header(command(args), device), go_on=bool(args.first))
-    session = Session(Clock(device), names, dry=args.dry)
+    if args.wheels:
+        unpack(args.wheels, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    session = Session(Clock(device), names, dry=args.dry, peers=args.dry or bool(args.wheels))
     session.start_compiling(stack.enter_context(tempfile.TemporaryDirectory()) if args.dry else "")
     stack.callback(session.ahead.stop)
     plan = Plan(steps(session, ends), timer, report, session.clock.wait)

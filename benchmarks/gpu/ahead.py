@@ -126,14 +126,14 @@ def cores() -> int:
 
 
 class LateCompilations:
-    """Names of the kernels that this process had to compile by itself while it listened."""
+    """Names of the package's kernels that this process had to compile by itself while it listened."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def __call__(self, *, src: Any, cache_hit: bool, **_rest: Any) -> None:
         """What Triton calls after each compilation or look-up."""
-        if not cache_hit:
+        if not cache_hit and getattr(src.fn, "__module__", "").startswith("kmeans_route."):
             self.names.append(src.name)
 
     def listen(self, listening: bool) -> None:

@@ -68,6 +68,7 @@ CELLS: dict[str, list[Cell]] = {
     "shapes": _named(MODEL_SHAPES, [5000, 1, 512, 20000]) + PIPELINED + ODD,
     "layer": [Cell("layer", 3000, *LAYER)],
     "timing": _named(FIRST, TIMED) + _named(OTHERS, TIMED),
+    "peers": _named(FIRST, (4096, 64)),
     "ncu": _named(FIRST, [16384]),
     "configs": _named(FIRST, [16384]),
     "sanitizer": PIPELINED + ODD,

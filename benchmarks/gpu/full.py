@@ -1,14 +1,13 @@
-"""What takes longer than ten minutes: contests against compiled PyTorch, learned routers and flash-kmeans, at every T.
+"""What takes longer than ten minutes: contests against compiled PyTorch, learned routers and all peers, at every T.
 
 To the contestants of `timing` come the compiled reference, and the learned router eager and compiled (linear, softmax,
 top-k, division by the sum; then, but for eval, a stable sort of the ids and a gather; its step is its forward and
-backward, weight gradient included, without the optimizer's part). To the parts come forward_backward, and the
-assignment alone (K = 1 and no bias) against flash-kmeans, where it is installed.
+backward, weight gradient included, without the optimizer's part). To the parts come forward_backward, and those of
+`peers`.
 
 Legend: T tokens, D hidden size, E experts, K top_k.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.checks import TAU, Problem, check_dx
+from benchmarks.gpu.peers import peer_contestants
 from benchmarks.gpu.timing import Maker, Parts, Run, checked, contestants, num_checked
 from kmeans_route import centroid_sums, dispatch, route
 from kmeans_route.bench import truth
 from kmeans_route.bench.clock import reason
 from kmeans_route.bench.truth import CHUNK
-from kmeans_route.testing import assert_same_selection
 from kmeans_route.types import Dispatch, Routing
 
 
@@ -100,34 +99,6 @@ def checked_learned(p: Problem, made: Run) -> Run:
     return made._replace(check=lambda: truth.check_learned(p.x, p.weight, *made.run()[:2], num_rows=num_checked(p)))
 
 
-def assignment_runs(p: Problem) -> dict[str, Maker]:
-    """The nearest centroid alone, K = 1 and no bias: ids of flash-kmeans, ids and gates of this package."""
-    x, no_bias, num_rows = p.x.detach(), torch.zeros_like(p.bias), num_checked(p)
-
-    def ours() -> Run:
-        def run() -> Routing:
-            return route(x, p.centroids, 1, no_bias, tau=TAU, directions=p.directions, backend="triton")
-
-        return Run(run, check=lambda: truth.check_routing(x, p.directions, no_bias, TAU, run(), num_rows))
-
-    def flash() -> Run:
-        assign = importlib.import_module("flash_kmeans.assign_euclid_triton").cosine_assign_triton
-
-        def run() -> Tensor:
-            ids: Tensor = assign(x[None], p.directions[None])
-            return ids
-
-        def check() -> None:
-            scores = truth.cosines(x[:num_rows], p.directions)
-            tolerance = truth.score_tolerance(p.cell.hidden_size, scores)
-            ids = run()[0][:num_rows, None].long()
-            assert_same_selection(ids, scores, tolerance=tolerance, cap=truth.NEAR_TIE_CAP)
-
-        return Run(run, check=check)
-
-    return {"kmeans_route": ours, "flash-kmeans": flash}
-
-
 def both_ways(p: Problem, forward: Run) -> Run:
     """Forward and backward of a K-Means contestant, with a check of dx of the first rows."""
 
@@ -142,8 +113,8 @@ def both_ways(p: Problem, forward: Run) -> Run:
     return forward._replace(run=lambda: run()[1], check=check)
 
 
-def all_contestants(compiler: Compiler, p: Problem) -> Parts:
-    """Part -> contestant -> maker."""
+def all_contestants(compiler: Compiler, modules: dict[str, Any], p: Problem) -> Parts:
+    """Part -> contestant -> maker. modules: of the peers, by name."""
     compiler.start(p.cell.shape)
     x, top_k, parts = p.x.detach(), p.cell.top_k, contestants(p)
     fixed, alone = (p.centroids, p.bias), (x, p.weight, top_k)
@@ -154,7 +125,8 @@ def all_contestants(compiler: Compiler, p: Problem) -> Parts:
         "learned compiled": lambda: checked_learned(p, compiler(learned_route, *alone)),
     }
     parts["eval"] |= {name: without_grad(make) for name, make in more.items()}
-    parts["assignment"] = {name: without_grad(make) for name, make in assignment_runs(p).items()}
+    for part, some in peer_contestants(modules, p).items():
+        parts.setdefault(part, {}).update(some)
     parts["forward"]["compiled reference"] = lambda: checked(p, compiler(reference_forward, p.x, *fixed, top_k))
     ours = dict(parts["forward"])
     theirs: dict[str, Maker] = {

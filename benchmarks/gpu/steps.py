@@ -2,13 +2,13 @@
 
 compile: rates of the device; meanwhile a process a core compiles what follows. race: repeated bits of hidden states
 that lie in L2; streams, graphs, sums, a host that waits for nothing. shapes: every kernel at the named shapes against
-fp64. timing: our kernels, the library's product, eager PyTorch. ncu: bytes counted beside the time. configs:
+fp64. timing: our kernels, the library's product, eager PyTorch, peers. ncu: bytes counted beside the time. configs:
 hand-picked launch configurations. sanitizer: memcheck and racecheck. full, without a time limit: torch.compile, learned
-routers, another package, every T.
+routers, all peers, every T.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,13 +18,18 @@ from benchmarks.gpu import checks, configs, full, ncu, peaks, profile, race, san
 from benchmarks.gpu.ahead import Ahead, LateCompilations, cores
 from benchmarks.gpu.cells import PROFILED, Cell, Trial, cells_of, trials
 from benchmarks.gpu.launches import Seen, distinct, key_of
+from benchmarks.gpu.peers import look_up, peer_contestants
 from benchmarks.gpu.plan import Step, Unit
 from benchmarks.gpu.report import Record
 from benchmarks.offline import TARGETS
 from kmeans_route.bench.clock import Clock
 from kmeans_route.kernels import configs as table_configs
 
-JOBS = {"race": ("race", "streams", "graphs", "sums", "no sync"), "shapes": ("shapes", "layer")}
+JOBS = {
+    "race": ("race", "streams", "graphs", "sums", "no sync"),
+    "shapes": ("shapes", "layer"),
+    "timing": ("timing", "peers"),
+}
 """Step -> its jobs in the table of cells, where those are not called like the step."""
 COMMON = 0.5
 DRY_AHEAD = 3
@@ -35,17 +40,23 @@ Left = Callable[[], float]
 
 
 class Session:
-    """What the steps share: the device's clock, its rates, the planned launches, and those that nobody had planned."""
+    """What the steps share: the device's clock, its rates, the planned launches, and those that nobody had planned.
 
-    def __init__(self, clock: Clock, names: list[str], *, dry: bool) -> None:
-        self.clock, self.dry, self.names = clock, dry, names
+    peers: whether other packages are timed before the step without a time limit, too.
+    """
+
+    def __init__(self, clock: Clock, names: list[str], *, dry: bool, peers: bool = False) -> None:
+        self.clock, self.dry, self.names, self.with_peers = clock, dry, names, peers
         self.rates: Record = {}
         self.no_ncu = profile.DRY if dry else ""
         self.late, self.unplanned, self.step = LateCompilations(), dict[str, None](), ""
         jobs = [job for name in names for job in JOBS.get(name, (name,)) if job not in ("compile", "full")]
+        jobs = [job for job in jobs if peers or job != "peers"]
         cells = [cell for job in jobs for cell in cells_of(job, dry=dry)]
+        nearest = [Trial("route_fwd", cell._replace(top_k=1)) for cell in cells_of("peers", dry=dry)]
         table_configs.assumed_architecture = self.arch = table_configs.architecture(clock.device)
-        self.plan = (cells, trials(dry=dry) if "configs" in names else [])
+        others = trials(dry=dry) if "configs" in names else []
+        self.plan = (cells, [*(nearest if "peers" in jobs else []), *others])
         self.planned = distinct(*self.plan)
 
     def start_compiling(self, cache: str = "") -> None:
@@ -59,6 +70,11 @@ class Session:
         target = driver.active.get_current_target()
         launchers = target.backend == "cuda"
         self.ahead = Ahead(self.plan, len(self.planned), target, self.arch, workers=cores(), launchers=launchers)
+
+    @cached_property
+    def peers(self) -> tuple[dict[str, Any], Record, str]:
+        """Modules of other packages by the contestants' names, what is there and what is not, and that in a line."""
+        return look_up(slow=self.dry or "full" in self.names, dry=self.dry)
 
     def note(self, seen: Seen) -> None:
         """What a dry run is told of each launch; those of the step without a time limit are not planned."""
@@ -151,22 +167,33 @@ def shape_units(s: Session) -> list[Unit]:
     return units + [check_unit(s, "layer", cell, race.layer_against_torch) for cell in cells_of("layer", dry=s.dry)]
 
 
-def timing_units(s: Session, job: str = "timing", make: Callable[..., Any] = timing.contestants) -> list[Unit]:
-    """Every contestant of every part of every cell."""
+def cell_units(s: Session, job: str, make: Callable[[checks.Problem], timing.Parts], **other: Any) -> list[Unit]:
+    """Every contestant of every part of every cell. other: than usual in its record."""
 
     def unit(cell: Cell) -> Unit:
         def do(left: Left) -> tuple[Record, str]:
-            record = timing.time_cell(cell, s.clock, rates_of(s), left, make)
+            record = timing.time_cell(cell, s.clock, rates_of(s), left, make) | other
             return record, table.cell_table(record)
 
-        return Unit(cell.label, do)
+        return Unit(f"peers {cell.label}" if job == "peers" else cell.label, do)
 
     return [unit(cell) for cell in cells_of(job, dry=s.dry)]
 
 
+def timing_units(s: Session) -> list[Unit]:
+    """This package and plain PyTorch at every cell; then, where they are wanted, its peers at a few."""
+    units = cell_units(s, "timing", timing.contestants)
+    if not s.with_peers:
+        return units
+    beside = cell_units(s, "peers", lambda p: peer_contestants(s.peers[0], p), kind="peers cell")
+    return [*units, Unit("peers", lambda _left: s.peers[1:]), *beside]
+
+
 def full_units(s: Session) -> list[Unit]:
     """The same with the contestants that take long to compile."""
-    return timing_units(s, "full", partial(full.all_contestants, full.Compiler("eager" if s.dry else "inductor")))
+    compiler = full.Compiler("eager" if s.dry else "inductor")
+    cells = cell_units(s, "full", lambda p: full.all_contestants(compiler, s.peers[0], p))
+    return [Unit("peers", lambda _left: s.peers[1:]), *cells]
 
 
 def rates_of(s: Session) -> Record:

@@ -23,13 +23,13 @@ def cell_table(r: Record) -> str:
     lines = [
         "WRONG, timed all the same" if wrong else near_ties(r["checks"]),
         *wrong,
-        f"  {'part':<17}{'contestant':<20}{'median us':>11}{'quartiles':>24}{'GB/s':>8}{'% copy':>8}{'% floor':>13}"
+        f"  {'part':<17}{'contestant':<30}{'median us':>11}{'quartiles':>24}{'GB/s':>8}{'% copy':>8}{'% floor':>13}"
         f"{'peak MiB':>10}{'back to back':>14}  method",
     ]
     for part, contestants in r["parts"].items():
         for who, t in contestants.items():
             if "skipped" in t:
-                lines.append(f"  {part:<17}{who:<20}skipped: {t['skipped']}")
+                lines.append(f"  {part:<17}{who:<30}skipped: {t['skipped']}")
                 continue
             floor = f"{t['percent_of_floor']:.0f} {r['floors'][part]['largest']}" if "percent_of_floor" in t else ""
             rate, copy = (f"{t[key]:.{n}f}" if key in t else "" for key, n in (("gb_per_s", 0), ("percent_of_copy", 1)))
@@ -42,7 +42,7 @@ def cell_table(r: Record) -> str:
             ]
             quartiles = f"{t['q1_us']:.1f} .. {t['q3_us']:.1f}"
             lines.append(
-                f"  {part:<17}{who:<20}{t['median_us']:>11.1f}{quartiles:>24}{rate:>8}{copy:>8}{floor:>13}{peak:>10}"
+                f"  {part:<17}{who:<30}{t['median_us']:>11.1f}{quartiles:>24}{rate:>8}{copy:>8}{floor:>13}{peak:>10}"
                 f"{warm:>14}  {', '.join(notes)}"
             )
     return "\n".join(lines)

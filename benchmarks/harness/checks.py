@@ -1,6 +1,7 @@
 """What must hold before a time is taken: each contestant against fp64, with plain fp32 PyTorch as the yardstick."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -227,18 +228,19 @@ def check_moe(layer: MoE, x: Tensor) -> None:
     """The layer's output against one expert after another, from the layer's own routing."""
     details = layer.details(x)
     routing = details.routing
-    truth, plain = (_one_expert_after_another(layer, routing.indices, routing.weights, x.to(dtype).detach())
+    truth, plain = (one_expert_after_another(layer.experts, routing.indices, routing.weights, x.to(dtype).detach())
                     for dtype in (torch.float64, torch.float32))  # fmt: skip
     assert_close_to_truth(details.y, truth, plain, name="y")
 
 
 @torch.no_grad()
-def _one_expert_after_another(layer: MoE, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+def one_expert_after_another(experts: Any, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """(T, D) in the dtype of x (T, D). experts: has gate_up (E, 2I, D) and down (E, D, I). indices, weights: (T, K)."""
     y = torch.zeros_like(x)
-    for expert in range(layer.experts.gate_up.shape[0]):
-        gate, up = (x @ layer.experts.gate_up[expert].to(x.dtype).T).chunk(2, dim=1)
+    for gate_up, down, expert in zip(experts.gate_up, experts.down, range(len(experts.down)), strict=True):
+        gate, up = (x @ gate_up.to(x.dtype).T).chunk(2, dim=1)
         g = torch.where(indices == expert, weights, 0.0).sum(1, keepdim=True).to(x.dtype)
-        y += g * ((F.silu(gate) * up) @ layer.experts.down[expert].to(x.dtype).T)
+        y += g * ((F.silu(gate) * up) @ down.to(x.dtype).T)
     return y
 
 
@@ -252,7 +254,7 @@ def check_layer(name: str, function: Callable[[Tensor, Tensor], Tensor], layer: 
     y = function(x, weight)
     (dx,) = torch.autograd.grad(y, x, dy)
     routing = router.route(x.detach())
-    truth, plain = (_one_expert_after_another(layer, routing.indices, routing.weights, x.to(dtype).detach())
+    truth, plain = (one_expert_after_another(layer.experts, routing.indices, routing.weights, x.to(dtype).detach())
                     for dtype in (torch.float64, torch.float32))  # fmt: skip
     assert_close_to_truth(y.detach(), truth, plain, tolerance=1e-5 * float(truth.abs().max()), name=f"{name}: y")
     (expected,) = torch.autograd.grad(layer(x), x, dy)

@@ -32,12 +32,13 @@ TRANSFORMERS = {"Mixtral": "mixtral", "Qwen3-MoE": "qwen3_moe", "OLMoE": "olmoe"
 
 
 class Peer(NamedTuple):
-    """function: what to call, or None where it cannot run here, with the reason. version: the package and its version.
+    """function: what to call, or a module of such; None where it cannot run here, with the reason. version: the
+    package and its version.
 
     kind: how a router's gates are defined, "softmax" or "sigmoid"; groups: (n_group, topk_group) of a router.
     """
 
-    function: Callable[..., Any] | None
+    function: Any
     version: str
     reason: str = ""
     kind: str = "softmax"
@@ -52,8 +53,8 @@ def version_of(package: str) -> str:
         return f"{package}, not installed"
 
 
-def find(package: str, make: Callable[[], Callable[..., Any]], *small_input: Any, **fields: Any) -> Peer:
-    """The peer that `make` returns, once it has taken `small_input`; or the reason why it does not.
+def find(package: str, make: Callable[[], Any], *small_input: Any, **fields: Any) -> Peer:
+    """The peer that `make` returns, a module too, once it has taken `small_input`; or the reason why it does not.
 
     Args:
         package: distribution that it comes from.
@@ -97,14 +98,14 @@ def routers(shape: BenchShape) -> dict[str, Peer]:
     weight = make_centroids(shape.num_experts, shape.hidden_size)
     small = (make_hidden_states(4, shape.hidden_size), weight, shape.top_k)
     found = {
-        f"transformers {name}": find("transformers", partial(_transformers_router, module, shape), *small)
+        f"transformers {name}": find("transformers", partial(transformers_router, module, shape), *small)
         for name, module in TRANSFORMERS.items()
     }
     # Its own groups at its own size; a smaller number of experts is one group.
     groups = (8, 4) if shape.num_experts == 256 and shape.top_k <= 128 else (1, 1)
     found["transformers DeepSeek-V3"] = find(
         "transformers",
-        partial(_transformers_router, "deepseek_v3", shape, n_group=groups[0], topk_group=groups[1]),
+        partial(transformers_router, "deepseek_v3", shape, n_group=groups[0], topk_group=groups[1]),
         *small,
         kind="sigmoid",
         groups=groups,
@@ -125,19 +126,23 @@ def _transformers_config(module: str, shape: BenchShape, **options: Any) -> Any:
     return config
 
 
-def _transformers_router(module: str, shape: BenchShape, **options: Any) -> Callable[..., Any]:
+def transformers_router(
+    module: str, shape: BenchShape, device: torch.device | str = "cpu", **options: Any
+) -> Callable[..., Any]:
+    """A model's router as a `LearnedFunction`. options: of the model's config."""
     code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     (name,) = (n for n in vars(code) if n.lower().endswith("topkrouter"))
     router: nn.Module = getattr(code, name)(_transformers_config(module, shape, **options))
     router._parameters.pop("weight")
     if router._parameters.pop("bias", None) is not None:
-        router.bias = torch.zeros(())
+        router.bias = torch.zeros(shape.num_experts)
+    router.to(device)
 
     def route(x: Tensor, weight: Tensor, top_k: int) -> LearnedResult:
         assert top_k == shape.top_k
         router.weight = weight  # a plain attribute, so that the gradient goes to the contest's own leaf
         if "bias" in vars(router):
-            router.bias = x.new_zeros(shape.num_experts)
+            router.bias = router.bias.to(x)
         _, gates, indices = router(x)
         return LearnedResult(gates, indices, None)
 
@@ -211,7 +216,7 @@ class Codebook:
         num_codes, dim = centroids.shape
         self.module = Theirs(
             dim=dim, codebook_size=num_codes, decay=decay, threshold_ema_dead_code=0, use_cosine_sim=True
-        )
+        ).to(centroids.device)
         self.module.embed.copy_(centroids)
         self.module.embed_avg.copy_(centroids * tokens_per_code)
         self.module.cluster_size.fill_(tokens_per_code)
