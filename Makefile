@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.9.0
+TRANSFORMERS_VERSIONS ?= 5.16.0 5.19.0 5.20.2 5.24.0
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all bench quality quality-run pictures offline gpu gpu-full profile quality-gpu \
-	gpu-wheels style types hub clean env
+.PHONY: demo demo-seeds test test-all test-frameworks bench quality quality-run pictures offline gpu gpu-full profile \
+	quality-gpu gpu-wheels style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,21 @@ test: env
 test-all: export KMEANS_ROUTE_SUMMARY := benchmarks/results
 test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+## make test-frameworks  the adapters with the oldest, an engine's and the newest versions, an environment each
+test-frameworks: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
+
+test-transformers-%: .venv-transformers-%/.installed
+	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_transformers.py \
+	  tests/integrations/test_transformers_export.py tests/integrations/test_transformers_trainer.py \
+	  tests/cli/test_cli_pretrained.py --lane benchmarks/results/tests-transformers-$*.json
+
+.PRECIOUS: .venv-transformers-%/.installed
+.venv-transformers-%/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(@D)/bin/pip install --quiet --disable-pip-version-check transformers==$* -e ".[hf,cli,triton]" peft pytest
+	@touch $@
 
 ## make bench       CPU benchmarks: ratios against the baselines, one run
 bench: env

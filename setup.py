@@ -12,7 +12,7 @@ assert VERSION is not None
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 CLI = ["typer>=0.12", "rich>=13", "safetensors>=0.4", "numpy>=1.26"]
 VIZ = ["matplotlib>=3.8", "numpy>=1.26"]
-HF = ["transformers>=5.21,<6", "accelerate>=1.1"]
+HF = ["transformers>=5.16,<6", "accelerate>=1.1"]
 TITAN = ["torchtitan>=0.3,<0.4"]
 MEGATRON = ["megatron-core>=0.16,<0.17"]
 LIGHTNING = ["lightning>=2.4,<3"]

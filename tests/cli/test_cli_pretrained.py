@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.21")
+transformers = pytest.importorskip("transformers", minversion="5.16")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("typer")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", minversion="5.21")
+transformers = pytest.importorskip("transformers", minversion="5.16")
 
 from kmeans_route import KMeansRouter, attach, ops  # noqa: E402
 from kmeans_route.integrations import require  # noqa: E402
@@ -267,9 +267,9 @@ def test_the_auxiliary_loss_is_off_and_comes_back() -> None:
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("5.20.1", "6.0.0"):
+    for version in ("5.15.1", "6.0.0"):
         monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
-        with pytest.raises(ImportError, match=rf"must be a supported version, >=5\.21,<6, got {version}: pip install"):
+        with pytest.raises(ImportError, match=rf"must be a supported version, >=5\.16,<6, got {version}: pip install"):
             require("transformers", SUPPORTED)
 
 
@@ -603,11 +603,23 @@ def test_a_plain_load_is_noticed(tmp_path: Path) -> None:
         apply_kmeans_routing(plain)
 
 
+def can_be_pickled(plain: nn.Module) -> bool:
+    """No model of transformers before 5.21 can: it holds a function's local class."""
+    try:
+        pickle.dumps(plain)
+    except AttributeError:
+        return False
+    return True
+
+
 def test_copies_and_pickles_work_on_their_own() -> None:
     model, tokens = tiny_model("mixtral"), some_tokens()
     apply_kmeans_routing(model)
     train(model, 2)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    copies = [copy.deepcopy(model)]
+    if can_be_pickled(tiny_model("mixtral")):
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for other in copies:
         assert_same_bits(other(tokens).logits, model(tokens).logits)
         kept = [router.weight.clone() for router in routers_of(model)]
         train(other, 2, attention_mask=torch.ones(4, 16, dtype=torch.long))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.21")
+transformers = pytest.importorskip("transformers", minversion="5.16")
 
 from kmeans_route import KMeansRouter, attach  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402

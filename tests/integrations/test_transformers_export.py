@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers", minversion="5.21")
+transformers = pytest.importorskip("transformers", minversion="5.16")
 
 from kmeans_route import KMeansRouter, attach  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.21")
+transformers = pytest.importorskip("transformers", minversion="5.16")
 pytest.importorskip("accelerate")
 
 from kmeans_route import Attachment, KMeansRouter  # noqa: E402

@@ -1,4 +1,4 @@
-"""K-Means routing in the models of transformers (5.21 and newer): swap the routers, save, load, go back.
+"""K-Means routing in the models of transformers (5.16 and newer): swap the routers, save, load, go back.
 
 The centroids are in the state dict; `save_pretrained` writes the options into config.json, and `load_kmeans_pretrained`
 reads both. A plain `from_pretrained` of such a checkpoint makes a learned router of the centroids and only reports what
@@ -8,7 +8,7 @@ docs/integrations.md.
 
 from kmeans_route.integrations import require
 
-SUPPORTED = ">=5.21,<6"
+SUPPORTED = ">=5.16,<6"
 TRIED = ("5.23.0",)
 require("transformers", SUPPORTED)
 

@@ -1,7 +1,8 @@
 """The K-Means router in the place of a router of transformers: what that one promised, and the class that keeps it.
 
 Blocks of transformers call `router(hidden) -> (router_logits (T, E), weights (T, K), indices (T, K))` and then
-`experts(hidden, indices, weights)`; Llama4's `router(hidden) -> (scores (T, E), router_logits (T, E))`.
+`experts(hidden, indices, weights)`. GraniteMoe's had the other order before 5.21; Llama4's returns (gates (T, E),
+router_logits (T, E)).
 """
 
 import copy
@@ -54,6 +55,8 @@ ROUTERS = {
 }
 # Gates that do not sum to one over the selected experts, though their class has no norm_topk_prob.
 NOT_NORMALIZED = ("DeepseekV2TopkRouter", "Llama4Router")
+ANSWERS = (("logits", "weights", "indices"), ("indices", "weights", "logits"))
+ANSWERS_OF = {"Llama4Router": (("gates", "logits"),)}
 PROBE_TOKENS = 5
 _made: dict[Any, type["TransformersRouter"]] = {}
 
@@ -61,15 +64,15 @@ _made: dict[Any, type["TransformersRouter"]] = {}
 class Contract(NamedTuple):
     """What a router was seen to take and to return.
 
-    gate_key: where its weight (E, D) lies in its state dict. dense: Llama4's order. follows_dtype: gates come in the
-    dtype of the hidden states, else in fp32.
+    gate_key: where its weight (E, D) lies in its state dict. answer: what it returns, one of `ANSWERS`, or of those of its class.
+    follows_dtype: gates come in the dtype of the hidden states, else in fp32.
     """
 
     num_experts: int
     hidden_size: int
     top_k: int
     gate_key: str
-    dense: bool
+    answer: tuple[str, ...]
     follows_dtype: bool
 
 
@@ -91,13 +94,15 @@ def probe(path: str, router: nn.Module) -> Contract:
     except Exception as error:  # whatever a foreign forward raises, it does not fit
         raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error
     shapes = [tuple(t.shape) for t in out] if isinstance(out, tuple) else type(out).__name__
-    top_k, all_experts = int(getattr(router, "top_k", 0)), (PROBE_TOKENS, num_experts)
-    dense = type(router).__name__ == "Llama4Router" and shapes == [all_experts] * 2
-    triple = shapes == [all_experts, (PROBE_TOKENS, top_k), (PROBE_TOKENS, top_k)] and out[2].dtype == torch.int64
-    if not (dense or triple):
-        raise ValueError(f"{expected}, got {shapes}: use a version of transformers between those tried")
-    gates = out[0] if dense else out[1]
-    return Contract(num_experts, hidden_size, top_k, gate_key, dense, gates.dtype == torch.bfloat16)
+    top_k = int(getattr(router, "top_k", 0))
+    rows = {"weights": (PROBE_TOKENS, top_k), "indices": (PROBE_TOKENS, top_k)}
+    for answer in ANSWERS_OF.get(type(router).__name__, ANSWERS):
+        parts = dict(zip(answer, out, strict=False))
+        fits = shapes == [rows.get(name, (PROBE_TOKENS, num_experts)) for name in answer]
+        if fits and ("indices" not in parts or parts["indices"].dtype == torch.int64):
+            dtype = parts["gates" if "gates" in parts else "weights"].dtype
+            return Contract(num_experts, hidden_size, top_k, gate_key, answer, dtype == torch.bfloat16)
+    raise ValueError(f"{expected}, got {shapes}: use a version of transformers between those tried")
 
 
 def architecture_options(router: nn.Module, contract: Contract) -> dict[str, Any]:
@@ -183,9 +188,10 @@ class TransformersRouter(KMeansRouter):
         assert routing.scores is not None
         logits = routing.scores / self.options.tau
         weights = routing.weights.to(x.dtype) if self.contract.follows_dtype else routing.weights
-        if self.contract.dense:
-            return weights.new_zeros(logits.shape).scatter(1, routing.indices, weights), logits
-        return logits, weights, routing.indices
+        parts = {"logits": logits, "weights": weights, "indices": routing.indices}
+        if "gates" in self.contract.answer:
+            parts["gates"] = weights.new_zeros(logits.shape).scatter(1, routing.indices, weights)
+        return tuple(parts[name] for name in self.contract.answer)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TransformersRouter":
         super()._apply(fn, recurse)
