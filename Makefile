@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0 1 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.9.0
-TRANSFORMERS_VERSIONS ?= 5.16.0 5.19.0 5.20.2 5.24.0
+TRANSFORMERS_VERSIONS ?= 5.16.0 5.19.0 5.24.0
+MEGATRON_VERSIONS ?= 0.16.0 0.17.0 0.18.0 0.19.2
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
@@ -45,7 +46,7 @@ test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 ## make test-frameworks  the adapters with the oldest, an engine's and the newest versions, an environment each
-test-frameworks: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
+test-frameworks: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS)) $(addprefix test-megatron-,$(MEGATRON_VERSIONS))
 
 test-transformers-%: .venv-transformers-%/.installed
 	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_transformers.py \
@@ -57,6 +58,19 @@ test-transformers-%: .venv-transformers-%/.installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	$(@D)/bin/pip install --quiet --disable-pip-version-check transformers==$* -e ".[hf,cli,triton]" peft pytest
+	@touch $@
+
+test-megatron-%: .venv-megatron-%/.installed
+	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_megatron.py \
+	  --lane benchmarks/results/tests-megatron-core-$*.json
+
+# Megatron-Core asks for packages that its layers do not need here, and from 0.19 on for Python 3.12, though it has a
+# wheel for 3.11.
+.PRECIOUS: .venv-megatron-%/.installed
+.venv-megatron-%/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy packaging triton pytest
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$* -e .
 	@touch $@
 
 ## make bench       CPU benchmarks: ratios against the baselines, one run

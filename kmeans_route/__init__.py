@@ -10,6 +10,7 @@ from kmeans_route.parallel.api import expert_parallel, expert_parameters
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.learned import LearnedRouter
 from kmeans_route.routing.moe import MoE
+from kmeans_route.routing.replay import record, replay
 from kmeans_route.training.attach import Attachment, attach
 from kmeans_route.types import Dispatch, MoEDetails, RouterOutput, Routing
 
@@ -36,6 +37,8 @@ __all__ = [
     "expert_parallel",
     "expert_parameters",
     "export_gates",
+    "record",
+    "replay",
     "route",
     "to_linear",
 ]

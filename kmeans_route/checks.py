@@ -183,23 +183,24 @@ def check_indices(indices: Tensor, x: Tensor, top_k: int) -> Tensor:
 
 
 def check_index_values(indices: Tensor, num_experts: int) -> None:
-    """Raise ValueError unless ids (T, K) are in range and distinct in each row.
+    """Raise ValueError unless ids (T, K) are in range and distinct in each row, or all -1: that row is to be routed.
 
     Only on a CPU: elsewhere the answer would stall the device, and such a row is routed as if it had not been given.
     """
     if indices.device.type != "cpu":
         return
-    in_range = ((indices >= 0) & (indices < num_experts)).all()
+    given = (indices != -1).any(1)
+    outside = given & ((indices < 0) | (indices >= num_experts)).any(1)
     ordered = indices.sort(dim=1).values
-    distinct = (ordered[:, 1:] != ordered[:, :-1]).all()
-    if not in_range:
-        low, high = int(indices.min()), int(indices.max())
+    repeated = given & (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    if outside.any():
+        low, high = int(indices[outside].min()), int(indices[outside].max())
         raise ValueError(
             f"indices must be in [0, {num_experts - 1}], got values from {low} to {high}: "
             "replay ids that were recorded with this number of experts"
         )
-    if not distinct:
-        row = int((ordered[:, 1:] == ordered[:, :-1]).any(1).nonzero()[0])
+    if repeated.any():
+        row = int(repeated.nonzero()[0])
         raise ValueError(
             f"indices must be distinct in each row, got {indices[row].tolist()} in row {row}: "
             "a token goes to an expert once"

@@ -100,8 +100,9 @@ def route(
         expert_bias: (E,) added to the scores for selection only, never for the gates; None for 0. Values beyond
             +-1024 count as that, NaN as -1024.
         mask: bool, shape x.shape[:-1]; false leaves a token out (weights 0, no gradient, not counted).
-        indices: (T, K) int64 ids to replay instead of choosing, in [0, E), distinct in each row. On a GPU, where
-            looking at them would stall the device, a row that is not so is routed as if none had been given.
+        indices: (T, K) int64 ids to replay instead of choosing, in [0, E), distinct in each row; a row of -1 is
+            routed as if none had been given. So is, on a GPU, where looking at them would stall the device, any row
+            that is neither.
         directions: (E, D) in x's dtype, finite, what `directions(weight, x.dtype)` returns, to save that step.
         gate: "softmax", "sigmoid", "cosine" or "uniform" over the selected scores.
         tau: temperature of the softmax and sigmoid gates, at least 1e-6, in units of cosine.

@@ -66,6 +66,16 @@ class Tokens(NamedTuple):
     backend: Any
 
 
+class Replay(NamedTuple):
+    """What a router is to use in place of its choice: see `kmeans_route.replay`.
+
+    ids: (T, K) int64, rows of -1 are routed. counts: whether such forwards count in the statistics.
+    """
+
+    ids: Tensor
+    counts: bool
+
+
 class Routing(NamedTuple):
     """Where each token goes and with what weight.
 

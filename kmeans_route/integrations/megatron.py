@@ -5,6 +5,7 @@ An example stands in docs/integrations.md.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from kmeans_route.integrations import require
 from kmeans_route.routing.kmeans import KMeansRouter
+from kmeans_route.routing.replay import usable_ids
 from kmeans_route.training.attach import Attachment, attach
 
-SUPPORTED = ">=0.16,<0.17"
+SUPPORTED = ">=0.16,<0.20"
 TRIED = ("0.16.1",)
 require("megatron-core", SUPPORTED, "megatron.core")
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -27,22 +30,27 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 class KMeansTopKRouter(KMeansRouter):
-    """A `KMeansRouter` with the interface of Megatron's routers: `MoESubmodules(router=KMeansTopKRouter)`.
+    """A `KMeansRouter` with the interface of Megatron's routers: see `with_kmeans_router`.
 
     It balances by its own rule. Of the configuration it takes hidden_size, num_moe_experts, moe_router_topk, the
     groups, the scaling factor and the dtype of the probabilities; score function and pre-softmax do not apply, for the
     gate is an option here. Padding is routed as any token and left out of the statistics. Rows that are not finite get
     probability 0 but reach the experts: Megatron hands those the hidden states itself.
 
+    With moe_enable_routing_replay it has a `RouterReplay` of Megatron's, and records and replays as that is told to; a
+    row of ids that are out of range, or with one twice, is routed.
+
     Args:
-        config, pg_collection: as Megatron passes them.
+        config, pg_collection, is_mtp_layer: as Megatron passes them.
         options: of `KMeansRouter`; bind them with functools.partial.
 
     Raises:
         ValueError: the configuration asks for what a K-Means router replaces or does not have, see the message.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: Any = None, **options: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False, **options: Any
+    ) -> None:
         _check_config(config)
         super().__init__(
             config.hidden_size,
@@ -53,6 +61,7 @@ class KMeansTopKRouter(KMeansRouter):
         self.config = config
         self.layer_number: int | None = None
         self._base_name = self.name
+        self.router_replay = RouterReplay() if config.moe_enable_routing_replay else None
         if self.offset is not None:  # as Megatron's own router marks its rows: gradients are summed over the sequence
             self.offset.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -60,6 +69,8 @@ class KMeansTopKRouter(KMeansRouter):
         """The layer's number gives each router Gaussian directions of its own, until it has its first data."""
         self.layer_number = layer_number
         self.name = f"{self._base_name or 'layer'}.{layer_number}"
+        if self.router_replay is not None:  # later versions of it have a place for that
+            self.router_replay.layer_number = layer_number
         if not self.has_data:
             self.reset_parameters()
 
@@ -73,12 +84,36 @@ class KMeansTopKRouter(KMeansRouter):
             padding_mask: (S, B) bool, true for padding, as Megatron's code takes it.
         """
         counted = None if padding_mask is None else ~padding_mask.reshape(-1)
-        routing = self.route(input, count_mask=counted, gather=True)
+        routing = self.route(input, indices=self._given_ids(), count_mask=counted, gather=True)
+        if self.router_replay is not None and self.router_replay.router_replay_action is RouterReplayAction.RECORD:
+            self.router_replay.record_indices(routing.indices.detach())
         dtype = DTYPES.get(self.config.moe_router_dtype or "", input.dtype)
         by_expert = (routing.indices.shape[0], self.num_experts)
         probs = routing.weights.new_zeros(by_expert).scatter(1, routing.indices, routing.weights)
         routing_map = torch.zeros(by_expert, dtype=torch.bool, device=input.device)
         return probs.to(dtype), routing_map.scatter(1, routing.indices, True)
+
+    def _given_ids(self) -> Tensor | None:
+        """What Megatron wants replayed; each recomputation takes the oldest ids that none has taken."""
+        replay = self.router_replay
+        if replay is None:
+            return None
+        action = replay.router_replay_action
+        if action is RouterReplayAction.REPLAY_FORWARD:
+            return usable_ids(self, replay.target_topk_idx)
+        if action is RouterReplayAction.REPLAY_BACKWARD:
+            return usable_ids(self, replay.replay_backward_list.pop(0))
+        return None
+
+
+def with_kmeans_router(spec: Any, **options: Any) -> Any:
+    """The spec of a mixture layer, as `get_moe_module_spec` returns it, with a K-Means router; it is changed in place.
+
+    spec: a ModuleSpec, or from Megatron-Core 0.18 on a functools.partial. options: of `KMeansRouter`.
+    """
+    submodules = spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+    submodules.router = partial(KMeansTopKRouter, **options)
+    return spec
 
 
 def _check_config(config: TransformerConfig) -> None:
@@ -93,7 +128,6 @@ def _check_config(config: TransformerConfig) -> None:
         "moe_expert_capacity_factor": (config.moe_expert_capacity_factor is not None, "None: no token is dropped"),
         "moe_router_load_balancing_type": (config.moe_router_load_balancing_type == "sinkhorn", "'none'"),
         "moe_input_jitter_eps": (config.moe_input_jitter_eps is not None, "None"),
-        "moe_enable_routing_replay": (config.moe_enable_routing_replay, "False"),
         "moe_router_force_load_balancing": (config.moe_router_force_load_balancing, "False"),
     }
     for name, (asked, remedy) in refused.items():

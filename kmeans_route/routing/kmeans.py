@@ -21,7 +21,7 @@ from kmeans_route.checks import (
 )
 from kmeans_route.routing.base import seed_for
 from kmeans_route.routing.commit import CentroidCommit, point
-from kmeans_route.types import CommitOptions, Dispatch, Routed, Routing, Statistics, Tokens, Wanted
+from kmeans_route.types import CommitOptions, Dispatch, Replay, Routed, Routing, Statistics, Tokens, Wanted
 
 AVERAGES = ("ema", "cumulative")
 BALANCES = ("proportional", "sign", "quantile", "none")
@@ -141,6 +141,8 @@ class KMeansRouter(CentroidCommit):
         self.commit_options = CommitOptions(top_k, decay, average, balance, bias_rate, directions)
         self._check_together(gate, learned_offset=learned_offset)
         self.backend = backend
+        self.replayed: Replay | None = None
+        self._has_replayed = False
         self._reservoir_seed = seed_for(seed, "reservoir")
         # The name, whether Triton is there, the number of experts; the device comes with x.
         backends.choose(backend, torch.device("cuda"), num_experts=num_experts)
@@ -253,6 +255,42 @@ class KMeansRouter(CentroidCommit):
                 scores=None if routing.scores is None else routing.scores.detach(),
             )
         return self._tell(tokens, routing), sent
+
+    def enter(
+        self,
+        x: Tensor | Tokens,
+        mask: Tensor | None = None,
+        indices: Tensor | None = None,
+        count_mask: Tensor | None = None,
+    ) -> Tokens:
+        """See `StatefulRouter.enter`; inside `kmeans_route.replay` the ids are those it was given."""
+        tokens = super().enter(x, mask, indices, count_mask)
+        if self.replayed is None and not self._has_replayed:
+            return tokens
+        return self._replay(tokens)
+
+    def _replay(self, tokens: Tokens) -> Tokens:
+        recomputes = not torch.compiler.is_compiling() and ops.in_backward()
+        if self.replayed is None:
+            if recomputes:
+                raise RuntimeError(
+                    f"router {self.name!r} must recompute inside of the replay that its forward had, got a backward "
+                    "pass after its end: open kmeans_route.replay around forward and backward"
+                )
+            self._has_replayed = False
+            return tokens
+        self._has_replayed = True
+        ids = self.replayed.ids
+        if ids.shape[0] != tokens.x.shape[0]:
+            raise ValueError(
+                f"ids of router {self.name!r} must have a row for each of the {tokens.x.shape[0]} tokens, got "
+                f"{ids.shape[0]}: open kmeans_route.replay for each micro-batch"
+            )
+        return tokens if tokens.indices is not None else tokens._replace(indices=ids)
+
+    def counts_now(self) -> bool:
+        """See `StatefulRouter.counts_now`; `kmeans_route.replay` may leave its forwards out."""
+        return super().counts_now() and (self.replayed is None or self.replayed.counts)
 
     def _wanted(self, gather: bool) -> Wanted:
         return Wanted(self.return_scores, gather, gather and self.want_hist)

@@ -1,4 +1,4 @@
-"""Megatron-Core's MoELayer with a K-Means router, on the CPU: one patch, torch.cuda.current_device."""
+"""Megatron-Core's MoELayer with a K-Means router, on the CPU, where two functions of torch.cuda are patched."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -16,10 +16,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kmeans_route import KMeansRouter, ops, route
-from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter
+from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter, with_kmeans_router
 from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.examples import run_example
@@ -56,6 +57,11 @@ def config(**options: Any) -> TransformerConfig:
     return TransformerConfig(**{**fixed, **options})
 
 
+def submodules_of(spec: Any) -> Any:
+    """Of a ModuleSpec, or of the partial that later versions have in its place."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
 class Chunk(nn.Module):
     """A model chunk: two MoE layers with residuals. `recompute` runs them under Megatron's checkpoint."""
 
@@ -63,9 +69,8 @@ class Chunk(nn.Module):
         super().__init__()
         torch.manual_seed(5)
         self.config, self.recompute = cfg, recompute
-        spec = get_moe_module_spec(use_te=False, num_experts=E)
-        spec.submodules.router = partial(KMeansTopKRouter, **options)
-        self.layers = nn.ModuleList(MoELayer(cfg, spec.submodules) for _ in range(2))
+        spec = with_kmeans_router(get_moe_module_spec(use_te=False, num_experts=E), **options)
+        self.layers = nn.ModuleList(MoELayer(cfg, submodules_of(spec)) for _ in range(2))
         for number, layer in enumerate(self.layers, start=1):
             layer.set_layer_number(number)
 
@@ -128,10 +133,16 @@ def test_micro_batches_commit_as_one_batch() -> None:
         assert_same_bits(states[1][name], value, name)
 
 
-def test_megatrons_checkpoint_counts_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first forward runs without gradients; the entry of the chunk decides."""
+@pytest.fixture
+def no_random_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's checkpoint keeps the random states of a GPU, and there is none."""
     monkeypatch.setattr("megatron.core.tensor_parallel.random._get_all_rng_states", lambda: (0,), raising=False)
     monkeypatch.setattr("megatron.core.tensor_parallel.random._set_all_rng_states", lambda *_: None, raising=False)
+
+
+@pytest.mark.usefixtures("no_random_states")
+def test_megatrons_checkpoint_counts_each_token_once() -> None:
+    """Its first forward runs without gradients; the entry of the chunk decides."""
     plain, recomputed = Chunk(config()), Chunk(config(), recompute=True)
     for model in (plain, recomputed):
         train(model, FinalizeModelGrads(lambda *_: None, model), 3)
@@ -202,6 +213,46 @@ def test_a_padded_batch_is_routed_once_and_leaves_the_statistics_of_its_tokens(m
                 assert_same_bits(got, want, field)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.usefixtures("no_random_states")
+def test_megatrons_replay_gives_the_gradients_of_what_was_recorded(recompute: bool) -> None:
+    """Two micro-batches, forward both, then backward both: each recomputation gets the ids of its own forward."""
+    RouterReplay.clear_global_router_replay_instances()
+    model = Chunk(config(moe_enable_routing_replay=True), recompute)
+    for router in routers_of(model):
+        router.set_centroids(torch.randn(E, D))
+        router.freeze()
+    parts = hidden(1).chunk(2)
+
+    def gradients(ids: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        recorded, losses = [], []
+        for place, part in enumerate(parts):
+            RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+            if ids:
+                RouterReplay.set_replay_data(ids[place])
+                RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+            losses.append(model(part.clone().requires_grad_()).square().mean())
+            recorded.append(RouterReplay.get_recorded_data())
+        if ids:
+            RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+        for loss in losses:
+            loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        RouterReplay.clear_global_router_replay_action()
+        return recorded, grads
+
+    recorded, want = gradients([])
+    assert [ids.shape for ids in recorded[0]] == [(30, K)] * 2
+    for router in routers_of(model):  # selection would differ now, and scores do not
+        router.expert_bias.copy_(torch.linspace(-1, 1, E))
+    assert not all(torch.equal(a, b) for a, b in zip(gradients([])[1], want, strict=True))
+    got = gradients(recorded)[1]
+    for one, other in zip(got, want, strict=True):
+        assert_same_bits(one, other)
+    RouterReplay.clear_global_router_replay_instances()
+
+
 def test_groups_follow_megatrons_own_score() -> None:
     grouped = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
     assert KMeansTopKRouter(config(**grouped)).options.group_score == "max"
@@ -220,7 +271,6 @@ def test_groups_follow_megatrons_own_score() -> None:
         ("moe_expert_capacity_factor", 1.0),
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_input_jitter_eps", 0.1),
-        ("moe_enable_routing_replay", True),
         ("moe_router_force_load_balancing", True),
     ],
 )
@@ -256,6 +306,7 @@ def test_distributed_checkpoint_knows_the_state() -> None:
 
 def steps_on_a_rank(rank: int) -> dict[str, Tensor]:
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda: None  # type: ignore[assignment,return-value]
     parallel_state.initialize_model_parallel()
     model = Chunk(config())
     finalize = FinalizeModelGrads(lambda *_: None, model)
@@ -302,6 +353,7 @@ def draw_experts(model: Chunk) -> None:
 def steps_in_a_layout(rank: int, layout: str) -> dict[str, Tensor]:
     """Three steps with Megatron's own gradient buffers and finalisation: state and summed gradient of the routers."""
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda: None  # type: ignore[assignment,return-value]
     sizes = {name: value for name, value in LAYOUTS[layout].items() if name.endswith("_size")}
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**sizes)
@@ -343,7 +395,7 @@ def test_tensor_and_expert_parallel_ranks_train_as_one(layout: str, tmp_path: Pa
 
 def test_the_example_of_the_page_does_what_it_shows() -> None:
     names = run_example("megatron")
-    layer = MoELayer(config(), names["spec"].submodules)
+    layer = MoELayer(config(), submodules_of(names["spec"]))
     cfg, called = config(), []
     model = Chunk(cfg)
     names["finalize_model_grads"] = lambda *args: called.append(args)

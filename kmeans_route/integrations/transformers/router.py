@@ -55,8 +55,8 @@ ROUTERS = {
 }
 # Gates that do not sum to one over the selected experts, though their class has no norm_topk_prob.
 NOT_NORMALIZED = ("DeepseekV2TopkRouter", "Llama4Router")
-ANSWERS = (("logits", "weights", "indices"), ("indices", "weights", "logits"))
-ANSWERS_OF = {"Llama4Router": (("gates", "logits"),)}
+ANSWER = "logits", "weights", "indices"
+ANSWERS = {"GraniteMoeTopKRouter": (ANSWER, ANSWER[::-1]), "Llama4Router": (("gates", "logits"),)}
 PROBE_TOKENS = 5
 _made: dict[Any, type["TransformersRouter"]] = {}
 
@@ -64,8 +64,8 @@ _made: dict[Any, type["TransformersRouter"]] = {}
 class Contract(NamedTuple):
     """What a router was seen to take and to return.
 
-    gate_key: where its weight (E, D) lies in its state dict. answer: what it returns, one of `ANSWERS`, or of those of its class.
-    follows_dtype: gates come in the dtype of the hidden states, else in fp32.
+    gate_key: where its weight (E, D) lies in its state dict. answer: what it returns, `ANSWER` or one of its class's
+    `ANSWERS`. follows_dtype: gates come in the dtype of the hidden states, else in fp32.
     """
 
     num_experts: int
@@ -96,7 +96,7 @@ def probe(path: str, router: nn.Module) -> Contract:
     shapes = [tuple(t.shape) for t in out] if isinstance(out, tuple) else type(out).__name__
     top_k = int(getattr(router, "top_k", 0))
     rows = {"weights": (PROBE_TOKENS, top_k), "indices": (PROBE_TOKENS, top_k)}
-    for answer in ANSWERS_OF.get(type(router).__name__, ANSWERS):
+    for answer in ANSWERS.get(type(router).__name__, (ANSWER,)):
         parts = dict(zip(answer, out, strict=False))
         fits = shapes == [rows.get(name, (PROBE_TOKENS, num_experts)) for name in answer]
         if fits and ("indices" not in parts or parts["indices"].dtype == torch.int64):
