@@ -251,6 +251,41 @@ def test_paths_that_bypass_the_router_are_refused() -> None:
     assert not routers_of(model)
 
 
+def test_kernels_leave_swapped_blocks_and_routers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's kernelize takes layers by a name of their class, which a swapped router's class inherits."""
+    kernelize = pytest.importorskip("kernels.layer.kernelize")
+    taken: list[nn.Module] = []
+    monkeypatch.setattr(kernelize, "kernelize_layer", lambda module, **_: taken.append(module))
+    model = tiny_model("gpt_oss")
+    layers = model.model.layers
+    block, gate = type(layers[0].mlp), type(layers[0].mlp.router)
+    # As transformers' own decorator sets them, where it takes the version of `kernels` that is installed.
+    monkeypatch.setattr(block, "kernel_layer_name", "MegaBlocksMoeMLP", raising=False)
+    monkeypatch.setattr(block, "kernel_condition", lambda _: True, raising=False)
+    monkeypatch.setattr(gate, "kernel_layer_name", "SoftmaxTopKRouter", raising=False)
+
+    def named() -> list[type[nn.Module]]:
+        taken.clear()
+        kernelize.kernelize(model, mode=kernelize.Mode.TRAINING, device="cpu")
+        return [type(module) for module in taken if isinstance(module, block | gate)]
+
+    assert named() == [block, gate] * 2
+    apply_kmeans_routing(model, layers=[1])
+    assert named() == [block, gate]
+    revert(model)
+    assert named() == [block, gate] * 2
+
+
+def test_deepspeeds_replacement_is_refused_by_name() -> None:
+    model = tiny_model("mixtral")
+    model.model.layers[1].mlp = type("AutoEPMoELayer", (nn.Module,), {})()
+    with pytest.raises(
+        RuntimeError, match=r"model\.layers\.1\.mlp must be a block of transformers, got DeepSpeed's AutoEP"
+    ):
+        apply_kmeans_routing(model)
+    assert not routers_of(model)
+
+
 def test_options_of_the_router_override_the_architecture_and_bad_ones_change_nothing() -> None:
     model = tiny_model("deepseek_v3")
     with pytest.raises(ValueError, match="must not hold top_k, got 3"):

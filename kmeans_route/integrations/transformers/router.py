@@ -247,9 +247,27 @@ class TransformersRouter(KMeansRouter):
 def router_class(original: type[nn.Module]) -> type[TransformersRouter]:
     """The K-Means router that is also an instance of `original`, of which it uses nothing; one class for each."""
     if original not in _made:
-        names = {"original_class": original, "__module__": __name__, "__doc__": TransformersRouter.__doc__}
+        names = {
+            "original_class": original, "__module__": __name__, "__doc__": TransformersRouter.__doc__,
+            "kernel_condition": staticmethod(lambda _: False),  # `kernels` would replace forward by the original's name
+        }  # fmt: skip
         _made[original] = type(f"KMeans{original.__name__}", (TransformersRouter, original), names)
     return _made[original]
+
+
+def keep_from_kernels(block: nn.Module) -> None:
+    """Hugging Face's `kernels` replaces some blocks by ones that call no router: not where it is one of ours."""
+    cls: Any = type(block)
+    before = getattr(cls, "kernel_condition", None)
+    if not hasattr(cls, "kernel_layer_name") or hasattr(before, "of_kmeans_route"):
+        return
+
+    def condition(module: nn.Module) -> bool:
+        swapped = any(isinstance(child, TransformersRouter) for child in module.children())
+        return not swapped and (before is None or before(module))
+
+    condition.of_kmeans_route = True  # type: ignore[attr-defined]
+    cls.kernel_condition = staticmethod(condition)
 
 
 def _empty_router(original: type[nn.Module]) -> TransformersRouter:

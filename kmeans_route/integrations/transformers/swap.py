@@ -15,6 +15,7 @@ from kmeans_route.integrations.transformers.router import (
     TransformersRouter,
     architecture_options,
     is_known,
+    keep_from_kernels,
     probe,
     router_class,
     zero_bad_rows,
@@ -174,6 +175,12 @@ def check_model(model: Any) -> None:
             f"model must be a PreTrainedModel, got {type(model).__name__}: pass the model inside, with PEFT "
             "model.get_base_model()"
         )
+    for path, module in model.named_modules():
+        if type(module).__name__ == "AutoEPMoELayer":  # DeepSpeed's; its router is learned, whatever stood there before
+            raise RuntimeError(
+                f"{path} must be a block of transformers, got DeepSpeed's AutoEP in its place, which routes by itself: "
+                "leave expert_parallel out of DeepSpeed's configuration"
+            )
 
 
 def swapped_routers(model: nn.Module, purpose: str = "") -> dict[str, TransformersRouter]:
@@ -258,7 +265,9 @@ def _swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
     swaps = []
     for path, router in routers.items():
         model.set_submodule(path, router)
-        experts = model.get_submodule(path.rpartition(".")[0]).experts
+        block = model.get_submodule(path.rpartition(".")[0])
+        keep_from_kernels(block)
+        experts = block.experts
         router.handles = [experts.register_forward_pre_hook(zero_bad_rows)]
         owner, inner = _owner(model, path)
         if "_kmeans_masks" not in owner.__dict__:
