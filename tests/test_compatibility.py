@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -87,6 +88,19 @@ def test_the_environment_brings_a_version_that_was_tried(package: str) -> None:
     pinned = re.findall(rf"^{package}==(\S+)$", "\n".join(pins), re.MULTILINE)
     assert len(pinned) == 1
     assert pinned[0] in table()[package].tried.split(", ")
+
+
+@pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
+def test_versions_that_the_environment_does_not_bring_have_a_run(package: str) -> None:
+    pins = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "frameworks.txt"))
+    for version in table()[package].tried.split(", "):
+        if f"{package}=={version}\n" in pins:
+            continue
+        path = ROOT / "benchmarks" / "results" / f"tests-{package}-{version}.json"
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert run["versions"][package] == version, path
+        assert (run["exit_code"], run["failures"]) == (0, []), path
+        assert run["passed"] > 10, path
 
 
 @pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))

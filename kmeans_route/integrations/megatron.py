@@ -18,7 +18,7 @@ from kmeans_route.routing.replay import usable_ids
 from kmeans_route.training.attach import Attachment, attach
 
 SUPPORTED = ">=0.16,<0.20"
-TRIED = ("0.16.1",)
+TRIED = ("0.16.0", "0.16.1", "0.17.0", "0.18.0", "0.19.2")
 require("megatron-core", SUPPORTED, "megatron.core")
 
 from megatron.core import parallel_state  # noqa: E402

@@ -9,7 +9,7 @@ docs/integrations.md.
 from kmeans_route.integrations import require
 
 SUPPORTED = ">=5.16,<6"
-TRIED = ("5.23.0",)
+TRIED = ("5.16.0", "5.19.0", "5.23.0", "5.24.0")
 require("transformers", SUPPORTED)
 
 from kmeans_route.integrations.transformers.export import export_vanilla  # noqa: E402 - only where the right version is
