@@ -11,6 +11,7 @@ from kmeans_route.checks import check_positive_int
 from kmeans_route.integrations import require
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.training.attach import Attachment, attach
+from kmeans_route.training.telemetry import MAX_KEYS
 
 SUPPORTED = ">=2.4,<3"
 TRIED = ("2.6.6",)
@@ -33,6 +34,7 @@ class KMeansRouting(Callback):
         optimizer: which of several optimizers of the module commits, by its place; None where there is one.
         log_metrics: send the routers' metrics to the loggers, and to `trainer.callback_metrics`, every
             `log_every_n_steps` optimizer steps.
+        max_keys: at most that many scalars, see `Attachment.metrics`; None for no limit.
         every_n_steps, wire, shard: as in `kmeans_route.attach`.
 
     Raises:
@@ -45,6 +47,7 @@ class KMeansRouting(Callback):
         *,
         optimizer: int | None = None,
         log_metrics: bool = True,
+        max_keys: int | None = MAX_KEYS,
         every_n_steps: int = 1,
         wire: str = "fp32",
         shard: bool = False,
@@ -52,6 +55,7 @@ class KMeansRouting(Callback):
         super().__init__()
         check_positive_int("every_n_steps", every_n_steps)
         self.process_group, self.optimizer, self.log_metrics = process_group, optimizer, log_metrics
+        self.max_keys = max_keys
         self.options: dict[str, Any] = {"every_n_steps": every_n_steps, "wire": wire, "shard": shard}
         self.attachment: Attachment | None = None
         self._steps, self._logged_at = 0, 0
@@ -84,7 +88,7 @@ class KMeansRouting(Callback):
         if not self.log_metrics or self.attachment is None or not every or step // every == self._logged_at // every:
             return
         self._logged_at = step
-        metrics = self.attachment.metrics()
+        metrics = self.attachment.metrics(max_keys=self.max_keys)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)

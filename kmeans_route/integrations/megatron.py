@@ -4,7 +4,7 @@ An example stands in docs/integrations.md.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from kmeans_route.integrations import require
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.replay import usable_ids
 from kmeans_route.training.attach import Attachment, attach
+from kmeans_route.training.telemetry import over_routers
 
 SUPPORTED = ">=0.16,<0.20"
 TRIED = ("0.16.0", "0.16.1", "0.17.0", "0.18.0", "0.19.2")
@@ -198,14 +199,16 @@ class FinalizeModelGrads:
             hook(self, args, kwargs)
         return result
 
-    def metrics(self) -> dict[str, float]:
-        """Flat scalars of all routers of this rank; with several chunks each name starts with its place."""
+    def metrics(self, names: Collection[str] | None = None, max_keys: int | None = None) -> dict[str, float]:
+        """Flat scalars of all routers of this rank, as `Attachment.metrics`; with several chunks each router's name
+        starts with its chunk's place."""
         several = len(self.attachments) > 1
-        return {
-            f"{place}.{name}" if several else name: value
+        routers = {
+            f"{place}.{name}" if several else name: router.metrics()
             for place, attachment in enumerate(self.attachments)
-            for name, value in attachment.metrics().items()
+            for name, router in attachment.routers.items()
         }
+        return over_routers(routers, names, max_keys)
 
     def remove(self) -> None:
         """Undo the tie; the function goes on calling the one it wraps."""

@@ -1,7 +1,7 @@
 """Tie the routers of a model to its optimizer: one commit per optimizer step."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from kmeans_route.routing.commit import point
 from kmeans_route.routing.pending import CountingScope, Pending
 from kmeans_route.training.optimizers import clocks_of, num_running_steps
 from kmeans_route.training.overdue import Overdue, unwatch_steps, watch_steps
+from kmeans_route.training.telemetry import over_routers
 
 if TYPE_CHECKING:
     from kmeans_route.training.exchange import Exchange
@@ -196,11 +197,16 @@ class Attachment:
             for name in LEFT_OUT:
                 setattr(self._exchange, name, state_dict[name].clone())
 
-    def metrics(self) -> dict[str, float]:
-        """Flat scalars of all routers, named `<router's name in the model>/<metric>`, as any logger takes them."""
-        return {
-            f"{name}/{key}": value for name, router in self.routers.items() for key, value in router.metrics().items()
-        }
+    def metrics(self, names: Collection[str] | None = None, max_keys: int | None = None) -> dict[str, float]:
+        """Flat scalars of all routers, named `<router's name in the model>/<metric>`, as any logger takes them.
+
+        Of several routers also each metric's percentiles over them, `routers/<metric>_p90` and min, p10, p50, max.
+
+        Args:
+            names: the metrics wanted, such as ["maxvio"]; None for all.
+            max_keys: where there would be more keys, the single routers are left out; None for no limit.
+        """
+        return over_routers({name: router.metrics() for name, router in self.routers.items()}, names, max_keys)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model, which bring its hooks along: a copy is not attached."""

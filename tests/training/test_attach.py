@@ -366,7 +366,16 @@ def test_metrics_carry_the_names_of_the_model() -> None:
         own = router.metrics()
         assert {name: got[f"blocks.{i}.router/{name}"] for name in own} == own
         assert own["steps"] == 1
-    assert len(got) == 2 * len(own)
+    two = torch.tensor([router.metrics()["score_std"] for router in routers_of(model)], dtype=torch.float64)
+    assert got["routers/score_std_min"] == float(two.min())
+    assert got["routers/score_std_p90"] == pytest.approx(float(two.min() + 0.9 * (two.max() - two.min())))
+    assert len(got) == (2 + 5) * len(own)
+    assert set(attachment.metrics(max_keys=6 * len(own))) == {key for key in got if key.startswith("routers/")}
+    assert list(attachment.metrics(["maxvio"], max_keys=7)) == [
+        *(f"routers/maxvio_{percentile}" for percentile in ("min", "p10", "p50", "p90", "max")),
+        *(f"blocks.{i}.router/maxvio" for i in range(2)),
+    ]
+    assert len(attachment.metrics(max_keys=3)) == 3
     root = KMeansRouter(D, E, K)
     alone = attach(root, torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1e-2))
     assert {name.partition("/")[0] for name in alone.metrics()} == {"router"}

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback
 
 from kmeans_route.training.attach import Attachment, attach
+from kmeans_route.training.telemetry import MAX_KEYS
 
 DEFAULT_METRICS = ("maxvio", "dead_experts", "bias_abs_max", "centroid_drift")
 
@@ -14,7 +15,8 @@ class KMeansRouterCallback(TrainerCallback):
     """Attaches the routers of the model as training begins: one commit per optimizer step of the Trainer.
 
     Args:
-        metrics: which metrics of each router go into the logs, beside the loss; None for all.
+        metrics: which metrics of the routers go into the logs, beside the loss; None for all.
+        max_keys: at most that many scalars, see `Attachment.metrics`; None for no limit.
         attach_options: of `kmeans_route.attach`.
 
     The checkpoints that the Trainer writes meanwhile have the names of the model's own state dict: in the form that
@@ -29,8 +31,10 @@ class KMeansRouterCallback(TrainerCallback):
         trainer.train()
     """
 
-    def __init__(self, metrics: Sequence[str] | None = DEFAULT_METRICS, **attach_options: Any) -> None:
-        self.metrics, self.attach_options = metrics, attach_options
+    def __init__(
+        self, metrics: Sequence[str] | None = DEFAULT_METRICS, max_keys: int | None = MAX_KEYS, **attach_options: Any
+    ) -> None:
+        self.metrics, self.max_keys, self.attach_options = metrics, max_keys, attach_options
         self.attachment: Attachment | None = None
         self._saved_form: tuple[PreTrainedModel, Any] | None = None
 
@@ -59,11 +63,7 @@ class KMeansRouterCallback(TrainerCallback):
         """Add the metrics where the loss of training is logged, in the Trainer's own history too."""
         if self.attachment is None or not logs or "loss" not in logs:
             return
-        values = {
-            name: value
-            for name, value in self.attachment.metrics().items()
-            if self.metrics is None or name.rpartition("/")[2] in self.metrics
-        }
+        values = self.attachment.metrics(self.metrics, self.max_keys)
         logs.update(values)
         state.log_history[-1].update(values)
 
