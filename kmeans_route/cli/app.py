@@ -23,6 +23,7 @@ from kmeans_route.cli.pretrained import Pretrained, is_pretrained
 from kmeans_route.cli.selftest import selftest
 from kmeans_route.cli.train import Stopped, resumed, train
 from kmeans_route.cli.trained import Trained
+from kmeans_route.cli.watch import watch
 from kmeans_route.lm import checkpoint as checkpoints
 from kmeans_route.lm.config import THREADS, TrainConfig
 from kmeans_route.lm.data import load_corpus
@@ -251,6 +252,18 @@ def inspect_command(
     """Show a checkpoint's routers: experts, load, bias, drift, dead experts."""
     with _speaking(json_mode, plain) as output:
         inspect(checkpoint, out, output, text=text or [], against=against)
+
+
+@app.command("watch")
+def watch_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train, which may be going on.")],
+    once: Annotated[bool, typer.Option("--once", help="Draw what is there and end.")] = False,
+    json_mode: Json = False,
+    plain: Plain = False,
+) -> None:
+    """Redraw the load of each expert as a run goes on, here and in loads.png; --json implies --once."""
+    with _speaking(json_mode, plain) as output:
+        watch(run, output, once=once or json_mode)
 
 
 @app.command("convert")

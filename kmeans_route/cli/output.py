@@ -12,9 +12,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from kmeans_route.lm.results import to_json
 
@@ -69,6 +71,15 @@ class Output:
     def complain(self, message: str) -> None:
         """An error that the command's own document tells too: a line on stderr."""
         self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)
+
+    @contextmanager
+    def redrawn(self) -> Iterator[Callable[[str], None]]:
+        """Show texts, each in the place of the one before on a terminal, else one after another; in JSON mode none."""
+        if self.json_mode or self.plain:
+            yield self.note
+            return
+        with Live(console=self._stdout, auto_refresh=False) as live:
+            yield lambda text: live.update(Text(text), refresh=True)
 
     @contextmanager
     def progress(self, description: str, total: int, done: int = 0, *, thread: bool = True) -> Iterator[Update]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kmeans_route.cli.info import environment
 from kmeans_route.cli.output import Output
+from kmeans_route.cli.watch import LoadLog
 from kmeans_route.lm.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import Corpus, load_corpus
@@ -45,11 +46,12 @@ def train_run(
     checkpoint: Checkpoint | None = None,
     save_every: int = 0,
     save_final: bool = True,
+    log_loads: bool = False,
 ) -> Run:
     """Train to the last step, from a checkpoint if one is given. Returns: the figures of the run.
 
     Checkpoints go to `folder`, every `save_every` steps (0: none on the way), with `save_final` at the end, and always
-    where a signal stops the run, which raises Stopped.
+    where a signal stops the run, which raises Stopped. log_loads: write there what `watch` draws.
     """
     trainer = Trainer(config, corpus)
     if checkpoint is not None:
@@ -58,11 +60,14 @@ def train_run(
     def save() -> None:
         save_checkpoint(folder, trainer.checkpoint())
 
+    log = LoadLog(folder, trainer) if log_loads else None
     # Short, so that a progress line fits 80 columns.
     description = f"{config.label.split(',')[0]}, seed {config.seed}"
     with output.progress(description, config.steps, trainer.step) as update, stop_on_signal() as request:
 
         def on_step(record: dict[str, Any]) -> None:
+            if log is not None:
+                log.add(record)
             max_vio = statistics.fmean(record["max_vio"])
             update(record["step"], f"loss {record['loss_bits']:.3f} bits/byte, MaxVio {max_vio:.2f}")
 
@@ -115,7 +120,7 @@ def train(
     output.note(
         f"{config.label}: {config.steps} steps of {config.batch * config.seq_len} bytes on {corpus.label}{where}"
     )
-    result = train_run(config, corpus, output, out, checkpoint=checkpoint, save_every=save_every)
+    result = train_run(config, corpus, output, out, checkpoint=checkpoint, save_every=save_every, log_loads=True)
     facts, files = environment(), list[Path]()
     if find_spec("matplotlib") is not None:
         files = write_report([result], out, title=f"Training with {config.label}", environment=facts)

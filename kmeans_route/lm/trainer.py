@@ -80,6 +80,8 @@ class Trainer:
         self.windows = validation_windows(corpus.validation, config.seq_len, config.eval_bytes)
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self.tokens_per_expert = torch.zeros(len(self.model.moe_layers), config.experts, dtype=torch.int64)
+        """(L, E) int64, of the last step."""
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step.
@@ -98,7 +100,7 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, tokens_per_expert = self._backward(self.sampler.next().to(self.device))
+        loss, self.tokens_per_expert = self._backward(self.sampler.next().to(self.device))
         loss_nats = loss.item()
         if not math.isfinite(loss_nats):
             raise NotFiniteError(f"the loss of step {self.step + 1} is {loss_nats}: lower --lr")
@@ -108,7 +110,7 @@ class Trainer:
         record: dict[str, Any] = {
             "step": self.step,
             "loss_bits": loss_nats / NATS_PER_BIT,
-            "max_vio": [float(value) for value in metrics.max_vio(tokens_per_expert)],
+            "max_vio": [float(value) for value in metrics.max_vio(self.tokens_per_expert)],
             "lr": rate,
             "time_ms": (time.perf_counter() - start) * 1e3,
         }
