@@ -40,7 +40,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     hidden states share an offset as large as the margins between experts. The setting belongs to all threads of the
     process and cannot be changed for one product, so there the product is taken in fp64.
     """
-    if a.dtype == torch.float32 and _rounds_fp32(a.device.type):
+    if a.dtype == torch.float32 and rounds_fp32(a.device.type):
         return (a.double() @ b.double()).float()
     return a @ b
 
@@ -48,7 +48,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 _MATMUL = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}  # type: ignore[attr-defined]
 
 
-def _rounds_fp32(device_type: str) -> bool:
+def rounds_fp32(device_type: str) -> bool:
+    """Whether a product of fp32 would be rounded, so that `product` takes it in fp64."""
     if device_type not in _MATMUL:
         return False
     if torch.compiler.is_dynamo_compiling():  # which cannot ask

@@ -32,6 +32,7 @@ from kmeans_route.reference import (
     gates_reference,
     product,
     replay_or_choose,
+    rounds_fp32,
 )
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, RoutingGrads, SavedRouting, Wanted
 
@@ -60,7 +61,8 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
     """
     dtype = compute_dtype(x.dtype)
     d_DE = directions.to(dtype).T
-    if x.dtype == dtype or x.numel() * dtype.itemsize <= chunks.BYTES:
+    at_once = x.dtype == dtype and not rounds_fp32(x.device.type)
+    if at_once or x.numel() * dtype.itemsize <= chunks.BYTES:
         x_c = x.to(dtype)
         norm, scores = torch.linalg.vector_norm(x_c, dim=1), product(x_c, d_DE)
     else:
