@@ -619,6 +619,36 @@ def test_config_says_what_was_swapped_and_loading_checks_it(tmp_path: Path) -> N
             load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
 
 
+def test_the_architecture_of_a_checkpoint_is_one_that_no_engine_knows(tmp_path: Path) -> None:
+    def saved(model: Any, name: str) -> list[str]:
+        model.save_pretrained(tmp_path / name)
+        return list(json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))["architectures"])
+
+    model = tiny_model("mixtral")
+    assert saved(model, "before") == ["MixtralForCausalLM"]
+    apply_kmeans_routing(model)
+    assert saved(model, "swapped") == ["KMeansMixtralForCausalLM"]
+    loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path / "swapped")
+    assert type(loaded) is transformers.MixtralForCausalLM
+    assert saved(loaded, "again") == saved(copy.deepcopy(loaded), "copy") == ["KMeansMixtralForCausalLM"]
+    revert(model)
+    assert saved(model, "after") == ["MixtralForCausalLM"]
+
+
+def test_a_save_that_fails_leaves_the_config_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "save_pretrained", fail)
+    before = dict(model.config.__dict__)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path)
+    assert model.config.__dict__ == before
+
+
 def test_weights_without_the_state_that_config_promises_are_refused(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     model.save_pretrained(tmp_path)

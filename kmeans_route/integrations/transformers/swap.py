@@ -24,6 +24,8 @@ from kmeans_route.integrations.transformers.router import (
 SECTION_VERSION = 1
 SHAPE = ("num_experts", "hidden_size", "top_k")
 DECIDED_BY_MODEL = (*SHAPE, "name", "device", "return_scores")
+# Before the architecture in config.json: an engine that cannot route by K-Means shall not know the checkpoint.
+ARCHITECTURE_PREFIX = "KMeans"
 Layers = Callable[[str], bool] | Sequence[str | int] | None
 
 
@@ -118,6 +120,7 @@ def revert(model: Any) -> list[str]:
     for module in _pretrained(model):
         masks: Masks | None = module.__dict__.pop("_kmeans_masks", None)
         module.__dict__.pop("_init_weights", None)
+        module.__dict__.pop("save_pretrained", None)
         for handle in masks.handles if masks else ():
             handle.remove()
     for owner, name, old in model.__dict__.pop("_kmeans_aux_loss", ()):
@@ -147,11 +150,7 @@ def load_kmeans_pretrained(cls: Any, path: Any, **kwargs: Any) -> Any:
             f"{path} must hold a K-Means checkpoint, got a config without kmeans_route section: use from_pretrained, "
             "then apply_kmeans_routing"
         )
-    if section.get("version") != SECTION_VERSION:
-        raise ValueError(
-            f"the kmeans_route section of {path} must have version {SECTION_VERSION}, got {section.get('version')!r}: "
-            "install the version of kmeans_route that wrote it"
-        )
+    check_version(section, path)
     real = _model_class(cls, config)
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = _swapping_class(real, section).from_pretrained(
@@ -166,6 +165,15 @@ def load_kmeans_pretrained(cls: Any, path: Any, **kwargs: Any) -> Any:
             f"{len(missing) - 1} more: load a checkpoint that save_pretrained of the swapped model has written"
         )
     return (model, info) if wants_info else model
+
+
+def check_version(section: dict[str, Any], path: Any) -> None:
+    """Raise ValueError unless this version can read the `kmeans_route` section of a checkpoint."""
+    if section.get("version") != SECTION_VERSION:
+        raise ValueError(
+            f"the kmeans_route section of {path} must have version {SECTION_VERSION}, got {section.get('version')!r}: "
+            "install the version of kmeans_route that wrote it"
+        )
 
 
 def check_model(model: Any) -> None:
@@ -280,7 +288,24 @@ def _swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
         swaps.append(Swap(path, router.original_class.__name__, router))
     model.__dict__.setdefault("_kmeans_aux_loss", []).extend(_silence_aux_loss(model))
     model.config.kmeans_route = _section(model)
+    model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
     return Summary(swaps)
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+    """In the place of a model's own, which names its class as the architecture just before it saves the config."""
+    config = model.config
+
+    def save_config(*args: Any, **kwargs: Any) -> None:
+        del config.__dict__["save_pretrained"]
+        config.architectures = [ARCHITECTURE_PREFIX + name for name in config.architectures]
+        config.save_pretrained(*args, **kwargs)
+
+    config.__dict__["save_pretrained"] = save_config
+    try:
+        type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        config.__dict__.pop("save_pretrained", None)
 
 
 def _init_weights(model: Any, module: nn.Module) -> None:
@@ -329,9 +354,33 @@ def _model_class(cls: Any, config: Any) -> Any:
         return cls
     found = mapping[type(config)]
     if isinstance(found, list | tuple):
-        named = [c for c in found if c.__name__ in (config.architectures or ())]
+        saved = {name.removeprefix(ARCHITECTURE_PREFIX) for name in config.architectures or ()}
+        named = [c for c in found if c.__name__ in saved]
         return named[0] if named else found[0]
     return found
+
+
+def saved_routers(model: Any, section: dict[str, Any]) -> dict[str, TransformersRouter]:
+    """The routers that a checkpoint's `kmeans_route` section names, by path, still without their state.
+
+    Raises:
+        ValueError: the section does not fit the model. RuntimeError: a path that bypasses the router.
+    """
+    known = {_owner(model, p)[1]: (p, m) for p, m in model.named_modules() if is_known(m)}
+    made = {}
+    for inner, entry in section["routers"].items():
+        if inner not in known:
+            raise ValueError(f"the kmeans_route section must name routers of {type(model).__name__}, got {inner!r}")
+        path, old = known[inner]
+        contract = _contract(model, path, old)
+        for name in SHAPE:
+            if entry[name] != getattr(contract, name):
+                raise ValueError(
+                    f"{name} of {inner} in the kmeans_route section must be {getattr(contract, name)} as in the "
+                    f"model, got {entry[name]}: the config has been changed since it was saved"
+                )
+        made[path] = _make(old, contract, entry["options"], False)
+    return made
 
 
 def _swapping_class(real: Any, section: dict[str, Any]) -> Any:
@@ -339,21 +388,7 @@ def _swapping_class(real: Any, section: dict[str, Any]) -> Any:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         real.__init__(self, config, *args, **kwargs)
-        known = {_owner(self, p)[1]: (p, m) for p, m in self.named_modules() if is_known(m)}
-        made = {}
-        for inner, entry in section["routers"].items():
-            if inner not in known:
-                raise ValueError(f"the kmeans_route section must name routers of {real.__name__}, got {inner!r}")
-            path, old = known[inner]
-            contract = _contract(self, path, old)
-            for name in SHAPE:
-                if entry[name] != getattr(contract, name):
-                    raise ValueError(
-                        f"{name} of {inner} in the kmeans_route section must be {getattr(contract, name)} as in the "
-                        f"model, got {entry[name]}: the config has been changed since it was saved"
-                    )
-            made[path] = _make(old, contract, entry["options"], False)
-        _swap(self, made)
+        _swap(self, saved_routers(self, section))
 
     names = {"__init__": __init__, "__module__": real.__module__, "__qualname__": real.__qualname__}
     return type(real)(real.__name__, (real,), names)
