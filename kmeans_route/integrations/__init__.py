@@ -1,4 +1,4 @@
-"""Adapters to training frameworks, one file a framework; importing one asks for its framework, this package does not.
+"""Adapters to frameworks that train and serve; importing one asks for its framework, this package does not.
 
 Each declares, as plain constants:
 
@@ -9,24 +9,33 @@ Each declares, as plain constants:
 
 import importlib
 import importlib.metadata
+from collections.abc import Sequence
 from types import ModuleType
 
 
-def require(distribution: str, supported: str, module: str | None = None) -> ModuleType:
+def require(distribution: str, supported: str, module: str | None = None, others: Sequence[str] = ()) -> ModuleType:
     """The module of a framework, or an ImportError that says what to install where it is absent or of another version.
 
     distribution: its name in the package index. supported: versions by PEP 440, as ">=0.3,<0.4". module: what to
-    import; None for the distribution's name.
+    import; None for the distribution's name. others: distributions of the same module, which will do.
     """
-    remedy = f'pip install "{distribution}{supported}"'
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError as error:
+    installed = [name for name in (distribution, *others) if _version(name)]
+    found = installed[0] if installed else distribution
+    remedy = f'pip install "{found}{supported}"'
+    version = _version(found)
+    if version is None:
         raise ImportError(
             f"{distribution} must be installed for this adapter, got none: {remedy} (--no-deps keeps your torch)"
-        ) from error
+        )
     from packaging.specifiers import SpecifierSet  # comes with every framework, but not with torch
 
     if not SpecifierSet(supported).contains(version, prereleases=True):
-        raise ImportError(f"{distribution} must be a supported version, {supported}, got {version}: {remedy}")
+        raise ImportError(f"{found} must be a supported version, {supported}, got {version}: {remedy}")
     return importlib.import_module(distribution if module is None else module)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

