@@ -127,6 +127,16 @@ def route_launches(shape: Shape, dtype: torch.dtype, num_tokens: int, variant: d
     return launches
 
 
+def dispatch_tokens(dtype: torch.dtype, block: int) -> list[int]:
+    """One T for each configuration of dispatch, and both ways to add up the counts of blocks."""
+    first: dict[object, int] = {}
+    for power in range(17):  # configurations change behind powers of two
+        for num_tokens in (1 << power, (1 << power) + 1):
+            few = -(-num_tokens // block) <= dispatch.FEW_BLOCKS
+            first.setdefault((few, configs.dispatch_config(num_tokens, dtype)), min(num_tokens, MAX_TOKENS))
+    return list(first.values())
+
+
 def dispatch_launches(
     shape: Shape, dtype: torch.dtype, num_tokens: int, block: int, variant: dict[str, bool]
 ) -> list[Launch]:
@@ -155,7 +165,7 @@ def dispatch_launches(
 def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> list[Launch]:
     """combine, its backward, the backward of routing with and without copies, commit and directions."""
     hidden_size, num_experts, top_k = shape
-    num_tokens, weight = 4096, empty(num_experts, hidden_size)
+    num_tokens, weight = 2 * configs.FEW_COPIES, empty(num_experts, hidden_size)
     ids, valid = empty(num_tokens, top_k, dtype=torch.int64), empty(num_tokens, dtype=torch.bool)
     x, d = empty(num_tokens, hidden_size, dtype=dtype), empty(num_experts, hidden_size, dtype=dtype)
     rows, weights, inv_norm = empty(num_tokens * top_k, hidden_size, dtype=dtype), empty(*ids.shape), empty(num_tokens)
@@ -163,7 +173,8 @@ def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> lis
     with recorded() as launches:
         for each in (weights, None):
             combine.combine_fwd(rows, ids, each, valid)
-        combine.combine_bwd(x, rows, weights, ids, valid)
+        for few in (1, num_tokens):
+            combine.combine_bwd(x[:few], rows[: few * top_k], weights[:few], ids[:few], valid[:few])
         for gate, normalize in GATES if every_option else GATES[:1]:
             for copies, d_selected in ((rows, None), (None, weights)):
                 route_bwd.route_bwd(
@@ -198,7 +209,7 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
                 continue
             if shape[1] > TRITON_MAX_EXPERTS[dtype]:  # refused by name
                 continue
-            blocks = {dispatch.RANK_BLOCK: 1}  # tokens that are ranked together -> T
+            blocks = {dispatch.RANK_BLOCK}  # tokens that are ranked together
             short = part or (name in odd and kind == "fp16")
             variants = {"training": ROUTE_VARIANTS["training"]} if short else ROUTE_VARIANTS
             every_option = name in named and kind == "bf16" and arch == "sm_90" and not part
@@ -209,14 +220,15 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
                     (launch,) = route_launches(shape, dtype, num_tokens, given)
                     yield f"{name} {kind} T={num_tokens} {variant}", launch
                     if given.get("want_rank"):
-                        blocks.setdefault(launch.arguments.get("RT", launch.arguments["BT"]), num_tokens)
+                        blocks.add(launch.arguments.get("RT", launch.arguments["BT"]))
             if short:
                 continue
-            for block, num_tokens in blocks.items():
-                every_variant = every_option and block == next(iter(blocks))
+            for block in sorted(blocks):
+                every_variant = every_option and block == min(blocks)
                 for variant, flags in list(DISPATCH_VARIANTS.items())[: None if every_variant else 1]:
-                    for launch in dispatch_launches(shape, dtype, num_tokens, block, flags):
-                        yield f"{name} {kind} T={num_tokens} {variant}", launch
+                    for num_tokens in dispatch_tokens(dtype, block):
+                        for launch in dispatch_launches(shape, dtype, num_tokens, block, flags):
+                            yield f"{name} {kind} T={num_tokens} {variant}", launch
             for launch in row_launches(shape, dtype, every_option=every_option):
                 yield f"{name} {kind}", launch
 

@@ -28,7 +28,7 @@ REGISTER = re.compile(r"(U?R)(\d+)$")
 CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]$")
 FIXED = {"RZ": 0, "URZ": 0, "SRZ": 0, "PT": 1, "UPT": 1}
 ON_INTEGERS = re.compile(
-    r"(IADD3|VIADD|LEA|SHF|V?IMNMX|IABS|SGXT|I2F|MUFU|F2I|IMAD|SEL|MOV|LDC|S2R|S2UR|R2UR|CS2R|LOP3)$"
+    r"(IADD3|VIADD|VIADDMNMX|LEA|SHF|V?IMNMX|IABS|SGXT|I2F|MUFU|F2I|IMAD|SEL|MOV|LDC|S2R|S2UR|R2UR|CS2R|LOP3)$"
 )
 
 
@@ -134,6 +134,8 @@ def _integer(base: str, parts: list[str], known: list[int], predicates: list[Val
             return _funnel(parts, known[0], known[1], known[2])
         case "IMNMX" | "VIMNMX" if predicates[-1] is not None:
             return (min if predicates[-1] else max)(known, key=int if "U32" in parts else signed)
+        case "VIADDMNMX" if predicates[-1] is not None and "U32" not in parts:
+            return (min if predicates[-1] else max)(known[0] + known[1] & MASK, known[2], key=signed)
         case "IABS":
             return abs(signed(known[0]))
         case "SGXT" if "U32" in parts:

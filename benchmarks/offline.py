@@ -206,17 +206,24 @@ class Work:
 def work_of(launch: Launch) -> Work:
     """From the launch's own arguments. Tables of T K entries are counted, block counts and scalars are not."""
     a = launch.arguments
-    if launch.name == "prefix":
-        table = a["block_counts_ptr"].numel() * 4
-        return Work(2 * table, 2 * table, 0)
+    if launch.name in ("prefix", "positions"):
+        counts = a["block_counts_ptr"].numel() * 4
+        first = 0 if a["first_row_ptr"] is None else a["first_row_ptr"].numel() * 4
+        if launch.name == "prefix":
+            return Work(counts + first, counts + first, 0)
+        table = a["T"] * (28 * a["K"] + 1) + counts + first
+        return Work(table, table + (0 if first else counts * (launch.grid[0] - 1) // 2), 0)
     if launch.name == "accumulate":
-        num_bytes = 4 * (a["size"] * (a["num_splits"] + 2) + 2 * a["hist_size"])
+        experts = min(a["E"], a["num_std"] * a["K"])  # that a batch of so many tokens can reach
+        num_bytes = 4 * (experts * a["D"] * (a["num_splits"] + 2) + 2 * a["E"] * a["num_bins"] + a["num_std"])
         return Work(num_bytes, num_bytes, 0)
     if launch.name in ("commit", "directions"):
         num_bytes = a["weight_ptr"].numel() * 4
         copy = num_bytes * 6 if launch.name == "commit" else num_bytes + a["d_ptr"].numel() * a["d_ptr"].element_size()
         again = 3 if launch.name == "commit" else 2
         return Work(copy, copy + again * num_bytes, 0)
+    if launch.name == "dispatch_fwd":
+        a = a | {"T": a["x_ptr"].shape[0], "K": a["num_rows"] // a["x_ptr"].shape[0]}
     num_tokens, hidden_size, top_k = a["T"], a["D"], a["K"]
     element = next(v.element_size() for k, v in a.items() if k in ("x_ptr", "y_sorted_ptr"))
     row = num_tokens * hidden_size * element
@@ -233,10 +240,8 @@ def work_of(launch: Launch) -> Work:
     if launch.name == "dispatch_fwd":
         copies = 0 if a["x_sorted_ptr"] is None else top_k * row
         partials = 0 if a["partials_ptr"] is None else a["partials_ptr"].numel() * 4
-        products = 0 if not partials else 2 if a["TWO_PARTS"] else 1
-        tables = table * -(-hidden_size // a["BD"]) * (a["BE"] // a["EB"])
-        flop = 2 * num_tokens * hidden_size * a["BE"] * products
-        return Work(row + copies + partials + table, row * (a["BE"] // a["EB"]) + copies + partials + tables, flop)
+        blocks = -(-hidden_size // a["BD"])  # of columns; HBM gives x once while a block of all tokens fits into L2
+        return Work(row + copies + partials + table, top_k * row + copies + partials + table * blocks, 0)
     if launch.name == "combine_fwd":
         return Work((1 + top_k) * row + table, (1 + top_k) * row + table, 0)
     if launch.name == "combine_bwd":
@@ -278,7 +283,7 @@ def problems_of(launch: Launch, compiled: Compiled, arch: str) -> list[str]:
     if compiled.shared > configs.SHARED_BYTES[arch]:
         found.append(f"{compiled.shared} bytes of shared memory, the device has {configs.SHARED_BYTES[arch]}")
     products = launch.name in ("route_fwd", "route_split") or launch.arguments.get("partials_ptr") is not None
-    products &= launch.name not in ("accumulate",)
+    products &= launch.name not in ("accumulate", "dispatch_fwd")
     if products and not any(i.get(name) for name in TENSOR_CORES[arch]):
         found.append("no tensor cores")
     if launch.reads_rows() and not any(i.get(name) for name in WIDE_READS):

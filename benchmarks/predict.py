@@ -112,11 +112,14 @@ def code_of(launch: Launch) -> tuple[str, int, int]:
     return code, registers, shared
 
 
-def constants_of(launch: Launch) -> dict[int, int]:
-    """Words of constant bank 0 on sm_90: threads, programs, and arguments from 0x210 on. Pointers only differ."""
+def constants_of(launch: Launch) -> tuple[dict[int, int], dict[int, int]]:
+    """Words of constant bank 0 on sm_90: threads, programs, and arguments from 0x210 on. Pointers only differ.
+
+    And words of memory, where a loop goes through an expert's rows: the first row of each, of whom all get as many.
+    """
     words = {0: 32 * launch.options["num_warps"], 4: 1, 8: 1}
     words |= {0xC + 4 * i: size for i, size in enumerate((*launch.grid, 1, 1)[:3])}
-    signature, offset = launch.source()[0].signature, 0x210
+    signature, offset, table = launch.source()[0].signature, 0x210, {}
     for name in launch.kernel.arg_names:
         kind = signature[name]
         if kind == "constexpr":
@@ -125,21 +128,26 @@ def constants_of(launch: Launch) -> dict[int, int]:
         offset = -(-offset // size) * size
         if size == 8:
             words |= {offset: offset << 22 & 0xFFFFFFFF, offset + 4: offset}
+            if launch.name == "dispatch_fwd" and name == "offsets_ptr":
+                num_rows, experts = launch.arguments["num_rows"], launch.arguments["num_experts"]
+                table = {words[offset] + 4 * e: num_rows * e // experts for e in range(experts + 1)}
         elif kind == "i32":
             words[offset] = launch.arguments[name]
         offset += size
-    return words
+    return words, table
 
 
 READERS = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (sass, integers))
 
 
-def stages_of(code: str, constants: dict[int, int], program: tuple[int, ...], warm: bool) -> list[list[sass.Phase]]:
+def stages_of(
+    code: str, constants: dict[int, int], table: dict[int, int], program: tuple[int, ...], warm: bool
+) -> list[list[sass.Phase]]:
     """`sass.walk`, as kept."""
-    arguments = (sorted(constants.items()), program, warm)
+    arguments = (sorted(constants.items()), sorted(table.items()), program, warm)
 
     def make() -> list[list[tuple[str, float, dict[str, float]]]]:
-        stages = sass.walk(code, constants, program, warm=warm)
+        stages = sass.walk(code, constants, program, warm=warm, table=table)
         return [[(phase.name, phase.clk, phase.units) for phase in stage] for stage in stages]
 
     found = kept("walk", f"{READERS} {code} {arguments}", make)
@@ -207,13 +215,13 @@ def predict(launch: Launch, work: Work | None = None, device: Device = H200, *, 
     adds up scalars, the launch takes as long as the first. work: of `offline`, or given. warm: rows lie in L2.
     """
     code, registers, shared = code_of(launch)
-    warps, constants = launch.options["num_warps"], constants_of(launch)
+    warps, (constants, table) = launch.options["num_warps"], constants_of(launch)
     fit = Compiled(registers, 0, shared).programs(warps, "sm_90", configs.SHARED_BYTES["sm_90"])
     resident = max(1, min(fit, MOST_PROGRAMS))
     middle = tuple(size // 2 for size in launch.grid)
-    stages = stages_of(code, constants, middle, warm)
+    stages = stages_of(code, constants, table, middle, warm)
     terms = time_us(stages, programs_of(launch, len(stages)), warps, resident, work or offline.work_of(launch), device)
-    alone = stages_of(code, constants, (0,) * len(middle), warm)
+    alone = stages_of(code, constants, table, (0,) * len(middle), warm)
     first = time_us(alone, [1] * len(alone), warps, 1, Work(0, 0, 0), device)
     terms = max(terms, first, key=lambda each: sum(each.values()))
     phases = [phase for stage in stages for phase in stage]

@@ -29,7 +29,7 @@ LATENCY_CLK = {
 HELD_CLK = {"BAR": 25, "MEMBAR.ALL.GPU": L2_CLK, "MEMBAR.SC.GPU": L2_CLK, "CCTL": 25}
 """Of instructions behind which their warp waits, whatever comes next."""
 HALF_RATE = re.compile(
-    r"(IADD3|VIADD|LOP3|SHF|LEA|ISETP|FSETP|FSEL|SEL|FMNMX|V?IMNMX3?|PRMT|IABS|SGXT|PLOP3|P2R|R2P|F2FP|MOV|CS2R|BMSK)$"
+    r"(IADD3|VIADD|VIADDMNMX|LOP3|SHF|LEA|ISETP|FSETP|FSEL|SEL|FMNMX|V?IMNMX3?|PRMT|IABS|SGXT|PLOP3|P2R|R2P|F2FP|MOV|CS2R|BMSK)$"
 )
 """64 lanes a clock on a multiprocessor: CUDA C++ Programming Guide, throughput of arithmetic, capability 9.0."""
 SIXTEENTH = re.compile(r"(MUFU|I2F|F2I|F2F|POPC|FLO|FRND|BREV)$")
@@ -207,7 +207,12 @@ class Clock:
 
 
 def walk(
-    sass: str, constants: dict[int, int], program: tuple[int, ...] = (0,), *, warm: bool = False
+    sass: str,
+    constants: dict[int, int],
+    program: tuple[int, ...] = (0,),
+    *,
+    warm: bool = False,
+    table: dict[int, int] | None = None,
 ) -> list[list[Phase]]:
     """The stages of a program, each a list of phases in their order.
 
@@ -216,6 +221,7 @@ def walk(
         constants: 32-bit words of constant bank 0 by offset: arguments, threads a program, programs.
         program: its place in the grid.
         warm: rows lie in L2, not in HBM.
+        table: 32-bit words of memory by the low word of their address, where a loop's end is loaded.
     """
     code = parse(sass)
     places = {each.address: i for i, each in enumerate(code)}
@@ -251,6 +257,11 @@ def walk(
             place = goal if taken else place
         else:
             ticket |= each.base == "ATOMG" and each.operands[0] != "RZ"
+            word = None
+            if table and each.where and each.guard(values) == 1 and width_of(each.base, each.opcode) == 4:
+                word = table.get((each.where[0](values) or 0) + each.where[1])
             if each.act:
                 each.act(values)
+            if word is not None:
+                values[each.operands[0]] = word
     raise AssertionError(f"a program of more than {MOST_STEPS} instructions")

@@ -109,6 +109,7 @@ def coarse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (combine, route_bwd):
         monkeypatch.setattr(module, "row_config", lambda dtype: Config(32, 32, 4, 2))
+    monkeypatch.setattr(combine, "copies_config", lambda *_: Config(32, 32, 4, 2))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

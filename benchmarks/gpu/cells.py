@@ -88,7 +88,7 @@ ROUTE_256 = (
     (64, 64, 8, 2), (64, 64, 8, 4), (64, 128, 8, 3), (64, 32, 8, 4), (32, 64, 4, 4), (32, 64, 8, 4), (128, 64, 16, 3),
 )  # fmt: skip
 DISPATCH_256 = (
-    (64, 64, 8, 2), (16, 64, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2), (32, 128, 16, 2), (128, 64, 8, 2),
+    (8, 256, 4, 1), (16, 256, 8, 1), (32, 256, 8, 1), (16, 128, 4, 1), (32, 128, 4, 1), (8, 512, 4, 1), (4, 1024, 4, 1),
 )  # fmt: skip
 CONFIGS = (("route_fwd", 0, ROUTE_64), ("route_fwd", 1, ROUTE_256), ("dispatch_fwd", 1, DISPATCH_256))
 """Kernel, which cell of its job, and the hand-picked (BT, BD, warps, stages) to try there beside the table's."""

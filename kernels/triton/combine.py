@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import rows_of
-from kmeans_route.kernels.configs import ceil_div, row_config
+from kmeans_route.kernels.configs import ceil_div, copies_config, row_config
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -54,27 +54,26 @@ def _combine_bwd_kernel(
     T, D,
     K: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """Grid (ceil(T / BT),). dy comes from HBM for k = 0 and from cache for the others."""
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    columns = tl.arange(0, BD)
-    in_batch = tokens < T
-    valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
-    num_rows = T.to(tl.int64) * K
-    for k in range(K):
-        row = tl.load(positions_ptr + tokens * K + k, mask=in_batch, other=0)
-        there = in_batch & (row >= 0) & (row < num_rows)
-        weight = tl.load(weights_ptr + tokens * K + k, mask=in_batch & valid, other=0.0)
-        products = tl.zeros([BT, BD], dtype=tl.float32)
-        for start in range(0, D, BD):
-            column = start + columns
-            inside = there[:, None] & (column < D)[None, :]
-            read = inside & valid[:, None]
-            dy = tl.load(dy_ptr + tokens[:, None] * dy_stride_t + column[None, :], mask=read, other=0.0).to(tl.float32)
-            y = tl.load(y_sorted_ptr + row[:, None] * y_sorted_stride + column[None, :], mask=read, other=0.0)
-            products += dy * y.to(tl.float32)
-            d_row = (dy * weight[:, None]).to(d_rows_ptr.dtype.element_ty)
-            tl.store(d_rows_ptr + row[:, None] * D + column[None, :], d_row, mask=inside)
-        tl.store(d_weights_ptr + tokens * K + k, tl.sum(products, axis=1), mask=in_batch)
+    """Grid (ceil(T K / BT),): copies in the order of their tokens. dy comes from HBM for the first copy of a token and
+    from cache for the others."""
+    copy = tl.program_id(0) * BT + tl.arange(0, BT)
+    token, columns = (copy // K).to(tl.int64), tl.arange(0, BD)
+    in_batch = token < T
+    valid = tl.load(valid_ptr + token, mask=in_batch, other=0) != 0
+    row = tl.load(positions_ptr + copy, mask=in_batch, other=0)
+    weight = tl.load(weights_ptr + copy, mask=in_batch & valid, other=0.0)
+    there = in_batch & (row >= 0) & (row < T.to(tl.int64) * K)
+    products = tl.zeros([BT, BD], dtype=tl.float32)
+    for start in range(0, D, BD):
+        column = start + columns
+        inside = there[:, None] & (column < D)[None, :]
+        read = inside & valid[:, None]
+        dy = tl.load(dy_ptr + token[:, None] * dy_stride_t + column[None, :], mask=read, other=0.0).to(tl.float32)
+        y = tl.load(y_sorted_ptr + row[:, None] * y_sorted_stride + column[None, :], mask=read, other=0.0)
+        products += dy * y.to(tl.float32)
+        d_row = (dy * weight[:, None]).to(d_rows_ptr.dtype.element_ty)
+        tl.store(d_rows_ptr + row[:, None] * D + column[None, :], d_row, mask=inside)
+    tl.store(d_weights_ptr + copy, tl.sum(products, axis=1), mask=in_batch)
 
 
 def combine_fwd(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor) -> Tensor:
@@ -95,12 +94,12 @@ def combine_bwd(
 ) -> tuple[Tensor, Tensor]:
     """d y_sorted (T*K, D), zero in the rows of tokens that are not valid, and d weights (T, K). One launch."""
     (num_tokens, top_k), hidden_size = positions.shape, y_sorted.shape[1]
-    c = row_config(y_sorted.dtype)
+    c = copies_config(num_tokens * top_k, hidden_size, y_sorted.dtype)
     d_rows = torch.empty_like(y_sorted, memory_format=torch.contiguous_format)
     d_weights = torch.zeros_like(weights) if not hidden_size else torch.empty_like(weights.contiguous())
     if num_tokens:
         dy, y_sorted = rows_of(dy), rows_of(y_sorted)
-        _combine_bwd_kernel[(ceil_div(num_tokens, c.BT),)](
+        _combine_bwd_kernel[(ceil_div(num_tokens * top_k, c.BT),)](
             dy, dy.stride(0), y_sorted, y_sorted.stride(0), weights.contiguous(), positions, valid, d_rows, d_weights,
             num_tokens, hidden_size, K=top_k, BT=c.BT, BD=c.BD, **c.launch,
         )

@@ -16,6 +16,8 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """Shared memory that one program may use."""
 assumed_architecture = "sm_90"
 """What a tensor on no GPU is taken for: in the interpreter, and on the meta device for offline compiling."""
+FEW_COPIES = 4096
+"""Of combine's backward: up to so many, each gets a program of its own."""
 
 
 class Config(NamedTuple):
@@ -63,11 +65,6 @@ def padded_experts(num_experts: int) -> int:
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """fp32 stays fp32: three TF32 products on the tensor cores where NVIDIA has them, else plain FMA."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
-
-
-def one_hot_precision(dtype: torch.dtype, arch: str) -> str:
-    """Of products whose factors TF32 holds exactly: one product, where NVIDIA has it."""
-    return "tf32" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
 
 
 def waits_for_products(arch: str) -> bool:
@@ -135,27 +132,29 @@ def launch_options(config: Config, arch: str) -> dict[str, int]:
     return config.launch | (all_registers(config.num_warps, arch) if arch == "sm_100" else {})
 
 
-def dispatch_config(num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
-    """Of `_dispatch_fwd_kernel`: the sums of `dispatch_experts` x BD columns stay in registers, twice. aligned: as in
-    `route_config`."""
-    be, columns = padded_experts(num_experts), 128 if dtype.itemsize == 2 else 64
+@lru_cache(maxsize=1024)
+def dispatch_config(num_tokens: int, dtype: torch.dtype, aligned: bool = True) -> Config:
+    """Of `_dispatch_fwd_kernel`: rows and columns of a step. aligned: as in `route_config`.
+
+    BD columns of all tokens take some 8 MiB, to stay in L2 while the experts take their turns; 256 bytes at the least.
+    """
     if not aligned:
-        return Config(32, 32, 4 if arch == "gfx942" else 8, 2)
-    if be <= 32:
-        return Config(64, columns, 4, 2)
-    if be <= 64 and arch != "sm_100":
-        return Config(32, columns, 4 if arch == "gfx942" else 8, 2)
-    if 64 < be <= 128 and arch != "sm_80":
-        return Config(32, columns, 8, 2)
-    return Config(32, columns // 2, 4 if arch == "gfx942" else 8, 2)
-
-
-def dispatch_experts(num_experts: int) -> int:
-    """EB: experts a program of `_dispatch_fwd_kernel`; several programs share the reads of x where there are more."""
-    return min(padded_experts(num_experts), 128)
+        return Config(16, 64, 4, 1)
+    row_bytes = max(256, min(1024, power_of_2((8 << 20) // max(1, num_tokens) + 1) // 2))
+    columns = row_bytes // dtype.itemsize
+    return Config(4096 // columns, columns, 4, 1)
 
 
 @lru_cache
 def row_config(dtype: torch.dtype) -> Config:
     """Of the kernels that move rows: combine, its backward, and the fused backward."""
     return Config(4, 512 if dtype.itemsize == 2 else 256, 4, 2)
+
+
+@lru_cache(maxsize=1024)
+def copies_config(num_copies: int, hidden_size: int, dtype: torch.dtype) -> Config:
+    """Of combine's backward: where there are few copies, as much of a row as can be on its way at once; of many, copies
+    of one token side by side, which share their reads of dy."""
+    row_bytes, tile_bytes = (8192, 8192) if num_copies <= FEW_COPIES else (512, 4096)
+    columns = min(power_of_2(max(1, hidden_size)), row_bytes // dtype.itemsize)
+    return Config(tile_bytes // dtype.itemsize // columns, columns, 4, 1)

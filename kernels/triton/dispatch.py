@@ -3,21 +3,19 @@
     x_sorted[positions_tk] = x_t;  sums_e = sum of x_t / ||x_t|| over valid t with e in sel_t
 
 route_fwd (or `_rank_kernel`, from given ids) leaves the counts of each block and the rank of each copy in its block.
-`_prefix_kernel` turns the counts into the first row of each (block, expert). `_dispatch_fwd_kernel` then reads each
-tile of x once: it writes the tile's K copies to their rows and multiplies the tile by its one-hot expert matrix on the
-tensor cores; that product is its share of the centroid sums. Partial sums, one a token split, are added in the order of
-the splits by `accumulate`: no float atomics anywhere, the same bits every time.
+`_positions_kernel` makes the row of each copy from them, and the token of each row. `_dispatch_fwd_kernel` then goes
+through the rows in their order: the rows of an expert stand together, so a program gathers its tokens, writes their
+copies as they come, and adds them up in fp32. No expert is compared with an id, no product is taken, and what a program
+keeps does not grow with E. Partial sums, one a split of each expert's rows, are added in the order of the splits by
+`accumulate`: no float atomics anywhere, the same bits every time.
 
-The one-hot factor is exact in 16 bits. The unit vectors are not, so each goes in as a high and a low part, which keeps
-the sums at 16 bits of mantissa (22 in fp16, and in fp32, whose parts are TF32) for two products instead of one. Each
-part has an accumulator of its own: two products chained through one in a loop were seen to come out wrong on sm_103
-(triton#10821). Bytes: (1 + K) T D B, or T D B without copies, and partials 2 S E D 4.
+Each x_t is read K times. Programs take one block of columns after another, and a block of all tokens stays in L2, so
+HBM gives x once: (1 + K) T D B, or T D B without copies, and partials 2 S E D 4. L2 moves 2 K T D B.
 
-Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of the tokens.
+Legend: T tokens, D hidden size, E experts, K top_k, NB blocks of RT tokens, S splits of each expert's rows.
 """
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,17 +30,13 @@ from kmeans_route.kernels.configs import (
     architecture,
     ceil_div,
     dispatch_config,
-    dispatch_experts,
-    launch_options,
-    one_hot_precision,
     padded_experts,
     power_of_2,
-    waits_for_products,
 )
 from kmeans_route.kernels.workspace import counters
 
 MAX_PARTIAL_BYTES = 64 << 20
-PREFIX_COLUMNS, PREFIX_ROWS = 16, 64
+PREFIX_COLUMNS, MOST_GROUPS, FEW_BLOCKS = 8, 512, 64
 RANK_BLOCK = 64
 
 
@@ -69,105 +63,116 @@ def _rank_kernel(
     publish_totals(totals_ptr, ticket_ptr, tl.num_programs(0), counts_ptr, offsets_ptr, dropped_ptr, E, BE)
 
 
-@triton.jit(do_not_specialize=["NB"])
+@triton.jit(do_not_specialize=["NB", "group_size"])
 def _prefix_kernel(
     block_counts_ptr, offsets_ptr, first_row_ptr,
-    NB,
-    E: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    NB, group_size,
+    E: tl.constexpr, BC: tl.constexpr, GROUPS: tl.constexpr,
 ):
-    """first_row (NB, E+1) int32: offsets_e plus the rows of expert e in earlier blocks; column E is the tail.
-    Grid (ceil((E+1) / BC),)."""
+    """first_row (groups, E+1) int32: offsets_e plus the rows of expert e in the blocks before each group of group_size;
+    column E is the tail. Grid (ceil((E+1) / BC),)."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
-    rows = tl.arange(0, BN)
+    groups = tl.arange(0, GROUPS)
     first = tl.load(offsets_ptr + columns, mask=columns <= E, other=0)
-    for n in range(0, NB, BN):
-        row = (n + rows).to(tl.int64)
-        inside = (row < NB)[:, None] & (columns <= E)[None, :]
-        own = tl.load(block_counts_ptr + row[:, None] * (E + 2) + columns[None, :], mask=inside, other=0)
-        through = tl.cumsum(own, axis=0)
-        tl.store(first_row_ptr + row[:, None] * (E + 1) + columns[None, :], first[None, :] + through - own, mask=inside)
-        first += tl.sum(own, axis=0)
+    own = tl.zeros([GROUPS, BC], dtype=tl.int32)
+    for step in range(group_size):
+        row = (groups * group_size + step).to(tl.int64)[:, None]
+        counts = block_counts_ptr + row * (E + 2) + columns[None, :]
+        own += tl.load(counts, mask=(row < NB) & (columns <= E)[None, :], other=0)
+    before = first[None, :] + tl.cumsum(own, axis=0) - own
+    inside = (groups * group_size < NB)[:, None] & (columns <= E)[None, :]
+    tl.store(first_row_ptr + groups[:, None] * (E + 1) + columns[None, :], before, mask=inside)
 
 
-@triton.jit
-def _high_part(rows, dtype: tl.constexpr):
-    """fp32 rows rounded to 16 bits; for fp32 cut to TF32, whose 10 bits of mantissa a product keeps exactly."""
-    if dtype == tl.float32:
-        high = (rows.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+@triton.jit(do_not_specialize=["T", "NB", "group_size"])
+def _positions_kernel(
+    ids_ptr, valid_ptr, rank_ptr,
+    block_counts_ptr, offsets_ptr, first_row_ptr,
+    positions_ptr, token_of_row_ptr,
+    T, NB, group_size,
+    E: tl.constexpr, K: tl.constexpr, RT: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):
+    """positions (T, K), token_of_row (T*K,): first row of an expert, its rows in earlier blocks, rank in the own block.
+
+    Tokens that are not valid queue behind all others. first_row None: each program adds up the counts of all blocks
+    before its own. Grid (ceil(NB / group_size),).
+    """
+    group = tl.program_id(0)
+    experts = tl.arange(0, BE)
+    if first_row_ptr is not None:
+        first_row = first_row_ptr + group * (E + 1)
     else:
-        high = rows.to(dtype)
-    return high
+        first_row = offsets_ptr
+    first = tl.load(first_row + experts, mask=experts < E, other=0)
+    tail = tl.load(first_row + E)
+    if first_row_ptr is None:
+        rows = tl.arange(0, BN)
+        for n in range(0, group * group_size, BN):
+            earlier = n + rows < group * group_size
+            counts = block_counts_ptr + (n + rows) * (E + 2)
+            own = tl.load(counts[:, None] + experts[None, :], mask=earlier[:, None] & (experts < E)[None, :], other=0)
+            first += tl.sum(own, axis=0)
+            tail += tl.sum(tl.load(counts + E, mask=earlier, other=0), axis=0)
+    copies = tl.arange(0, BC)
+    for step in range(group_size):  # past the last block there are no tokens
+        block = (group * group_size + step).to(tl.int64)
+        token = block * RT + copies // K
+        slot = block * (RT * K) + copies
+        inside = (copies < RT * K) & (token < T)
+        valid = tl.load(valid_ptr + token, mask=inside, other=0) != 0
+        expert = tl.load(ids_ptr + slot, mask=inside, other=0)
+        expert = tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int32)
+        position = tl.where(valid, tl.gather(first, expert, 0), tail)
+        position += tl.load(rank_ptr + slot, mask=inside, other=0)
+        tl.store(positions_ptr + slot, position.to(tl.int64), mask=inside)
+        tl.store(token_of_row_ptr + position, token, mask=inside)
+        counts = block_counts_ptr + block * (E + 2)
+        first += tl.load(counts + experts, mask=(experts < E) & (block < NB), other=0)
+        tail += tl.load(counts + E, mask=block < NB, other=0)
 
 
-@triton.jit(do_not_specialize=["T", "tiles_per_split"])
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_splits"])
 def _dispatch_fwd_kernel(
     x_ptr, x_stride_t,
-    ids_ptr, valid_ptr, inv_norm_ptr,
-    rank_ptr, first_row_ptr,
-    x_sorted_ptr, positions_ptr, token_of_row_ptr,
-    partials_ptr,
-    T, D, tiles_per_split,
-    E: tl.constexpr, K: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr, TWO_PARTS: tl.constexpr,
-    WAIT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, EB: tl.constexpr,
+    inv_norm_ptr,
+    token_of_row_ptr, offsets_ptr,
+    x_sorted_ptr, partials_ptr,
+    num_rows, D, num_experts, num_splits,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):
-    """Grid (BE / EB ceil(D / BD) S,): EB experts a program; neighbours read the same x, the first of them copies it.
+    """Grid (E + 1, num_splits, ceil(D / BD)): a split of an expert's rows, and a block of columns.
 
-    One axis, since the others stop at 65535 programs.
-    inv_norm None: raw sums. x_sorted None: no copies. first_row None: sums alone.
+    The rows behind those of all experts are of tokens that are not valid: zeros. Without copies: E, not E + 1.
+    inv_norm None: raw sums. x_sorted None: no copies. partials None: copies alone.
     """
-    PARTS: tl.constexpr = BE // EB
-    programs_a_split = tl.cdiv(D, BD) * PARTS
-    place = tl.program_id(0) % programs_a_split
-    split = (tl.program_id(0) // programs_a_split).to(tl.int64)
-    part = place % PARTS
-    column = place // PARTS * BD + tl.arange(0, BD)
-    experts = part * EB + tl.arange(0, EB)
+    expert, split = tl.program_id(0), tl.program_id(1)
+    column = tl.program_id(2) * BD + tl.arange(0, BD)
     in_row = column < D
-    sums = tl.zeros([EB, BD], dtype=tl.float32)
-    low_sums = tl.zeros([EB, BD], dtype=tl.float32)
-    for step in range(tiles_per_split):
-        tokens = (split * tiles_per_split + step) * BT + tl.arange(0, BT)
-        in_batch = tokens < T
-        valid = tl.load(valid_ptr + tokens, mask=in_batch, other=0) != 0
-        inside = in_batch[:, None] & in_row[None, :]
-        x = tl.load(x_ptr + tokens[:, None] * x_stride_t + column[None, :], mask=inside & valid[:, None], other=0.0)
-        taken = tl.zeros([EB, BT], dtype=tl.int32)
-        for k in range(K):
-            expert = tl.load(ids_ptr + tokens * K + k, mask=in_batch, other=0)
-            expert = tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int32)
-            key = tl.where(valid, expert, E)
-            if first_row_ptr is not None:
-                row = tl.load(first_row_ptr + (tokens // RT) * (E + 1) + key, mask=in_batch, other=0)
-                row = (row + tl.load(rank_ptr + tokens * K + k, mask=in_batch, other=0)).to(tl.int64)
-                first_program = place == 0
-                tl.store(positions_ptr + tokens * K + k, row, mask=in_batch & first_program)
-                tl.store(token_of_row_ptr + row, tokens, mask=in_batch & first_program)
-                if x_sorted_ptr is not None:
-                    tl.store(x_sorted_ptr + row[:, None] * D + column[None, :], x, mask=inside & (part == 0))
-            taken += (experts[:, None] == key[None, :]).to(tl.int32)
+    begin = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < num_experts, other=num_rows)
+    length = tl.cdiv(end - begin, num_splits * BT) * BT
+    begin += split * length
+    end = tl.minimum(begin + length, end)
+    row = begin + tl.arange(0, BT)
+    token = tl.load(token_of_row_ptr + row, mask=row < end, other=0)
+    sums = tl.zeros([BT, BD], dtype=tl.float32)
+    for _ in range(begin, end, BT):
+        there = row < end
+        x_row = x_ptr + token[:, None] * x_stride_t + column[None, :]
+        x = tl.load(x_row, mask=(there & (expert < num_experts))[:, None] & in_row[None, :], other=0.0)
         if partials_ptr is not None:
-            member = taken.to(x.dtype)
-            if TWO_PARTS:
-                rows = x.to(tl.float32)
-                if inv_norm_ptr is not None:  # times 256, else the low parts would be subnormal in fp16
-                    rows *= (tl.load(inv_norm_ptr + tokens, mask=in_batch, other=0.0) * 256.0)[:, None]
-                high = _high_part(rows, x.dtype)
-                low = (rows - high.to(tl.float32)).to(x.dtype)
-                sums = tl.dot(member, high, sums, input_precision=PRECISION)
-                low_sums = tl.dot(member, low, low_sums, input_precision=PRECISION)
-                if WAIT:
-                    low_sums = tl.where(step >= 0, low_sums, 0.0)
+            if inv_norm_ptr is not None:
+                sums += x.to(tl.float32) * tl.load(inv_norm_ptr + token, mask=there, other=0.0)[:, None]
             else:
-                sums = tl.dot(member, x, sums, input_precision=PRECISION)
-            if WAIT:  # for the products of this step: see `_dots_and_squares`
-                sums = tl.where(step >= 0, sums, 0.0)
+                sums += x.to(tl.float32)
+        if x_sorted_ptr is not None:
+            copy = x_sorted_ptr + row.to(tl.int64)[:, None] * D + column[None, :]
+            tl.store(copy, x, mask=there[:, None] & in_row[None, :])
+        row += BT
+        token = tl.load(token_of_row_ptr + row, mask=row < end, other=0)
     if partials_ptr is not None:
-        if TWO_PARTS:
-            sums += low_sums
-        if inv_norm_ptr is not None:
-            sums *= 1.0 / 256.0
-        where = (split * E + experts)[:, None] * D + column[None, :]
-        tl.store(partials_ptr + where, sums, mask=(experts < E)[:, None] & in_row[None, :])
+        where = (split * num_experts + expert).to(tl.int64) * D + column
+        tl.store(partials_ptr + where, tl.sum(sums, axis=0), mask=in_row & (expert < num_experts))
 
 
 class Ranks(NamedTuple):
@@ -207,16 +212,14 @@ def rank(indices: Tensor, valid: Tensor, num_experts: int) -> Ranks:
     return Ranks(place, block_counts, offsets, block)
 
 
-def token_splits(num_tokens: int, hidden_size: int, num_experts: int, config: Config) -> tuple[int, int]:
-    """Splits of the tokens and the tiles of each: about 264 programs in all, partials of at most 64 MiB.
+def row_splits(num_tokens: int, hidden_size: int, num_experts: int, top_k: int) -> int:
+    """Splits of each expert's rows: some 32 to 256 rows each where experts get equal loads, partials of at most 64 MiB.
 
     It does not look at the device, so that the order of the sums, and the bits, do not depend on it.
     """
-    tiles = ceil_div(num_tokens, config.BT)
-    wanted = ceil_div(264, ceil_div(hidden_size, config.BD))
-    splits = max(1, min(tiles, wanted, MAX_PARTIAL_BYTES // (num_experts * hidden_size * 4)))
-    per_split = max(1, ceil_div(tiles, splits))
-    return max(1, ceil_div(tiles, per_split)), per_split
+    num_rows = num_tokens * top_k
+    wanted = ceil_div(num_rows, num_experts * max(32, min(num_rows // 64, 256)))
+    return max(1, min(wanted, MAX_PARTIAL_BYTES // (num_experts * max(1, hidden_size) * 4)))
 
 
 def dispatch_fwd(
@@ -231,80 +234,65 @@ def dispatch_fwd(
     want_sums: bool = False,
     config: Config | None = None,
 ) -> DispatchResult:
-    """Launches `_prefix_kernel` and `_dispatch_fwd_kernel`.
+    """Launches `_positions_kernel` and `_dispatch_fwd_kernel`; of these the first alone where nothing else is wanted.
 
     Args:
         x: (T, D). indices: (T, K). valid: (T,).
-        ranks: from route_fwd or `rank`; None for the centroid sums alone, in one launch.
+        ranks: from route_fwd or `rank`; None for the centroid sums alone, behind a launch of `_rank_kernel`.
         inv_norm: (T,) for sums of unit vectors; None for raw sums.
         copies: write x_sorted. want_sums: give the partial centroid sums.
     """
     (num_tokens, hidden_size), top_k = x.shape, indices.shape[1]
-    arch, dtype = architecture(x.device), x.dtype
-    if config is None and tune.ENABLED:
-        config = tune.tuned(
-            "dispatch_config", (num_experts, dtype), x.device,
-            dispatch_config(num_experts, dtype, arch, hidden_size % 16 == 0),
-            lambda c: dispatch_fwd(
-                x, indices, valid, num_experts, ranks, inv_norm, copies=copies, want_sums=want_sums, config=c
-            ),
-        )
-    plan = _plan(
-        config, num_tokens, hidden_size, num_experts, top_k, 1 if ranks is None else ranks.block,
-        inv_norm is not None or dtype == torch.float32, want_sums, dtype, arch,
-    )
-    num_rows = num_tokens * top_k if ranks is not None else 0
+    if ranks is None:
+        ranks, copies = rank(indices, valid, num_experts), False
+    splits, num_rows = row_splits(num_tokens, hidden_size, num_experts, top_k), num_tokens * top_k
     out = DispatchResult(
         x.new_empty(num_rows if copies else 0, hidden_size),
-        indices.new_empty(num_tokens if ranks is not None else 0, top_k),
+        indices.new_empty(num_tokens, top_k),
         indices.new_empty(num_rows),
-        x.new_empty(plan.num_splits, num_experts, hidden_size, dtype=torch.float32) if want_sums else None,
+        x.new_empty(splits, num_experts, hidden_size, dtype=torch.float32) if want_sums else None,
     )
     if num_tokens == 0:
         if out.partials is not None:
             out.partials.zero_()
         return out
-    first_row = None
-    if ranks is not None:
-        num_blocks = ranks.block_counts.shape[0]
-        first_row = indices.new_empty(num_blocks, num_experts + 1, dtype=torch.int32)
-        _prefix_kernel[(ceil_div(num_experts + 1, PREFIX_COLUMNS),)](
-            ranks.block_counts, ranks.offsets, first_row, num_blocks,
-            E=num_experts, BC=PREFIX_COLUMNS, BN=PREFIX_ROWS, num_warps=4,
-        )
-    x = rows_of(x)
-    _dispatch_fwd_kernel[plan.grid](
-        x, x.stride(0), indices, valid, inv_norm,
-        None if ranks is None else ranks.rank, first_row,
-        out.x_sorted if copies and ranks is not None else None, out.positions, out.token_of_row, out.partials,
-        num_tokens, hidden_size, plan.tiles_per_split, **plan.constants,
-    )
+    _positions(indices, valid, num_experts, ranks, out)
+    if copies or want_sums:
+        _copies_and_sums(rows_of(x), inv_norm, ranks.offsets, out, splits, config)
     return out
 
 
-class _Plan(NamedTuple):
-    """How a dispatch is launched. num_splits, tiles_per_split: of the tokens. constants: what the kernel is compiled
-    for; not to be changed."""
+def _positions(indices: Tensor, valid: Tensor, num_experts: int, ranks: Ranks, out: DispatchResult) -> None:
+    """Of few blocks each program adds up those before its own, of more a launch does it for groups of them."""
+    (num_tokens, top_k), num_blocks, be = indices.shape, ranks.block_counts.shape[0], padded_experts(num_experts)
+    first_row, group_size = None, 1
+    if num_blocks > FEW_BLOCKS:
+        group_size = ceil_div(num_blocks, MOST_GROUPS)
+        first_row = indices.new_empty(ceil_div(num_blocks, group_size), num_experts + 1, dtype=torch.int32)
+        _prefix_kernel[(ceil_div(num_experts + 1, PREFIX_COLUMNS),)](
+            ranks.block_counts, ranks.offsets, first_row, num_blocks, group_size,
+            E=num_experts, BC=PREFIX_COLUMNS, GROUPS=MOST_GROUPS, num_warps=8,
+        )
+    _positions_kernel[(ceil_div(num_blocks, group_size),)](
+        indices, valid, ranks.rank, ranks.block_counts, ranks.offsets, first_row, out.positions, out.token_of_row,
+        num_tokens, num_blocks, group_size,
+        E=num_experts, K=top_k, RT=ranks.block, BE=be, BN=max(4, 4096 // be), BC=power_of_2(ranks.block * top_k),
+        num_warps=8,
+    )
 
-    grid: tuple[int]
-    num_splits: int
-    tiles_per_split: int
-    constants: dict[str, Any]
 
-
-@lru_cache(maxsize=1024)
-def _plan(
-    config: Config | None, num_tokens: int, hidden_size: int, num_experts: int, top_k: int, ranked: int,
-    two_parts: bool, want_sums: bool, dtype: torch.dtype, arch: str,
-) -> _Plan:
-    """config: None for the table's. ranked: tokens that were ranked together."""
-    be, c = padded_experts(num_experts), config or dispatch_config(num_experts, dtype, arch, hidden_size % 16 == 0)
-    if want_sums:
-        splits, per_split, eb = *token_splits(num_tokens, hidden_size, num_experts, c), dispatch_experts(num_experts)
-    else:  # nothing to add up: one tile a program
-        splits, per_split, eb = ceil_div(num_tokens, c.BT), 1, be
-    return _Plan((be // eb * ceil_div(hidden_size, c.BD) * splits,), splits, per_split, {
-        "E": num_experts, "K": top_k, "RT": ranked, "PRECISION": one_hot_precision(dtype, arch),
-        "TWO_PARTS": two_parts, "WAIT": waits_for_products(arch),
-        "BT": c.BT, "BD": c.BD, "BE": be, "EB": eb, **launch_options(c, arch),
-    })
+def _copies_and_sums(
+    x: Tensor, inv_norm: Tensor | None, offsets: Tensor, out: DispatchResult, splits: int, config: Config | None
+) -> None:
+    (num_tokens, hidden_size), dtype, num_experts = x.shape, x.dtype, offsets.shape[0] - 1
+    c = config or dispatch_config(num_tokens, dtype, hidden_size % 16 == 0)
+    if config is None and tune.ENABLED:
+        c = tune.tuned(
+            "dispatch_config", (num_tokens, dtype), x.device, c,
+            lambda c: _copies_and_sums(x, inv_norm, offsets, out, splits, c),
+        )
+    copies = out.x_sorted.shape[0] > 0
+    _dispatch_fwd_kernel[(num_experts + copies, splits, ceil_div(hidden_size, c.BD))](
+        x, x.stride(0), inv_norm, out.token_of_row, offsets, out.x_sorted if copies else None, out.partials,
+        out.token_of_row.shape[0], hidden_size, num_experts, splits, BT=c.BT, BD=c.BD, **c.launch,
+    )

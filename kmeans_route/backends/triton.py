@@ -79,14 +79,12 @@ def route_dispatch_fwd(
     return routed, Dispatch(sent.x_sorted, sent.positions, sent.token_of_row, r.offsets), sent.partials
 
 
-def num_partials(x: Tensor, num_experts: int) -> int:
+def num_partials(x: Tensor, num_experts: int, top_k: int) -> int:
     """S of `route_dispatch_fwd`: over how many parts the centroid sums come."""
-    from kmeans_route.kernels.configs import architecture, dispatch_config
-    from kmeans_route.kernels.dispatch import token_splits
+    from kmeans_route.kernels.dispatch import row_splits
 
     num_tokens, hidden_size = x.shape
-    config = dispatch_config(num_experts, x.dtype, architecture(x.device), hidden_size % 16 == 0)
-    return token_splits(num_tokens, hidden_size, num_experts, config)[0]
+    return row_splits(num_tokens, hidden_size, num_experts, top_k)
 
 
 def route_bwd(

@@ -264,7 +264,7 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
         token_of_row=x.new_empty(rows, dtype=torch.int64),
         offsets=x.new_empty(num_experts + 1, dtype=torch.int32),
     )
-    num_partials = backends.get(name).num_partials(x, num_experts) if accumulate else 0
+    num_partials = backends.get(name).num_partials(x, num_experts, options.top_k) if accumulate else 0
     partials = x.new_empty(num_partials, num_experts, hidden_size, dtype=torch.float32)
     return *_empty(inputs, options, wanted), *sent, partials
 

@@ -72,8 +72,20 @@ def test_a_sector_that_was_read_comes_from_l1() -> None:
 def test_a_loop_without_a_known_end_is_an_error() -> None:
     with pytest.raises(AssertionError, match=r"the loop that ends at 0x60 has an unknown end"):
         sass.walk(loop(bound="LDG.E R0, desc[UR4][R8.64]"), {})
+    table = {0x7F0: 3}  # an address beside the one that is read says nothing
+    with pytest.raises(AssertionError, match=r"unknown end"):
+        sass.walk(loop(bound="LDG.E R0, desc[UR4][R8.64+0x7f4]").replace("MOV R1, RZ", "CS2R R8, SRZ"), {}, table=table)
     with pytest.raises(AssertionError, match="no instruction in this text"):
         sass.walk("", {})
+
+
+def test_a_loop_may_end_where_a_table_says() -> None:
+    """As where an expert's rows begin and end in memory: the word that is read takes the place of the argument."""
+    text = loop(bound="CS2R R8, SRZ").replace("MOV R1, RZ", "LDG.E R0, desc[UR4][R8.64+0x7f0]")
+    text = text.replace("IADD3 R1, R1, 0x1, RZ", "IADD3 R9, R9, 0x1, RZ").replace("AND P0, PT, R1", "AND P0, PT, R9")
+    ((_, thrice, _),) = sass.walk(text, {}, table={0x7F0: 3})
+    ((_, once, _),) = sass.walk(text, {}, table={0x7F0: 1})
+    assert thrice.units["issue"] == 3 * once.units["issue"] == 15
 
 
 def test_copies_and_products_are_waited_for_in_order() -> None:
@@ -123,6 +135,8 @@ def test_a_ticket_ends_a_stage() -> None:
         ("ISETP.GE.AND.EX", "P1, PT, R4, RZ, PT, P0", {"P1": 1}),
         ("ISETP.LT.AND", "P1, PT, R9, RZ, !PT", {"P1": 0}),
         ("VIMNMX", "R0, R2, R3, PT", {"R0": 0xFFFFFFFF}),
+        ("VIADDMNMX", "R0, R2, R3, R5, PT", {"R0": 1}),
+        ("VIADDMNMX", "R0, R2, R3, R5, !PT", {"R0": 7}),
         ("SEL", "R0, R2, R3, !P0", {"R0": 2}),
         ("P2R", "R0, PR, RZ, 0x1", {"R0": 1}),
         ("HFMA2.MMA", "R3, -RZ, RZ, 0, 6.103515625e-05", {"R3": 0x400}),
@@ -196,7 +210,7 @@ def test_waves_and_overlap_by_hand() -> None:
 
 
 def test_a_compiled_kernel_is_walked_by_its_arguments(tmp_path: Path) -> None:
-    """The backward of combine: one compilation; D is an argument: 4 tiles of 512, then 14."""
+    """The backward of combine: one compilation; D is an argument: 8 tiles of 256, then 28."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.predict", "--shape", "OLMoE", "DeepSeek-V3", "--tokens", "4096",
@@ -210,8 +224,8 @@ def test_a_compiled_kernel_is_walked_by_its_arguments(tmp_path: Path) -> None:
     narrow, wide = document["rows"]
     assert {row["bound"] for row in document["rows"]} <= {"HBM", "L2"}
     loads = [row["code"]["loads"] for row in (narrow, wide)]
-    assert loads[0] == 2 + 8 * (2 * 2 + 4 * 2 * 2)  # valid; of 2 tokens, K times: ids and weights, dy and y of 4 tiles
-    assert loads[1] - loads[0] == 8 * (14 - 4) * 2 * 2
+    assert loads[0] == 1 + 2 * 2 + 8 * 2 * 2  # whether valid; of 2 copies row and weight, dy and y of 8 tiles
+    assert loads[1] - loads[0] == (28 - 8) * 2 * 2
     assert wide["time_us"] / narrow["time_us"] == pytest.approx(7168 / 2048, rel=0.1)
     for row in document["rows"]:
         assert row["time_us"] > row["floor_us"]

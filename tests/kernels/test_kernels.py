@@ -67,12 +67,12 @@ def test_eval_routing_is_one_launch(launches: list[str], num_tokens: int) -> Non
 
 
 def test_launches_of_a_training_step(launches: list[str]) -> None:
-    """Forward: directions, route, prefix, dispatch, accumulate, combine; backward: combine, fused dx; commit: one."""
+    """Forward: directions, route, positions, dispatch, sums, combine; backward: combine, fused dx; commit: one."""
     torch.manual_seed(0)
     layer = MoE(16, 16, 4, 2, "kmeans", backend="triton", init="normal")
     x = torch.randn(40, 16, requires_grad=True)
     y = layer(x)
-    assert launches == ["directions", "route_fwd", "prefix", "dispatch_fwd", "accumulate", "combine_fwd"]
+    assert launches == ["directions", "route_fwd", "positions", "dispatch_fwd", "accumulate", "combine_fwd"]
     launches.clear()
     y.square().sum().backward()
     assert launches == ["combine_bwd", "route_bwd"]
@@ -85,7 +85,7 @@ def test_launches_of_a_training_step(launches: list[str]) -> None:
     layer.router.freeze()
     layer(x.detach())
     layer(x.detach())
-    one = ["route_fwd", "prefix", "dispatch_fwd", "combine_fwd"]
+    one = ["route_fwd", "positions", "dispatch_fwd", "combine_fwd"]
     assert launches == ["directions", *one, "directions", *one, *one], "pinned by freeze"
 
 
@@ -105,7 +105,7 @@ def test_counters_return_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     router = KMeansRouter(24, 6, 2, backend="triton", init="normal")
     router(x)
     router.commit()
-    assert len(made) == 4
+    assert len(made) == 5, "route, rank; route, rank of the sums, commit"
     for counters in made:
         assert not counters.any()
 

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 STEP = [
-    "route_fwd", "prefix", "dispatch_fwd", "accumulate", "combine_fwd", "combine_bwd", "route_bwd", "commit",
-    "directions",
+    "route_fwd", "prefix", "positions", "dispatch_fwd", "accumulate", "combine_fwd", "combine_bwd", "route_bwd",
+    "commit", "directions",
 ]  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state(
 def test_a_kernel_that_is_not_launched(capsys: pytest.CaptureFixture[str]) -> None:
     profile = pytest.importorskip("benchmarks.gpu.profile")
     assert profile.main(["--kernel", "rank", "--dry"]) == 1
-    assert "rank is not launched at tiny T=32: launched are directions, route_fwd, prefix" in capsys.readouterr().err
+    assert "rank is not launched at tiny T=32: launched are directions, route_fwd, positions" in capsys.readouterr().err
     assert profile.main(["--kernel", "rank", "--dry", "--shape", "none"]) == 2
 
 
