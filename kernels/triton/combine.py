@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels.common import rows_of
-from kmeans_route.kernels.configs import ceil_div, copies_config, row_config
+from kmeans_route.kernels.configs import all_registers, architecture, ceil_div, copies_config, row_config
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -101,6 +101,7 @@ def combine_bwd(
         dy, y_sorted = rows_of(dy), rows_of(y_sorted)
         _combine_bwd_kernel[(ceil_div(num_tokens * top_k, c.BT),)](
             dy, dy.stride(0), y_sorted, y_sorted.stride(0), weights.contiguous(), positions, valid, d_rows, d_weights,
-            num_tokens, hidden_size, K=top_k, BT=c.BT, BD=c.BD, **c.launch,
+            num_tokens, hidden_size, K=top_k, BT=c.BT, BD=c.BD,
+            **c.launch, **all_registers(c.num_warps, architecture(dy.device)),
         )
     return d_rows, d_weights
