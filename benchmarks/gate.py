@@ -88,11 +88,16 @@ DISPATCH_VARIANTS: dict[str, dict[str, bool]] = {
 
 
 def geometry(shape: Shape, dtype: torch.dtype, arch: str, num_tokens: int) -> tuple[object, ...]:
-    """All that a compiled routing knows of T: the configuration, whether D is split, how its splits are aligned."""
+    """All that a compiled routing knows of T: the configuration, the splits of D that are asked for at once, how splits
+    are aligned, the rows that are selected for and ranked together."""
     hidden_size, num_experts, _ = shape
     config = route.route_config(num_tokens, num_experts, dtype, arch, hidden_size % 16 == 0)
-    splits, size = route.column_splits(hidden_size, -(-num_tokens // config.BT), config.BD)
-    return config, splits == 1, size % 16 == 0
+    parts = configs.padded_experts(num_experts) // configs.product_experts(config, num_experts, dtype, arch)
+    splits, size = route.column_splits(
+        hidden_size, -(-num_tokens // config.BT) * parts, config.BD, route.most_splits(config)
+    )
+    rows = [configs.selected_rows(num_tokens, num_experts, long=long) for long in (False, True)]
+    return config, route.split_batch(splits, num_experts), size % 16 == 0, *rows, configs.ranked_tokens(num_tokens)
 
 
 @lru_cache
@@ -111,7 +116,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def route_launches(shape: Shape, dtype: torch.dtype, num_tokens: int, variant: dict[str, Any]) -> list[Launch]:
-    """The launch of one routing."""
+    """The launches of one routing."""
     hidden_size, num_experts, top_k = shape
     given = dict(variant)
     bias = empty(num_experts) if given.pop("bias", True) else None
@@ -217,10 +222,10 @@ def reachable(arch: str, *, part: bool = False) -> Iterator[tuple[str, Launch]]:
                 variants = variants | MORE_ROUTE_VARIANTS
             for num_tokens in token_counts(shape, dtype, arch):
                 for variant, given in variants.items():
-                    (launch,) = route_launches(shape, dtype, num_tokens, given)
-                    yield f"{name} {kind} T={num_tokens} {variant}", launch
+                    for launch in route_launches(shape, dtype, num_tokens, given):
+                        yield f"{name} {kind} T={num_tokens} {variant}", launch
                     if given.get("want_rank"):
-                        blocks.add(launch.arguments.get("RT", launch.arguments["BT"]))
+                        blocks.add(configs.ranked_tokens(num_tokens))
             if short:
                 continue
             for block in sorted(blocks):

@@ -222,20 +222,23 @@ def work_of(launch: Launch) -> Work:
         copy = num_bytes * 6 if launch.name == "commit" else num_bytes + a["d_ptr"].numel() * a["d_ptr"].element_size()
         again = 3 if launch.name == "commit" else 2
         return Work(copy, copy + again * num_bytes, 0)
+    if launch.name == "route_select":
+        table, partial = a["T"] * (16 * a["K"] + 5), (a["dots_ptr"].numel() + a["squares_ptr"].numel()) * 4
+        return Work(table, table + partial, 0)
+    if launch.name == "route_rank":
+        table, bits = a["T"] * (12 * a["K"] + 1), 3 * a["bits_ptr"].numel() * 4
+        return Work(table, table + bits, 0)
     if launch.name == "dispatch_fwd":
         a = a | {"T": a["x_ptr"].shape[0], "K": a["num_rows"] // a["x_ptr"].shape[0]}
-    num_tokens, hidden_size, top_k = a["T"], a["D"], a["K"]
+    num_tokens, hidden_size = a["T"], a["D"]
     element = next(v.element_size() for k, v in a.items() if k in ("x_ptr", "y_sorted_ptr"))
     row = num_tokens * hidden_size * element
-    if launch.name in ("route_fwd", "route_split"):
-        table = num_tokens * (16 * top_k + 5)
-        reads = a["d_ptr"].numel() * element * (launch.grid[0] // a.get("num_splits", 1))
-        partial = 0 if launch.name == "route_fwd" else 2 * (a["dots_ptr"].numel() + a["squares_ptr"].numel()) * 4
-        return Work(
-            row + a["d_ptr"].numel() * element + table,
-            row + reads + table + partial,
-            2 * num_tokens * hidden_size * a["BE"],
-        )
+    if launch.name == "route_fwd":
+        parts, directions = a["BE"] // a["EB"], a["d_ptr"].numel() * element
+        partial = (a["dots_ptr"].numel() + a["squares_ptr"].numel()) * 4
+        reads = directions * (launch.grid[0] // a["num_splits"] // parts)
+        return Work(row + directions, row * parts + reads + partial, 2 * num_tokens * hidden_size * a["BE"])
+    top_k = a["K"]
     table = num_tokens * top_k * 12
     if launch.name == "dispatch_fwd":
         copies = 0 if a["x_sorted_ptr"] is None else top_k * row
@@ -282,8 +285,7 @@ def problems_of(launch: Launch, compiled: Compiled, arch: str) -> list[str]:
         found.append(f"{compiled.spills} bytes spilled")
     if compiled.shared > configs.SHARED_BYTES[arch]:
         found.append(f"{compiled.shared} bytes of shared memory, the device has {configs.SHARED_BYTES[arch]}")
-    products = launch.name in ("route_fwd", "route_split") or launch.arguments.get("partials_ptr") is not None
-    products &= launch.name not in ("accumulate", "dispatch_fwd")
+    products = launch.name == "route_fwd"
     if products and not any(i.get(name) for name in TENSOR_CORES[arch]):
         found.append("no tensor cores")
     if launch.reads_rows() and not any(i.get(name) for name in WIDE_READS):

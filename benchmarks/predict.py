@@ -203,7 +203,7 @@ def time_us(
 def programs_of(launch: Launch, num_stages: int) -> list[int]:
     """How many programs go through each stage: behind the ticket of a block one of its splits, behind the last one."""
     a, total = launch.arguments, math.prod(launch.grid)
-    behind = [total // a.get("num_splits", 1)] * ("block_tickets_ptr" in a) + [1] * ("ticket_ptr" in a)
+    behind = [1] * ("ticket_ptr" in a)
     assert num_stages == 1 + len(behind), f"{launch.name}: {num_stages} stages in its code, {len(behind)} tickets"
     return [total, *behind]
 

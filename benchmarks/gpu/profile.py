@@ -31,7 +31,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.profile", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--kernel", required=True, help="route_fwd, route_split, dispatch_fwd, combine_fwd, ...")
+    parser.add_argument("--kernel", required=True, help="route_fwd, route_select, dispatch_fwd, combine_fwd, ...")
     parser.add_argument("--shape", default="OLMoE", help="a named shape (OLMoE)")
     parser.add_argument("--tokens", type=int, default=4096, help="T (4096)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -173,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--shape must be among {', '.join(MODEL_SHAPES)} and --tokens at least 1", file=sys.stderr)
         return 2
     shape = Cell(args.shape, args.tokens, *MODEL_SHAPES[args.shape], args.dtype)
-    width = 64 if args.kernel == "route_split" else 32  # one tile of columns cannot be split
-    cell = Cell("tiny", 32, width, 8, 2, "float32") if args.dry else shape
+    cell = Cell("tiny", 32, 32, 8, 2, "float32") if args.dry else shape
     clock = Clock(torch.device("cpu") if args.dry else torch.device("cuda", torch.cuda.current_device()))
     with clock.scope():
         p = Problem(cell, clock.device)

@@ -15,6 +15,7 @@ MAX_SQUARED_NORM: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 MIN_CENTROID_NORM: tl.constexpr = tl.constexpr(1.0e-12)
 MIN_COSINE_GATE: tl.constexpr = tl.constexpr(1.0e-3)
 MAX_BIAS: tl.constexpr = tl.constexpr(1024.0)
+TAKEN: tl.constexpr = tl.constexpr(-0x7F800001)  # `ordered` of -inf
 NUM_MARGIN_BINS: tl.constexpr = tl.constexpr(1024)  # over [-MARGIN_RANGE, MARGIN_RANGE]
 MARGIN_RANGE: tl.constexpr = tl.constexpr(2.0)
 
@@ -25,10 +26,25 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def take_best(ranking, experts, BE: tl.constexpr):
-    """The largest value of each row and the lowest id that holds it: (BT,), (BT,) from (BT, BE)."""
-    best = tl.max(ranking, axis=1)
-    return best, tl.min(tl.where(ranking == best[:, None], experts[None, :], BE), axis=1)
+def ordered(values):
+    """fp32 values other than NaN as int32 in the same order, both zeros as one. Integers are reduced over a warp by one
+    instruction."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def unordered(keys):
+    """The fp32 values of `ordered`."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def take_best(keys, ids, LAST: tl.constexpr):
+    """The largest of each row and the lowest id that holds it: (BT,), (BT,) from keys (BT, N) and ids (BT or 1, N), all
+    below LAST."""
+    best = tl.max(keys, axis=1)
+    return best, tl.min(tl.where(keys == best[:, None], ids, LAST), axis=1)
 
 
 @triton.jit
@@ -55,6 +71,16 @@ def softmax_rows(z, inside):
     z = tl.where(inside, z, float("-inf"))
     p = tl.exp(z - tl.max(z, axis=1)[:, None])
     return p / tl.sum(p, axis=1)[:, None]
+
+
+@triton.jit
+def popcount(bits):
+    """Ones among the 32 bits of each int32."""
+    bits = bits.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -126,11 +152,12 @@ def publish_totals(
     tl.debug_barrier()  # every thread's adds come before this program's arrival
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == num_arrivals - 1:
         experts = tl.arange(0, BE)
+        rest = tl.arange(0, 2)
         own = tl.atomic_and(totals_ptr + experts, 0, mask=experts < E, sem="relaxed")  # read and set to 0
+        dropped = tl.atomic_and(totals_ptr + E + rest, 0, sem="relaxed")  # behind the tokens that are not valid
         own = tl.where(experts < E, own, 0)
         tl.store(counts_ptr + experts, own.to(tl.int64), mask=experts < E)
         tl.store(offsets_ptr, 0)
         tl.store(offsets_ptr + 1 + experts, tl.cumsum(own, axis=0), mask=experts < E)
-        tl.atomic_and(totals_ptr + E, 0, sem="relaxed")
-        tl.store(dropped_ptr, tl.atomic_and(totals_ptr + E + 1, 0, sem="relaxed").to(tl.int64))
+        tl.store(dropped_ptr + 0 * rest, dropped.to(tl.int64), mask=rest == 1)
         tl.atomic_and(ticket_ptr, 0, sem="relaxed")

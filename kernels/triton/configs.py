@@ -77,49 +77,56 @@ def waits_for_products(arch: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def route_config(num_tokens: int, num_experts: int, dtype: torch.dtype, arch: str, aligned: bool = True) -> Config:
-    """Of `_route_fwd_kernel` and, where few tokens leave a machine idle, `_route_split_kernel`.
+    """Of `_route_fwd_kernel`.
 
-    Each block reads all directions from L2, so blocks are as large as their scores fit in registers where there are
+    Each block reads all directions from L2, so blocks are as large as their products fit in registers where there are
     tokens for it. For decoding they are small, so that many programs share the D of few tokens. aligned: rows can be
     read 16 bytes at a time; others pass through registers element by element, and get narrow tiles.
     """
     be, columns = padded_experts(num_experts), 64 if dtype.itemsize == 2 else 32
-    stages = 2 if arch == "gfx942" else 3
-    if arch == "gfx942" and be > 256:  # 64 KiB of shared memory
-        columns //= 2
-    if not aligned or (dtype == torch.float32 and be > 256):
-        columns = 16
-    if be > 512:
-        return Config(16, columns, 8, 2)
-    if num_tokens <= 256:
-        warps = 4 if be < 64 or (arch == "gfx942" and be <= 128) else 8
-        if arch == "gfx942" and be == 16:  # 64 lanes a warp: more would read x in smaller pieces
-            warps = 2
-        return Config(16, columns, warps, stages)
-    # From 128 experts on a block's scores leave through memory (`selects_at_once`), so only the products bound it.
-    largest = {"sm_80": 128 if be <= 128 else 64, "sm_100": 128 if be < 64 else 64 if be <= 128 else 32}.get(arch, 128)
-    if dtype == torch.float32:  # three products take three times the operands
-        largest = min(largest, max(16, 8192 // be))
-        if arch == "sm_100":  # three products chained through tensor memory came out wrong on sm_103 (triton#10821)
-            largest = min(largest, 32)
+    stages = {"sm_90": 4, "gfx942": 2}.get(arch, 3)
     if not aligned:
-        largest = min(largest, 16 if be > 128 else 32)
-    if be > 256:
-        return Config(min(largest, 64 if arch == "sm_90" else 32), columns, 8, stages)
-    tokens = min(largest, 128 if num_tokens >= 16384 else 64)
-    return Config(tokens, columns, 4 if tokens <= 64 and tokens * be <= 2048 else 8, stages)
+        return Config(16, 16, 4, 2)
+    if num_tokens <= 256:
+        if arch == "sm_90":  # fewer steps, all asked for at once
+            columns *= 2
+        return Config(16, columns, 2 if arch == "gfx942" else 4, stages)
+    if dtype == torch.float32:  # three products take three times the operands
+        # Chained through tensor memory they came out wrong on sm_103 with more rows (triton#10821).
+        return Config(32 if arch == "sm_100" else 64, columns, 4 if be < 64 else 8, min(stages, 3))
+    if arch == "sm_100":
+        return Config(128 if be < 64 else 64, columns, 8, stages)
+    if num_tokens < 2048 and be <= 128:
+        return Config(64, columns, 4, stages)
+    if arch == "sm_90" and be == 128 and num_tokens >= 16384:  # with D in two, half the reads of directions
+        return Config(256, columns, 16, 3)
+    return Config(128, columns, 8, stages)
 
 
-def selected_rows(num_experts: int, *, long: bool) -> int:
-    """RT: rows of scores that `_route_split_kernel` selects from at a time. long: a selection that keeps more tiles
-    than one, for replay, groups, histogram or a softmax over all."""
-    return max(2, (2048 if long else 8192) // padded_experts(num_experts))
+def product_experts(config: Config, num_experts: int, dtype: torch.dtype, arch: str) -> int:
+    """EB: experts a program of `_route_fwd_kernel`; more share the reads of x."""
+    most = 64 if config.BT <= 16 else 256 if arch == "sm_90" and config.BT == 128 else 128
+    return min(padded_experts(num_experts), most)
 
 
-def selects_at_once(config: Config, num_experts: int, *, long: bool) -> bool:
-    """Whether a block's scores can be selected from as the products left them, without spilling."""
+def selected_experts(num_experts: int) -> int:
+    """BE of `_route_select_kernel`: from 33 experts on at least the 128 that 32 lanes read 16 bytes at a time, so that
+    the largest of a row is one instruction of a warp."""
     be = padded_experts(num_experts)
-    return be < 128 and (not long or config.BT * be <= 512 * config.num_warps)
+    return max(be, 128) if be > 32 else be
+
+
+def selected_rows(num_tokens: int, num_experts: int, *, long: bool) -> tuple[int, int]:
+    """BT, RT of `_route_select_kernel`: tokens a program, and of those together. long: a selection that keeps more
+    tiles than one, for replay, groups, histogram or a softmax over all."""
+    be, block = selected_experts(num_experts), 1 if num_tokens <= 1024 else 2 if num_tokens <= 8192 else 8
+    rows = max(1, min(block, 512 // be)) if long else min(block, 2 if be >= 512 else 8)
+    return block, rows
+
+
+def ranked_tokens(num_tokens: int) -> int:
+    """BT of `_route_rank_kernel`: small ones, but up to 8192 tokens no more than the 64 blocks that need no prefix."""
+    return 32 if num_tokens <= 2048 else 64 if num_tokens <= 4096 else 128
 
 
 def all_registers(num_warps: int, arch: str) -> dict[str, int]:

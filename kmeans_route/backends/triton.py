@@ -37,7 +37,7 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def route_fwd(inputs: RouteInputs, options: RouteOptions, wanted: Wanted) -> Routed:
-    """One routing, with its statistics: one launch."""
+    """One routing, with its statistics: two launches."""
     return _route(inputs, options, wanted, want_rank=False)[0]
 
 

@@ -133,7 +133,6 @@ def test_route_fwd(monkeypatch: pytest.MonkeyPatch, size: Size, dtype: torch.dty
     assert_same_bits(out.rank, rank)
     assert_same_bits(out.block_counts[: len(block_counts), :-1], block_counts[:, :-1])
     assert not out.block_counts[len(block_counts) :].any(), "parts of a block past the last token"
-    assert int(out.block_counts[:, -1].sum()) == int(out.dropped)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

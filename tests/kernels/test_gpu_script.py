@@ -259,13 +259,14 @@ def test_repeated_bits_are_compared() -> None:
 
 def test_the_sanitizer_sees_pipelined_loops() -> None:
     """Several tiles a program from the tensor cores, with D split over programs and not."""
-    tiles: dict[str, int] = {}
+    tiles: dict[bool, int] = {}
     for cell in PIPELINED:
         for launch in parts_of(cell)["forward"]:
-            if launch.name.startswith("route"):
-                columns = launch.arguments.get("split_size") or launch.arguments["D"]
-                tiles[launch.name] = max(tiles.get(launch.name, 0), -(-columns // launch.arguments["BD"]))
-    assert min(tiles["route_fwd"], tiles["route_split"]) >= 3
+            if launch.name == "route_fwd":
+                a = launch.arguments
+                split = a["num_splits"] > 1
+                tiles[split] = max(tiles.get(split, 0), -(-a["split_size"] // a["BD"]))
+    assert min(tiles[False], tiles[True]) >= 3
     assert set(PIPELINED) < set(CELLS["shapes"]), "they have been held against fp64"
 
 

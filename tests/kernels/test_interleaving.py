@@ -45,21 +45,16 @@ def route_by(kernels: ModuleType, num_tokens: int, hidden_size: int, want_hist: 
     x[3] = torch.nan
     result = kernels.route_fwd(
         x, functional.directions(weight, x.dtype), None, None, None, check_route_options(5, 1, gate="uniform"),
-        want_hist=want_hist, config=Config(16, 16, 4, 2),
+        want_hist=want_hist, want_rank=True, config=Config(16, 16, 4, 2),
     )  # fmt: skip
     return {name: value for name, value in result._asdict().items() if isinstance(value, Tensor)}
 
 
-def route_stream(kernels: ModuleType) -> Outputs:
-    """`_route_fwd_kernel`, three blocks."""
-    kernels.PROGRAMS = 1
-    return route_by(kernels, 40, 16, want_hist=True)
-
-
-def route_split(kernels: ModuleType) -> Outputs:
-    """`_route_split_kernel`, two blocks of two splits."""
+def route_select(kernels: ModuleType) -> Outputs:
+    """`_route_select_kernel`, five programs, behind `_route_fwd_kernel` with two splits; then `_route_rank_kernel`."""
     kernels.PROGRAMS = 64
-    return route_by(kernels, 20, 24, want_hist=False)
+    kernels.selected_rows = lambda *_, **_options: (8, 8)
+    return route_by(kernels, 40, 24, want_hist=True)
 
 
 def rank(kernels: ModuleType) -> Outputs:
@@ -92,8 +87,7 @@ def commit_by(rule: str, cumulative: bool = False) -> Subject:
 
 
 KERNELS: dict[str, tuple[Subject, ModuleType]] = {
-    "route_fwd": (route_stream, route),
-    "route_split": (route_split, route),
+    "route_select": (route_select, route),
     "rank": (rank, dispatch),
     "commit-proportional": (commit_by("proportional"), commit),
     "commit-sign": (commit_by("sign", cumulative=True), commit),
@@ -105,7 +99,7 @@ KERNELS: dict[str, tuple[Subject, ModuleType]] = {
 @pytest.fixture(autouse=True)
 def sizes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The subjects set these for themselves."""
-    for module, name in ((route, "PROGRAMS"), (dispatch, "RANK_BLOCK"), (commit, "BLOCK")):
+    for module, name in ((route, "PROGRAMS"), (route, "selected_rows"), (dispatch, "RANK_BLOCK"), (commit, "BLOCK")):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 
@@ -139,10 +133,7 @@ def test_every_schedule_leaves_the_same_bits(kernel: str, part: int, borrowed: l
 
 
 Piece = tuple[str, str]
-ARRIVAL = 'tl.atomic_add(block_tickets_ptr + block, 1, sem="acq_rel")'
 TOTAL_ARRIVAL = 'tl.atomic_add(ticket_ptr, 1, sem="acq_rel")'
-PARTIALS_STORED = "tl.store(dots_ptr + own_row * BE"
-PARTIALS_READ = 'tl.load(tile, cache_modifier=".cg")'
 TOTALS_READ = 'own = tl.atomic_and(totals_ptr + experts, 0, mask=experts < E, sem="relaxed")'
 QUANTILES_READ = 'tl.load(quantile_ptr + experts, mask=real, other=0.0, cache_modifier=".cg")'
 COMMIT_STARTS = "num_tokens = tl.load(num_tokens_ptr)"
@@ -163,22 +154,8 @@ def arriving_before(anchor: str, arrival: str) -> list[Piece]:
 
 # Subject; pieces of the kernel's module; pieces of common.py. In the usual order every one of them goes unnoticed.
 FAULTS: dict[str, tuple[str, list[Piece], list[Piece]]] = {
-    "split: the first program resets the ticket": (
-        "route_split",
-        [before(PARTIALS_STORED, "if split == 0:", "    tl.atomic_and(block_tickets_ptr + block, 0)")],
-        [],
-    ),
-    "split: partials are stored after the arrival": ("route_split", arriving_before(PARTIALS_STORED, ARRIVAL), []),
-    "split: partials of another as they were before the arrival": (
-        "route_split",
-        [
-            before(f"if {ARRIVAL}", "stale = tl.load(dots_ptr + (block * BT + block_rows)[:, None] * BE + experts)"),
-            (PARTIALS_READ, "stale if other == 0 else tl.load(tile)"),
-        ],
-        [],
-    ),
     "totals: the first program resets the ticket": (
-        "route_fwd",
+        "route_select",
         [],
         [before(f"if {TOTAL_ARRIVAL}", "if tl.program_id(0) == 0:", "    tl.atomic_and(ticket_ptr, 0)")],
     ),
@@ -191,7 +168,7 @@ FAULTS: dict[str, tuple[str, list[Piece], list[Piece]]] = {
         ],
     ),
     "totals: arrival and test in two steps": (
-        "route_fwd",
+        "route_select",
         [],
         [
             before(f"if {TOTAL_ARRIVAL}", TOTAL_ARRIVAL),

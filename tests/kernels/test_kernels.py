@@ -58,21 +58,38 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 70, 300])
-def test_eval_routing_is_one_launch(launches: list[str], num_tokens: int) -> None:
+def test_eval_routing_is_two_launches(launches: list[str], num_tokens: int) -> None:
     x, weight, bias = make_inputs(num_tokens, 40, 12, torch.float32)
     d = functional.directions(weight, x.dtype)
     kmeans_route.route(x, weight, 3, bias, directions=d, backend="triton")
-    assert len(launches) == 1
-    assert launches[0] in ("route_fwd", "route_split")
+    assert launches == ["route_fwd", "route_select"]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "groups"),
+    [(61, 32, None), (128, 8, None), (130, 10, None), (256, 8, (8, 4)), (128, 10, (8, 1)), (132, 6, (4, 2))],
+    ids=str,
+)
+def test_selection_from_many_experts(num_experts: int, top_k: int, groups: tuple[int, int] | None) -> None:
+    """In two steps, by neighbours and then among them, or at once: the ids of PyTorch's backend, in ties too."""
+    x, weight, bias = make_inputs(9, 64, num_experts, torch.float32)
+    x[3] = torch.nan
+    weight[1::2], bias[1::2] = weight[: num_experts - 1 : 2][: num_experts // 2], bias[::2][: num_experts // 2]
+    options = {} if groups is None else {"n_group": groups[0], "topk_group": groups[1]}
+    got, want = (kmeans_route.route(x, weight, top_k, bias, backend=name, **options) for name in ("triton", "torch"))
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
+    torch.testing.assert_close(got.weights, want.weights, rtol=1e-5, atol=1e-6)
 
 
 def test_launches_of_a_training_step(launches: list[str]) -> None:
-    """Forward: directions, route, positions, dispatch, sums, combine; backward: combine, fused dx; commit: one."""
+    """Forward: directions, routing, positions, dispatch, sums, combine; backward: combine, fused dx; commit: one."""
     torch.manual_seed(0)
     layer = MoE(16, 16, 4, 2, "kmeans", backend="triton", init="normal")
     x = torch.randn(40, 16, requires_grad=True)
     y = layer(x)
-    assert launches == ["directions", "route_fwd", "positions", "dispatch_fwd", "accumulate", "combine_fwd"]
+    routing = ["route_fwd", "route_select", "route_rank"]
+    assert launches == ["directions", *routing, "positions", "dispatch_fwd", "accumulate", "combine_fwd"]
     launches.clear()
     y.square().sum().backward()
     assert launches == ["combine_bwd", "route_bwd"]
@@ -85,7 +102,7 @@ def test_launches_of_a_training_step(launches: list[str]) -> None:
     layer.router.freeze()
     layer(x.detach())
     layer(x.detach())
-    one = ["route_fwd", "positions", "dispatch_fwd", "combine_fwd"]
+    one = [*routing, "positions", "dispatch_fwd", "combine_fwd"]
     assert launches == ["directions", *one, "directions", *one, *one], "pinned by freeze"
 
 

@@ -90,8 +90,8 @@ def test_dry_run_names_the_bound() -> None:
         {"error": "not asked in a dry run"},
     )
     assert set(record["levels"]) == {"HBM", "L2", "matrix"}
-    # T D + E D + tables of 16 K + 5 bytes a token; each of two blocks reads all 8 directions; padded to 16 experts.
-    assert record["levels"]["HBM"]["least"] == 4 * (32 * 32 + 8 * 32) + 32 * (16 * 2 + 5)
+    # T D + E D; each of two blocks reads all 8 directions; padded to 16 experts.
+    assert record["levels"]["HBM"]["least"] == 4 * (32 * 32 + 8 * 32)
     assert record["levels"]["matrix"]["least"] == 2 * 32 * 32 * 16
     time_us = record["events"]["median_us"]
     for row in record["levels"].values():
@@ -135,7 +135,10 @@ def test_a_kernel_that_changes_its_arguments_is_repeated_from_the_same_state(
 def test_a_kernel_that_is_not_launched(capsys: pytest.CaptureFixture[str]) -> None:
     profile = pytest.importorskip("benchmarks.gpu.profile")
     assert profile.main(["--kernel", "rank", "--dry"]) == 1
-    assert "rank is not launched at tiny T=32: launched are directions, route_fwd, positions" in capsys.readouterr().err
+    assert (
+        "rank is not launched at tiny T=32: launched are directions, route_fwd, route_select, route_rank"
+        in capsys.readouterr().err
+    )
     assert profile.main(["--kernel", "rank", "--dry", "--shape", "none"]) == 2
 
 
