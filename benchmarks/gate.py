@@ -96,16 +96,19 @@ def geometry(shape: Shape, dtype: torch.dtype, arch: str, num_tokens: int) -> tu
     splits, size = route.column_splits(
         hidden_size, -(-num_tokens // config.BT) * parts, config.BD, route.most_splits(config)
     )
-    rows = [configs.selected_rows(num_tokens, num_experts, long=long) for long in (False, True)]
-    return config, route.split_batch(splits, num_experts), size % 16 == 0, *rows, configs.ranked_tokens(num_tokens)
+    tiles = [configs.selected_rows(num_tokens, num_experts, long=long) for long in (False, True)]
+    be = configs.selected_experts(num_experts)
+    batches = [route.split_batch(splits, rows * be) for _, rows in tiles]
+    return config, *batches, size % 16 == 0, *tiles, configs.ranked_tokens(num_tokens)
 
 
 @lru_cache
 def token_counts(shape: Shape, dtype: torch.dtype, arch: str) -> list[int]:
     """One T for each geometry that 1..65536 can reach."""
-    # Blocks have at least 16 tokens, so nothing changes but at T = 16 n + 1; a test holds that for every T.
+    # Blocks have at least 16 tokens, and thresholds are multiples of 16: nothing changes but at T = 16 n and 16 n + 1;
+    # a test holds that for every T.
     first: dict[tuple[object, ...], int] = {}
-    for num_tokens in range(1, MAX_TOKENS + 1, 16):
+    for num_tokens in sorted([*range(1, MAX_TOKENS, 16), *range(16, MAX_TOKENS + 1, 16)]):
         first.setdefault(geometry(shape, dtype, arch, num_tokens), num_tokens)
     return list(first.values())
 

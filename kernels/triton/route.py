@@ -284,7 +284,8 @@ def route_fwd(
         bits = x.new_empty(ceil_div(num_tokens, ranked) * ranked // 32, num_experts + 1, dtype=torch.int32)
         _route_rank_kernel[(ceil_div(num_tokens, ranked),)](
             out.indices, out.valid, bits, out.rank, out.block_counts, num_tokens,
-            E=num_experts, K=top_k, BT=ranked, BE=plan.experts, KP=power_of_2(top_k), num_warps=4,
+            E=num_experts, K=top_k, BT=ranked, BE=plan.experts, KP=power_of_2(top_k),
+            num_warps=4 if top_k <= 8 else 8,
         )
     return out
 
@@ -322,7 +323,7 @@ def _plan(
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
         "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
         "BT": block, "BE": selected_experts(num_experts), "ROW": be, "KP": power_of_2(top_k), "RT": rows,
-        "BATCH": split_batch(num_splits, num_experts),
+        "BATCH": split_batch(num_splits, rows * selected_experts(num_experts)),
         "num_warps": 1, "num_stages": 1,  # more would copy splits through shared memory, one after another
     })
 
@@ -369,6 +370,6 @@ def column_splits(hidden_size: int, num_tiles: int, columns: int, most: int) -> 
     return ceil_div(hidden_size, size), size
 
 
-def split_batch(num_splits: int, num_experts: int) -> int:
-    """BATCH: splits that selection asks for at once, as many as registers hold."""
-    return min(power_of_2(num_splits), 16 if num_experts <= 256 else 8)
+def split_batch(num_splits: int, scores: int) -> int:
+    """BATCH: splits of so many scores that selection asks for at once, as far as 128 registers a thread hold them."""
+    return 1 if num_splits == 1 else min(power_of_2(num_splits), max(2, 4096 // scores))
