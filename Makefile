@@ -133,7 +133,7 @@ quality-gpu: MODULE = benchmarks.quality.gpu --since $$since $(GPU_ARGS)
 gpu gpu-full profile quality-gpu:
 	@since=$$(date +%s); layout=$$(mktemp -d) && trap 'rm -rf "$$layout"' EXIT && mkdir "$$layout/kmeans_route" && \
 	ln -s "$(CURDIR)"/kmeans_route/* "$$layout/kmeans_route" && \
-	ln -s "$(CURDIR)/kernels/triton" "$$layout/kmeans_route/kernels" && \
+	ln -sfn "$(CURDIR)/kernels/triton" "$$layout/kmeans_route/kernels" && \
 	PYTHONSAFEPATH=1 PYTHONPATH="$$layout:$(CURDIR)" $(PYTHON) -m $(MODULE)
 
 # Without what they ask for: torch and Triton stay the ones that are there.

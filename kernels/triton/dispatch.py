@@ -124,6 +124,7 @@ def _positions_kernel(
         expert = tl.minimum(tl.maximum(expert, 0), E - 1).to(tl.int32)
         position = tl.where(valid, tl.gather(first, expert, 0), tail)
         position += tl.load(rank_ptr + slot, mask=inside, other=0)
+        position = tl.minimum(position, T * K - 1)  # whatever ids and ranks hold, nothing is written elsewhere
         tl.store(positions_ptr + slot, position.to(tl.int64), mask=inside)
         tl.store(token_of_row_ptr + position, token, mask=inside)
         counts = block_counts_ptr + block * (E + 2)
@@ -131,13 +132,13 @@ def _positions_kernel(
         tail += tl.load(counts + E, mask=block < NB, other=0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "num_splits"])
+@triton.jit(do_not_specialize=["T", "num_rows", "num_experts", "num_splits"])
 def _dispatch_fwd_kernel(
     x_ptr, x_stride_t,
     inv_norm_ptr,
     token_of_row_ptr, offsets_ptr,
     x_sorted_ptr, partials_ptr,
-    num_rows, D, num_experts, num_splits,
+    T, num_rows, D, num_experts, num_splits,
     BT: tl.constexpr, BD: tl.constexpr,
 ):
     """Grid (E + 1, num_splits, ceil(D / BD)): a split of an expert's rows, and a block of columns.
@@ -158,6 +159,7 @@ def _dispatch_fwd_kernel(
     sums = tl.zeros([BT, BD], dtype=tl.float32)
     for _ in range(begin, end, BT):
         there = row < end
+        token = tl.minimum(tl.maximum(token, 0), T - 1)  # a row that no position names holds anything
         x_row = x_ptr + token[:, None] * x_stride_t + column[None, :]
         x = tl.load(x_row, mask=(there & (expert < num_experts))[:, None] & in_row[None, :], other=0.0)
         if partials_ptr is not None:
@@ -294,5 +296,5 @@ def _copies_and_sums(
     copies = out.x_sorted.shape[0] > 0
     _dispatch_fwd_kernel[(num_experts + copies, splits, ceil_div(hidden_size, c.BD))](
         x, x.stride(0), inv_norm, out.token_of_row, offsets, out.x_sorted if copies else None, out.partials,
-        out.token_of_row.shape[0], hidden_size, num_experts, splits, BT=c.BT, BD=c.BD, **c.launch,
+        num_tokens, out.token_of_row.shape[0], hidden_size, num_experts, splits, BT=c.BT, BD=c.BD, **c.launch,
     )
