@@ -97,7 +97,7 @@ def train(rank: int, name: str, num_ranks: int) -> dict[str, Tensor]:
             assert layer.moe.router.weight.dtype == torch.float32
     state = {key: full(tensor) for key, tensor in model.state_dict().items()}
     own = ("direction_cosine", "effective_experts")  # the second is of this rank's tokens
-    state |= {key: torch.tensor(value) for key, value in metrics.items() if not key.endswith(own)}
+    state |= {key: torch.tensor(value) for key, value in metrics.items() if not any(name in key for name in own)}
     return state | {
         "tokens": torch.stack([layer.moe.router.tokens_per_expert for layer in model if isinstance(layer, Block)])
     }
