@@ -44,6 +44,7 @@ from kmeans_route.kernels.select import MOST_SPLITS, select_and_store
 from kmeans_route.kernels.workspace import counters
 
 Options = tuple[int, str, float, bool, float, int, int, str]
+BATCH_SCORES = 4096  # of all splits that are asked for at once: 128 registers a thread
 PROGRAMS = 128  # wanted at least: about the multiprocessors of one GPU
 
 
@@ -316,6 +317,8 @@ def _plan(
     num_splits, split_size = column_splits(hidden_size, tiles, c.BD, most_splits(c))
     long = keeps_more or topk_group < n_group or (gate == "softmax" and not normalize)
     block, rows = selected_rows(num_tokens, num_experts, long=long)
+    scores = rows * selected_experts(num_experts)
+    batch = split_batch(num_splits, scores)
     return _Plan(block, num_splits, split_size, be, be // per_program, {
         "E": num_experts, "PRECISION": dot_precision(dtype, arch), "WAIT": waits_for_products(arch),
         "BT": c.BT, "BD": c.BD, "BE": be, "EB": per_program, **c.launch, **all_registers(c.num_warps, arch),
@@ -323,8 +326,8 @@ def _plan(
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
         "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
         "BT": block, "BE": selected_experts(num_experts), "ROW": be, "KP": power_of_2(top_k), "RT": rows,
-        "BATCH": split_batch(num_splits, rows * selected_experts(num_experts)),
-        "num_warps": 1, "num_stages": 1,  # more would copy splits through shared memory, one after another
+        "BATCH": batch, "num_warps": 1, "num_stages": 1,  # more stages would copy splits through shared memory
+        **(all_registers(1, arch) if batch * scores >= BATCH_SCORES else {}),
     })
 
 
@@ -371,5 +374,5 @@ def column_splits(hidden_size: int, num_tiles: int, columns: int, most: int) -> 
 
 
 def split_batch(num_splits: int, scores: int) -> int:
-    """BATCH: splits of so many scores that selection asks for at once, as far as 128 registers a thread hold them."""
-    return 1 if num_splits == 1 else min(power_of_2(num_splits), max(2, 4096 // scores))
+    """BATCH: splits of so many scores that selection asks for at once, as far as registers hold them."""
+    return 1 if num_splits == 1 else min(power_of_2(num_splits), max(2, BATCH_SCORES // scores))
