@@ -394,12 +394,12 @@ def test_the_decision_is_of_the_rate_chosen_on_a_seed_that_it_leaves_out() -> No
         *(run(sigmoid, 0.003, seed, 1.75 + 0.012 * seed) for seed in range(4)),
         *(run(sigmoid, rate, 0, 1.76) for rate in studies.RATES),
         run("dense", 0.003, 0, 1.6, "D64-E1-K1"), run("dense", 0.003, 1, 1.5, "D64-E1-K1"),
-        *(run("dense", rate, 0, 1.7, "D64-E1-K1") for rate in studies.RATES),
+        run("dense", 0.006, 0, 1.7, "D64-E1-K1"),
     ]  # fmt: skip
     table = final.decision(records)
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    assert set(found) == {studies.WHITENED, sigmoid, "dense"}, "the other has not run at all rates"
+    assert set(found) == {studies.WHITENED, sigmoid, "dense"}, "the other has run at one rate alone"
     assert found[studies.WHITENED]["E16-K2"] == "1.720 ± 0.010 (3)"
     assert found[sigmoid]["E16-K2"] == "1.774 ± 0.012 (3)"
     assert found[sigmoid]["whitened minus it (95%)"] == "**-0.054 ± 0.005 (3 pairs)**"
