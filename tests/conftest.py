@@ -104,12 +104,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def coarse_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows a program than on a GPU: the interpreter pays by the operation, not by the element."""
-    from kmeans_route.kernels import combine, route_bwd
+    from kmeans_route.kernels import combine, route, route_bwd
     from kmeans_route.kernels.configs import Config
 
     for module in (combine, route_bwd):
         monkeypatch.setattr(module, "row_config", lambda dtype: Config(32, 32, 4, 2))
     monkeypatch.setattr(combine, "copies_config", lambda *_: Config(32, 32, 4, 2))
+    monkeypatch.setattr(route, "selected_rows", lambda *_, **_long: (16, 16))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

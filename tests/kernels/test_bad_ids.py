@@ -15,6 +15,7 @@ from kmeans_route.kernels import route as route_kernels
 from kmeans_route.types import RouteInputs, Wanted
 from tests.helpers.compare import assert_same_bits, make_inputs
 
+pytestmark = pytest.mark.usefixtures("coarse_rows")
 T, D, E, K = 37, 24, 13, 3
 BODIES = ["reference", "torch", "triton", "triton-split"]
 BIASES: dict[str, Any] = {

@@ -51,6 +51,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (combine, route_bwd):
         monkeypatch.setattr(module, "row_config", lambda dtype: TILE)
     monkeypatch.setattr(combine, "copies_config", lambda *_: TILE)
+    monkeypatch.setattr(route, "selected_rows", lambda *_, **_long: (16, 16))
     monkeypatch.setattr(dispatch, "RANK_BLOCK", 16)
     for module in (accumulate, commit, directions):
         monkeypatch.setattr(module, "BLOCK", 16)
