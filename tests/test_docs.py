@@ -193,6 +193,15 @@ def test_the_page_of_the_api_names_every_argument(name: str) -> None:
     assert not [argument for argument in arguments if not re.search(rf"\b{argument}\b", page)]
 
 
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:
+    page = text_of(ROOT / "docs" / "troubleshooting.md")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(quoted) > 15
+    # Long messages are written as adjacent strings, some with braces inside.
+    code = "".join(re.sub(r'"\s+f?"', "", text_of(path)) for path in SOURCES)
+    assert not [message for message in quoted if message not in code]
+
+
 def test_a_page_names_everything_that_is_public() -> None:
     text = "".join(map(text_of, [README, *DOCS]))
     assert not [name for name in PUBLIC if not re.search(rf"`{name}\b", text)]
