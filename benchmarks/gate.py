@@ -97,7 +97,10 @@ def geometry(shape: Shape, dtype: torch.dtype, arch: str, num_tokens: int) -> tu
         hidden_size, -(-num_tokens // config.BT) * parts, config.BD, route.most_splits(config)
     )
     tiles = [configs.selected_rows(num_tokens, num_experts, long=long) for long in (False, True)]
-    batches = [route.split_batch(config, splits, rows, num_experts) for _, rows in tiles]
+    batches = [
+        route.split_batch(config, splits, rows, num_experts, long=long)
+        for long, (_, rows) in zip((False, True), tiles, strict=True)
+    ]
     return config, *batches, size % 16 == 0, *tiles, configs.ranked_tokens(num_tokens)
 
 

@@ -317,8 +317,9 @@ def _plan(
     num_splits, split_size = column_splits(hidden_size, tiles, c.BD, most_splits(c))
     long = keeps_more or topk_group < n_group or (gate == "softmax" and not normalize)
     block, rows = selected_rows(num_tokens, num_experts, long=long)
-    batch = split_batch(c, num_splits, rows, num_experts)
-    full = batch * rows * selected_experts(num_experts) >= BATCH_SCORES
+    batch = split_batch(c, num_splits, rows, num_experts, long=long)
+    scores = rows * selected_experts(num_experts)
+    warps = 2 if long and scores > 512 else 1  # of all tiles that it keeps, one warp's registers hold half
     return _Plan(block, num_splits, split_size, be, be // per_program, {
         "E": num_experts, "PRECISION": dot_precision(dtype, arch), "WAIT": waits_for_products(arch),
         "BT": c.BT, "BD": c.BD, "BE": be, "EB": per_program, **c.launch, **all_registers(c.num_warps, arch),
@@ -326,8 +327,8 @@ def _plan(
         "E": num_experts, "K": top_k, "GATE": gate, "NORMALIZE": normalize,
         "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
         "BT": block, "BE": selected_experts(num_experts), "ROW": be, "KP": power_of_2(top_k), "RT": rows,
-        "BATCH": batch, "num_warps": 1, "num_stages": 1,  # more stages would copy splits through shared memory
-        **(all_registers(1, arch) if full or arch == "sm_100" else {}),
+        "BATCH": batch, "num_warps": warps, "num_stages": 1,  # more stages would copy splits through shared memory
+        **(all_registers(warps, arch) if batch * scores >= BATCH_SCORES or arch == "sm_100" else {}),
     })
 
 
@@ -373,11 +374,12 @@ def column_splits(hidden_size: int, num_tiles: int, columns: int, most: int) -> 
     return ceil_div(hidden_size, size), size
 
 
-def split_batch(c: Config, num_splits: int, rows: int, num_experts: int) -> int:
+def split_batch(c: Config, num_splits: int, rows: int, num_experts: int, *, long: bool) -> int:
     """BATCH: splits that selection asks for at once, as far as registers hold them.
 
     It knows no more of their number, so that few kernels are compiled: a mask leaves out those that there are not.
     Where a program has several rows there are many programs, which hide latency, and few splits.
+    long: as in `selected_rows`.
     """
-    most, held = (most_splits(c), BATCH_SCORES) if rows == 1 else (4, BATCH_SCORES // 2)
+    most, held = (most_splits(c), BATCH_SCORES // (1 + long)) if rows == 1 else (4, BATCH_SCORES // 2)
     return 1 if num_splits == 1 else min(most, max(2, held // (rows * selected_experts(num_experts))))
