@@ -15,6 +15,7 @@ import typer
 from kmeans_route import KMeansRouter, calibrate
 from kmeans_route.bench.routing_contest import MODES, RIVALS
 from kmeans_route.cli import info as machine
+from kmeans_route.cli import places
 from kmeans_route.cli.bench import DTYPES, SHAPE_NAMES, bench, parse_options
 from kmeans_route.cli.demo import DEMO_STEPS, demo
 from kmeans_route.cli.inspect import inspect
@@ -92,6 +93,9 @@ def train_command(
         Path | None, typer.Option(help="Folder of checkpoint and report [default: runs/ROUTER-seedN].")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    more_steps: Annotated[
+        int, typer.Option(min=0, help="With --resume: steps to add; the schedule of the rate spans the new total.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints, 0: at the end.")] = 200,
     json_mode: Json = False,
@@ -104,11 +108,17 @@ def train_command(
         folder, paths = out or Path("runs") / f"{options['router']}-seed{options['seed']}", text or []
         if resume:
             given = {name: value for name, value in values.items() if _was_given(context, name)}
-            config, corpus, checkpoint = resumed(folder, given, paths)
+            places.check_folder(folder)
+            config, corpus, checkpoint = resumed(folder, given, paths, more_steps)
         else:
+            if more_steps:
+                raise ValueError(f"--more-steps extends a run, got {more_steps} without --resume: add that")
             config, checkpoint = TrainConfig(**values), None
-            if checkpoints.exists(folder) and not overwrite:
-                raise ValueError(f"{folder} already holds a run: add --resume, add --overwrite, or name another --out")
+            held = places.held_by(folder)
+            if held and not overwrite:
+                resume_it = "add --resume, " if held == "a run" else ""
+                raise ValueError(f"{folder} already holds {held}: {resume_it}add --overwrite, or name another --out")
+            places.check_folder(folder)
             corpus = load_corpus(paths)
         train(config, corpus, folder, output, checkpoint=checkpoint, save_every=save_every)
 
@@ -134,7 +144,9 @@ def demo_command(
     seeds: Annotated[str, typer.Option(help='Seeds, for example "0 1 2".')] = "0",
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = DEMO_STEPS,
     text: Text = None,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("demo-report"),
+    out: Annotated[Path, typer.Option(help="Folder of the report; gets a number where it holds one.")] = Path(
+        "demo-report"
+    ),
     threads: Threads = TrainConfig.threads,
     json_mode: Json = False,
     plain: Plain = False,
@@ -142,7 +154,7 @@ def demo_command(
     """Train K-Means and two learned routers side by side, print the table, write the report."""
     with _speaking(json_mode, plain) as output:
         config = TrainConfig(steps=steps, threads=threads, eval_every=-(-steps // 4), eval_bytes=32768)
-        demo(config, load_corpus(text or []), _seeds(seeds), out, output)
+        demo(config, text or [], _seeds(seeds), out, output)
 
 
 def _seeds(text: str) -> list[int]:
@@ -230,13 +242,16 @@ def _opened(
         raise checkpoints.CheckpointError(
             f"{source} holds no checkpoint: name the --out folder of kmeans-route train, or one of save_pretrained"
         )
-    if (checkpoints.exists(out) or is_pretrained(out)) and (not overwrite or out.resolve() == source.resolve()):
-        raise ValueError(f"{out} already holds a run: name another --out" + ("" if overwrite else ", or --overwrite"))
+    held = "a model" if is_pretrained(out) else places.held_by(out)
+    if held and (not overwrite or out.resolve() == source.resolve()):
+        raise ValueError(f"{out} already holds {held}: name another --out" + ("" if overwrite else ", or --overwrite"))
     if not is_pretrained(source):
+        places.check_folder(out)
         return Trained(source, text or [])
     for name in only_runs:
         if _was_given(context, name):
             raise ValueError(f"--{name.replace('_', '-')} is for runs of kmeans-route train, got a model: leave it out")
+    places.check_folder(out)
     return Pretrained(source, text or [])
 
 

@@ -22,6 +22,7 @@ from kmeans_route.bench.results import environment
 from kmeans_route.bench.routing_contest import MODES, OURS, QUICK_RIVALS, RIVALS, routing_contest
 from kmeans_route.bench.truth import CHUNK
 from kmeans_route.checks import check_choice, check_route_options
+from kmeans_route.cli import places
 from kmeans_route.cli.output import Output
 from kmeans_route.testing import MODEL_SHAPES, BenchShape
 
@@ -118,6 +119,8 @@ def bench(options: BenchOptions, output: Output) -> int:
                 f"--shape {name} needs about {needed / 1e9:.1f} GB in mode {options.mode}, and {free / 1e9:.1f} GB are "
                 f"free on {options.device}: take fewer tokens"
             )
+    if options.csv not in ("", "-"):
+        places.check_file(Path(options.csv), "--csv")
     clock, results = Clock(options.device), []
     for name, shape in options.shapes:
         facts = _one_shape(name, shape, options, clock, output)
@@ -216,5 +219,6 @@ def _write_csv(place: str, results: list[Facts], output: Output) -> None:
     if place == "-":
         sys.stdout.write(text.getvalue())
         return
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
     Path(place).write_text(text.getvalue(), encoding="utf-8")
     output.note(f"rows: {place}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kmeans_route.cli import places
 from kmeans_route.cli.info import environment
 from kmeans_route.cli.output import Output, duration
 from kmeans_route.cli.train import train_run
 from kmeans_route.lm.config import TrainConfig
-from kmeans_route.lm.data import Corpus
+from kmeans_route.lm.data import load_corpus
 from kmeans_route.lm.report import write_report
 from kmeans_route.lm.results import Run, means, table_rows, verdicts
 
@@ -25,11 +27,18 @@ CONTESTANTS: tuple[dict[str, Any], ...] = (
 """What is compared, each with its default settings."""
 
 
-def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output: Output) -> None:
-    """The command `demo`: train every contestant with every seed and the options `base`, write the report to `out`."""
+def demo(base: TrainConfig, text: Sequence[Path], seeds: list[int], out: Path, output: Output) -> None:
+    """The command `demo`: train every contestant with every seed and the options `base`, write the report to `out`.
+
+    Where a report lies there, a number is added to the folder's name.
+    """
     if find_spec("matplotlib") is None:  # said before anything is trained
         raise ModuleNotFoundError('the demo draws pictures: pip install "kmeans_route[cli,viz]"', name="matplotlib")
-    start = time.monotonic()
+    asked, out = out, places.unused(out)
+    places.check_folder(out)
+    if out != asked:
+        output.note(f"{asked} holds {places.held_by(asked)}: this one goes to {out}")
+    start, corpus = time.monotonic(), load_corpus(text)
     output.note(
         f"{len(CONTESTANTS)} routers, seeds {', '.join(map(str, seeds))}, {base.steps} steps of "
         f"{base.batch * base.seq_len} bytes on {corpus.label}"
@@ -38,7 +47,7 @@ def demo(base: TrainConfig, corpus: Corpus, seeds: list[int], out: Path, output:
     for seed in seeds:
         for contestant in CONTESTANTS:
             config = replace(base, seed=seed, **contestant)
-            folder = out / "interrupted" / f"{config.router}-seed{seed}"
+            folder = out / places.INTERRUPTED / f"{config.router}-seed{seed}"
             runs.append(train_run(config, corpus, output, folder, save_final=False))
     facts = environment()
     paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=facts)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kmeans_route import metrics
+from kmeans_route.cli import places
 from kmeans_route.cli.output import Output
 from kmeans_route.cli.pretrained import Pretrained, first_line, is_pretrained
 from kmeans_route.cli.trained import Trained
 from kmeans_route.conversion.compare import Forward, Router, Seen, watch
 from kmeans_route.lm.checkpoint import CheckpointError, exists, load_checkpoint
-from kmeans_route.lm.report import write_picture
+from kmeans_route.lm.report import PAGE, write_picture
 
 BIAS_NAMES = ("expert_bias", "e_score_correction_bias")
 GATE_NAMES = ("router", "gate")
@@ -33,6 +34,10 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
     """The command `inspect`: what the routers of a checkpoint have learned; app.py says what the options are."""
     if out is not None and find_spec("matplotlib") is None:
         raise ModuleNotFoundError('pictures need matplotlib: pip install "kmeans_route[cli,viz]"', name="matplotlib")
+    if out is not None:
+        places.check_folder(out)
+        if (out / PAGE).exists():
+            raise ValueError(f"{out} already holds a report, with pictures of the same names: name another --out")
     source: Trained | Pretrained | None = None
     if is_pretrained(path):
         source = Pretrained(path, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,14 @@ def train_run(
     return summarize(trainer, evaluation)
 
 
-def resumed(folder: Path, given: dict[str, Any], text: Sequence[Path]) -> tuple[TrainConfig, Corpus, Checkpoint]:
+def resumed(
+    folder: Path, given: dict[str, Any], text: Sequence[Path], more_steps: int = 0
+) -> tuple[TrainConfig, Corpus, Checkpoint]:
     """Options, text (the checkpoint's where none is named) and state of the run in a folder.
 
     `given`, options named on the command line, may only repeat the checkpoint's; else, and where there is none that can
-    be read, a CheckpointError.
+    be read, a CheckpointError. more_steps: to add to the run's; from here on its rate follows the schedule of a run of
+    that many, so it rises again where a finished run had come down.
     """
     checkpoint = load_checkpoint(folder)
     try:
@@ -98,10 +102,14 @@ def resumed(folder: Path, given: dict[str, Any], text: Sequence[Path]) -> tuple[
         f"{name} (checkpoint {stored[name]}, asked {value})" for name, value in given.items() if stored[name] != value
     ]
     if changed:
+        longer = ". For a longer run name --more-steps" if "steps" in given and not more_steps else ""
         raise CheckpointError(
-            f"a resumed run keeps its options, these differ: {', '.join(changed)}. "
+            f"a resumed run keeps its options, these differ: {', '.join(changed)}{longer}. "
             "Leave them out, or start a new run with another --out"
         )
+    if more_steps:
+        config = replace(config, steps=config.steps + more_steps)
+        checkpoint = checkpoint._replace(config=config.to_dict())
     paths = list(text) or [Path(path) for path in checkpoint.corpus.get("paths", [])]
     return config, load_corpus(paths), checkpoint
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kmeans_route import metrics
+from kmeans_route.cli import places
 from kmeans_route.cli.output import Output
 from kmeans_route.lm.checkpoint import write_atomically
 from kmeans_route.lm.trainer import Trainer
@@ -32,7 +33,8 @@ class LoadLog:
     def __init__(self, folder: Path, trainer: Trainer) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._trainer = folder / NAME, trainer
-        kept = [line for line in read(folder) if line["step"] <= trainer.step]
+        steps = trainer.config.steps  # more than the log says where the run was extended
+        kept = [{**line, "steps": steps} for line in read(folder) if line["step"] <= trainer.step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._counts: Any = 0
 
@@ -83,6 +85,13 @@ def watch(folder: Path, output: Output, *, once: bool, wait: Callable[[], None] 
         ValueError: the folder has no log of a run.
     """
     last: dict[str, Any] = {}
+    draws = find_spec("matplotlib") is not None
+    if draws and folder.exists():
+        try:
+            places.check_folder(folder, "RUN")
+        except ValueError as error:  # another's run: the text needs no file
+            draws = False
+            output.note(f"no {PICTURE}: {error}")
     with output.redrawn() as show:
         while True:
             lines = read(folder)
@@ -93,7 +102,8 @@ def watch(folder: Path, output: Output, *, once: bool, wait: Callable[[], None] 
             if lines and lines[-1] != last:
                 last = lines[-1]
                 show(drawn(last))
-                picture(folder, last)
+                if draws:
+                    picture(folder, last)
             if once or (last and last["step"] >= last["steps"]):
                 break
             wait()
@@ -101,9 +111,7 @@ def watch(folder: Path, output: Output, *, once: bool, wait: Callable[[], None] 
 
 
 def picture(folder: Path, line: dict[str, Any]) -> None:
-    """Draw loads.png beside the log, where matplotlib is installed."""
-    if find_spec("matplotlib") is None:
-        return
+    """Draw loads.png beside the log."""
     from kmeans_route.viz import load_heatmap
 
     path = folder / PICTURE

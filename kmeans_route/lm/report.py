@@ -17,6 +17,7 @@ from kmeans_route.lm.results import Run, group_by_label, table_rows, to_json, ve
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PAGE, RESULTS = "report.html", "results.json"
 _DOTS_PER_INCH = 150
 _CURVE_WINDOW = 20
 _STYLE = """
@@ -110,13 +111,13 @@ def write_report(runs: Sequence[Run], folder: Path, *, title: str, environment: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = {"title": title, "environment": environment, "runs": list(runs)}
-    written = [folder / "results.json"]
+    written = [folder / RESULTS]
     write_atomically(written[0], to_json(results).encode())
     images = []
     for picture in draw(runs):
         written.append(folder / f"{picture.name}.png")
         images.append((picture, write_picture(written[-1], picture.figure)))
-    written.append(folder / "report.html")
+    written.append(folder / PAGE)
     write_atomically(written[-1], render(runs, images, title=title, environment=environment).encode())
     return written
 

@@ -109,7 +109,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         "convert", folder / "mixtral", "--out", folder / "mixtral", "--overwrite", *text, *BYTES, "--json"
     )
     assert code == 1
-    assert "already holds a run" in document["error"]
+    assert "already holds a model" in document["error"]
     code, seen = invoke("inspect", bare, *text, "--json")
     assert code == 0
     assert "max_vio" not in seen["routers"][NAMES[0]]
