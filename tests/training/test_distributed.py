@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kmeans_route import KMeansRouter, MoE, attach
 from kmeans_route.training.exchange import Exchange
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import TIMEOUT_S, run_on_ranks, short_timeout
 
 D_IN, D, E, K = 12, 16, 6, 2
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -144,26 +144,44 @@ def test_what_is_refused_on_every_rank(tmp_path: Path) -> None:
         assert "must be attached" in messages[3]
 
 
+HANGS_S = 3.0
+
+
+def wait_for(path: Path) -> None:
+    """Until another process has made the file."""
+    end = time.monotonic() + TIMEOUT_S
+    while not path.exists():
+        assert time.monotonic() < end, f"nobody made {path.name}"
+        time.sleep(0.01)
+
+
 def survive(rank: int, folder: str, cases: tuple[str, ...]) -> None:
-    """Rank 1 hangs, then dies; rank 0 writes down what it got, and after how many seconds."""
+    """Rank 1 hangs, then dies; rank 0 writes down what it got, and after how many seconds.
+
+    Only the commit is under the short timeout. Rank 1 begins when rank 0 is about to commit, and hangs until it has.
+    """
     told = {}
     for case in cases:
-        timeout = datetime.timedelta(seconds=3)
-        dist.init_process_group("gloo", f"file://{folder}/{case}", rank=rank, world_size=2, timeout=timeout)
+        long = datetime.timedelta(seconds=TIMEOUT_S)
+        dist.init_process_group("gloo", f"file://{folder}/{case}", rank=rank, world_size=2, timeout=long)
+        about_to, done = Path(folder) / f"{case}-begins", Path(folder) / f"{case}-ends"
         router = KMeansRouter(D, E, K)
         attachment = attach(nn.Sequential(router), torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+        short_timeout(HANGS_S)
         if rank == 1:
+            wait_for(about_to)
             if case == "dies":
                 os._exit(7)
-            time.sleep(6)  # until rank 0 has given up
+            wait_for(done)
         else:
             router.train()(torch.randn(8, D))
+            about_to.touch()
             start = time.monotonic()
             try:
                 attachment.commit()
             except RuntimeError as error:
                 told[case] = (time.monotonic() - start, str(error), int(router.pending.num_tokens))
-            time.sleep(max(0.0, start + 6 - time.monotonic()))
+            done.touch()
         dist.destroy_process_group()
     torch.save(told, Path(folder) / "told.pt")
 
@@ -175,16 +193,16 @@ def test_a_rank_that_hangs_or_dies_ends_the_others(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(TIMEOUT_S)
         assert not process.is_alive()
     assert [process.exitcode for process in processes] == [0, 7]
     told = torch.load(tmp_path / "told.pt")
     assert list(told) == ["hangs", "dies"]
     for case, (seconds, message, pending) in told.items():
         assert message, case
-        assert seconds < 5, case
+        assert seconds < TIMEOUT_S / 2, case
         assert pending == 8, case
-    assert told["hangs"][0] > 2
+    assert told["hangs"][0] > HANGS_S / 2
 
 
 def copies(rank: int) -> bool:
