@@ -153,6 +153,8 @@ def loss_curves(
 def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
     """Cosine between the directions of every two experts, routers down, layers across.
 
+    Experts of like directions stand side by side, so that those which ask for the same tokens make a block.
+
     Args:
         similarities: router name -> (L, E, E) pairwise cosines in [-1, 1].
 
@@ -170,19 +172,31 @@ def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
             if layer >= panel.shape[0]:
                 axis.set_axis_off()
                 continue
-            axis.imshow(panel[layer].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+            order = _by_likeness(panel[layer])
+            axis.imshow(panel[layer][order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             off_diagonal = (panel[layer].sum() - panel[layer].trace()) / max(1, num_experts * (num_experts - 1))
             # Adding 0 turns a rounded -0.0 into 0.0.
             axis.set_title(f"layer {layer}: {round(float(off_diagonal), 2) + 0.0:+.2f}", fontsize=FONT_SIZE - 1)
-            ticks = [0, num_experts - 1]
-            axis.set_xticks(ticks)
-            axis.set_yticks(ticks if layer == 0 else [])
-        axes[row, 0].set_ylabel(f"{name.replace(', ', chr(10))}\nexpert")
-    for axis in axes[-1]:
-        axis.set_xlabel("expert")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[row, 0].set_ylabel(f"{name.replace(', ', chr(10))}\n{num_experts} experts")
     figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of two directions", aspect=30)
     figure.suptitle("Similarity of the experts' directions (number: mean off the diagonal)", fontsize=FONT_SIZE + 1)
+    figure.supxlabel(
+        "A square is two experts, like ones side by side. A dark red block: they ask for the same tokens.",
+        fontsize=FONT_SIZE - 1,
+    )
     return figure
+
+
+def _by_likeness(cosine_EE: Tensor) -> Tensor:
+    """An order (E,) in which each expert is followed by the one most like it of those that are left."""
+    left = cosine_EE.nan_to_num(-2.0).clone()
+    order = [0]
+    for _ in range(len(left) - 1):
+        left[:, order[-1]] = -torch.inf
+        order.append(int(left[order[-1]].argmax()))
+    return torch.tensor(order)
 
 
 def new_figure(height_in: float) -> Figure:

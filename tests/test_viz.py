@@ -99,9 +99,22 @@ def test_direction_similarity_names_layers_and_means() -> None:
         "layer 0: +0.50",
     ]
     assert first.images[0].get_clim() == (-1, 1)
-    assert first.get_ylabel() == "K-Means\nsign\nexpert"
-    assert third.get_xlabel() == "expert"
+    assert first.get_ylabel() == "K-Means\nsign\n2 experts"
+    assert "A dark red block: they ask for the same tokens" in figure.get_supxlabel()
     assert "cosine" in figure.axes[-1].get_ylabel()
+
+
+def test_experts_of_like_directions_stand_side_by_side() -> None:
+    """Two groups whose ids alternate come out as two blocks, whatever the diagonal."""
+    group = torch.arange(6) % 2
+    cosine = torch.where(group[:, None] == group, 0.9, -0.2).fill_diagonal_(1.0)
+    (first, *_) = panels(drawn(viz.direction_similarity({"a": cosine[None]})))
+    shown = torch.as_tensor(first.images[0].get_array().data)
+    assert (shown[:3, :3] > 0.5).all()
+    assert (shown[3:, 3:] > 0.5).all()
+    assert (shown[:3, 3:] < 0).all()
+    cosine[2] = cosine[:, 2] = torch.nan
+    viz.direction_similarity({"a": cosine[None]})
 
 
 def test_pictures_leave_the_global_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:

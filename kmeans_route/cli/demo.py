@@ -1,7 +1,8 @@
-"""The demonstration: three routers from the same weights on the same text, compared."""
+"""The demonstration: three routers from the same weights on the same text, a step of each in turn, compared."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +13,24 @@ from typing import Any
 from kmeans_route.cli import places
 from kmeans_route.cli.info import environment
 from kmeans_route.cli.output import Output, duration
-from kmeans_route.cli.train import train_run
+from kmeans_route.cli.train import Stopped
+from kmeans_route.lm.checkpoint import save_checkpoint
 from kmeans_route.lm.config import TrainConfig
-from kmeans_route.lm.data import load_corpus
+from kmeans_route.lm.data import Corpus, load_corpus
 from kmeans_route.lm.report import write_report
-from kmeans_route.lm.results import Run, means, table_rows, verdicts
+from kmeans_route.lm.results import (
+    QUALITY_PAGE,
+    Run,
+    conclusion,
+    means,
+    pair_times,
+    quality_rows,
+    quality_title,
+    routing_rows,
+    summarize,
+    verdicts,
+)
+from kmeans_route.lm.trainer import Trainer, stop_on_signal
 
 DEMO_STEPS = 250
 CONTESTANTS: tuple[dict[str, Any], ...] = (
@@ -45,26 +59,23 @@ def demo(base: TrainConfig, text: Sequence[Path], seeds: list[int], out: Path, o
     )
     runs: list[Run] = []
     for seed in seeds:
-        for contestant in CONTESTANTS:
-            config = replace(base, seed=seed, **contestant)
-            folder = out / places.INTERRUPTED / f"{config.router}-seed{seed}"
-            runs.append(train_run(config, corpus, output, folder, save_final=False))
+        runs += race([replace(base, seed=seed, **contestant) for contestant in CONTESTANTS], corpus, out, output)
     facts = environment()
     paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=facts)
-    time_s, checks = time.monotonic() - start, verdicts(runs)
-    spread = ", mean ± standard deviation over seeds" if len(seeds) > 1 else ""
-    output.table(f"Same weights, same text, three routers{spread}", *table_rows(runs))
-    if len(seeds) == 1:
-        output.note("one seed decides neither of these; `make demo-seeds` asks them of three, at 800 steps:")
-    for check in checks:
-        output.note(f"check {'passed' if check['passed'] else 'FAILED'}: {check['text']}")
+    time_s = time.monotonic() - start
+    output.table("What this run can tell", *routing_rows(runs))
+    output.table(quality_title(runs), *quality_rows(runs))
+    for check in verdicts(runs):
+        output.note(f"{'yes' if check['passed'] else 'no'}: {check['text']}")
     output.note(f"report: {paths[-1]} ({duration(time_s)})")
+    output.note(f"{conclusion(runs)} {QUALITY_PAGE}.")
     output.document(
         {
             "command": "demo",
             "time_s": time_s,
             "means": means(runs),
-            "checks": checks,
+            "checks": verdicts(runs),
+            "conclusion": conclusion(runs),
             "runs": [
                 {"label": run["label"], "seed": run["config"]["seed"], "measures": run["measures"]} for run in runs
             ],
@@ -72,3 +83,38 @@ def demo(base: TrainConfig, text: Sequence[Path], seeds: list[int], out: Path, o
             "environment": facts,
         }
     )
+
+
+def race(configs: Sequence[TrainConfig], corpus: Corpus, out: Path, output: Output) -> list[Run]:
+    """Train all of them, a step of each in turn, so that whatever else the machine does falls on all alike.
+
+    The order is drawn anew for each round, the same in every run. A signal ends a whole round: it leaves a checkpoint
+    of each in `out`, and raises Stopped.
+
+    Returns: the figures of the runs, in order, with the step times paired by round.
+    """
+    trainers = [Trainer(config, corpus) for config in configs]
+    steps, seed = configs[0].steps, configs[0].seed
+    with output.progress(f"seed {seed}", steps) as update, stop_on_signal() as request:
+        for number in range(steps):
+            shuffled = list(trainers)
+            random.Random(number).shuffle(shuffled)
+            for trainer in shuffled:
+                trainer.train_step()
+            losses = " ".join(f"{trainer.history[-1]['loss_bits']:.2f}" for trainer in trainers)
+            update(number + 1, f"bits/byte {losses}")
+            if request.signum:
+                break
+    if request.signum and trainers[0].step < steps:
+        folders = [out / places.INTERRUPTED / f"{config.router}-seed{seed}" for config in configs]
+        for trainer, folder in zip(trainers, folders, strict=True):
+            save_checkpoint(folder, trainer.checkpoint())
+        raise Stopped(trainers[0], folders, request.signum)
+    runs = []
+    for trainer in trainers:
+        trainer.attachment.remove()
+        evaluation = trainer.evaluate()
+        trainer.history[-1]["validation_bits"] = evaluation.bits_per_byte
+        runs.append(summarize(trainer, evaluation))
+    pair_times(runs)
+    return runs

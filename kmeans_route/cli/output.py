@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,13 +46,19 @@ class Output:
             self._stdout.print(escape(text), soft_wrap=True, highlight=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> None:
-        """A table, its first column left, the others right where they hold numbers; dropped in JSON mode."""
+        """A table, its first column left, the others right where they hold numbers; dropped in JSON mode.
+
+        Headings take several lines where the table would be wider than the terminal.
+        """
         if self.json_mode:
             return
+        gap = 2 if self.plain else 3
+        columns = _headings(columns, rows, self._stdout.width - gap * (len(columns) - 1))
         if self.plain:
             self.note("\n".join(_plain_table(title, columns, rows, numbers=numbers)))
             return
         table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        table.show_edge = table.pad_edge = False
         for position, column in enumerate(columns):
             table.add_column(escape(column), justify="right" if position and numbers else "left", overflow="fold")
         for row in rows:
@@ -130,8 +137,34 @@ def _console(*, plain: bool, stderr: bool) -> Console:
     return Console(stderr=stderr, color_system=None, no_color=True, force_terminal=terminal, highlight=False)
 
 
+def _headings(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """The headings in as few lines as make the columns fit `width` together, four at most."""
+    bodies = [max((len(row[position]) for row in rows), default=0) for position in range(len(columns))]
+    folded = list(columns)
+    for most_lines in range(1, 5):
+        folded = [_folded(column, most_lines) for column in columns]
+        if sum(max(body, _width(text)) for body, text in zip(bodies, folded, strict=True)) <= width:
+            break
+    return folded
+
+
+def _folded(text: str, most_lines: int) -> str:
+    """The text in that many lines at most, as narrow as words allow."""
+    width = max(map(len, text.split()), default=1)
+    while len(lines := textwrap.wrap(text, width, break_on_hyphens=False)) > most_lines:
+        width += 1
+    return "\n".join(lines)
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool) -> list[str]:
-    cells = [list(columns), *(list(row) for row in rows)]
+    heads = [column.split("\n") for column in columns]
+    height = max(map(len, heads))
+    lowered = [[""] * (height - len(head)) + head for head in heads]
+    cells = [*map(list, zip(*lowered, strict=True)), *(list(row) for row in rows)]
     widths = [max(len(row[position]) for row in cells) for position in range(len(columns))]
     lines = [
         "  ".join(

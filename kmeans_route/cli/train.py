@@ -22,18 +22,21 @@ from kmeans_route.lm.trainer import Trainer, run_steps, stop_on_signal
 
 
 class Stopped(Exception):
-    """A signal has ended a run after a whole step, and its checkpoint lies in the folder."""
+    """A signal has ended runs after a whole step, and their checkpoints lie in the folders."""
 
-    def __init__(self, trainer: Trainer, folder: Path, signum: int) -> None:
+    def __init__(self, trainer: Trainer, folders: Sequence[Path], signum: int) -> None:
         super().__init__(f"stopped after step {trainer.step} of {trainer.config.steps}")
-        self.step, self.steps, self.folder, self.signum = trainer.step, trainer.config.steps, folder, signum
+        self.step, self.steps, self.folders, self.signum = trainer.step, trainer.config.steps, folders, signum
 
     def tell(self, output: Output) -> int:
         """Say where the checkpoint is and how to go on. Returns: the exit code, 128 + signal number."""
-        resume = f"kmeans-route train --resume --out {shlex.quote(str(self.folder))}"
-        output.note(f"{self}; checkpoint saved in {self.folder}")
-        output.note(f"continue with: {resume}")
-        facts = {"step": self.step, "steps": self.steps, "checkpoint": str(self.folder), "resume": resume}
+        told = []
+        for folder in self.folders:
+            resume = f"kmeans-route train --resume --out {shlex.quote(str(folder))}"
+            output.note(f"{self}; checkpoint saved in {folder}")
+            output.note(f"continue with: {resume}")
+            told.append({"checkpoint": str(folder), "resume": resume})
+        facts = {"step": self.step, "steps": self.steps, **told[0], "checkpoints": told}
         output.document({"interrupted": True, **facts})
         return 128 + self.signum
 
@@ -46,13 +49,11 @@ def train_run(
     *,
     checkpoint: Checkpoint | None = None,
     save_every: int = 0,
-    save_final: bool = True,
-    log_loads: bool = False,
 ) -> Run:
     """Train to the last step, from a checkpoint if one is given. Returns: the figures of the run.
 
-    Checkpoints go to `folder`, every `save_every` steps (0: none on the way), with `save_final` at the end, and always
-    where a signal stops the run, which raises Stopped. log_loads: write there what `watch` draws.
+    What `watch` draws and checkpoints go to `folder`: every `save_every` steps (0: none on the way), at the end, and
+    where a signal stops the run, which raises Stopped.
     """
     trainer = Trainer(config, corpus)
     if checkpoint is not None:
@@ -61,22 +62,20 @@ def train_run(
     def save() -> None:
         save_checkpoint(folder, trainer.checkpoint())
 
-    log = LoadLog(folder, trainer) if log_loads else None
+    log = LoadLog(folder, trainer)
     # Short, so that a progress line fits 80 columns.
     description = f"{config.label.split(',')[0]}, seed {config.seed}"
     with output.progress(description, config.steps, trainer.step) as update, stop_on_signal() as request:
 
         def on_step(record: dict[str, Any]) -> None:
-            if log is not None:
-                log.add(record)
+            log.add(record)
             max_vio = statistics.fmean(record["max_vio"])
             update(record["step"], f"loss {record['loss_bits']:.3f} bits/byte, MaxVio {max_vio:.2f}")
 
         done = run_steps(trainer, request, on_step=on_step, save=save, save_every=save_every)
-        if save_final or not done:
-            save()
+        save()
     if not done:
-        raise Stopped(trainer, folder, request.signum)
+        raise Stopped(trainer, [folder], request.signum)
     trainer.attachment.remove()
     evaluation = trainer.evaluate()
     trainer.history[-1]["validation_bits"] = evaluation.bits_per_byte
@@ -128,7 +127,7 @@ def train(
     output.note(
         f"{config.label}: {config.steps} steps of {config.batch * config.seq_len} bytes on {corpus.label}{where}"
     )
-    result = train_run(config, corpus, output, out, checkpoint=checkpoint, save_every=save_every, log_loads=True)
+    result = train_run(config, corpus, output, out, checkpoint=checkpoint, save_every=save_every)
     facts, files = environment(), list[Path]()
     if find_spec("matplotlib") is not None:
         files = write_report([result], out, title=f"Training with {config.label}", environment=facts)

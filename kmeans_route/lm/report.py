@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kmeans_route import viz
 from kmeans_route.lm.checkpoint import write_atomically
-from kmeans_route.lm.results import Run, group_by_label, table_rows, to_json, verdicts
+from kmeans_route.lm.results import (
+    QUALITY_PAGE,
+    Run,
+    conclusion,
+    group_by_label,
+    quality_rows,
+    quality_title,
+    routing_rows,
+    table_rows,
+    to_json,
+    verdicts,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +63,7 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
     groups = group_by_label(runs)
     first = {label: group[0] for label, group in groups.items()}
     several = any(len(group) > 1 for group in groups.values())
+    other_seed = "" if several or len(groups) == 1 else " Another seed may order the lines otherwise."
     of_seed = f" Seed {runs[0]['config']['seed']}." if several else ""
     max_vio = {
         label: [[statistics.fmean(record["max_vio"]) for record in run["history"]] for run in group]
@@ -64,7 +77,8 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
             "load",
             "Load by layer and expert",
             "How much of the validation text each expert received, against a fair share of 1: white is fair, orange is "
-            f"overloaded, purple underused. One colour scale for all routers.{of_seed}",
+            "overloaded, purple underused. A router is even where its whole panel is pale. One colour scale for all "
+            f"routers.{of_seed}",
             viz.load_heatmap({label: run["layers"]["load"] for label, run in first.items()}),
         ),
         Picture(
@@ -79,14 +93,17 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
             "Loss while training",
             "Bits needed for the next byte, without auxiliary losses; markers are passes over held-out files. "
             "Lower is better. Below, the same curves minus K-Means': every router reads the same batches, so their "
-            "common noise cancels.",
+            f"common noise cancels.{other_seed}",
             viz.loss_curves(loss, _validation_points(groups), window=_CURVE_WINDOW),
         ),
         Picture(
             "directions",
             "Similarity of the experts' directions",
-            "Cosine between the centroids (K-Means) or router rows (learned) of every two experts in each layer. "
-            f"1 means that two experts ask for the same tokens.{of_seed}",
+            "Cosine between the centroids (K-Means) or router rows (learned) of every two experts in each layer, "
+            "experts of like directions side by side. The diagonal is each expert with itself. A dark red block on it "
+            "is a group of experts that ask for the same tokens, so they act as one; K-Means experts that are always "
+            "chosen together become such a block. Pale off the diagonal means that experts differ. The table's "
+            f"effective experts count them as one too.{of_seed}",
             viz.direction_similarity({label: run["layers"]["direction_cosine"] for label, run in first.items()}),
         ),
     ]
@@ -118,7 +135,10 @@ def write_report(runs: Sequence[Run], folder: Path, *, title: str, environment: 
         written.append(folder / f"{picture.name}.png")
         images.append((picture, write_picture(written[-1], picture.figure)))
     written.append(folder / PAGE)
-    write_atomically(written[-1], render(runs, images, title=title, environment=environment).encode())
+    study = Path(__file__).resolve().parents[2] / QUALITY_PAGE  # there in a clone alone
+    link = os.path.relpath(study, folder.resolve()) if study.exists() else ""
+    page = render(runs, images, title=title, environment=environment, quality_page=link)
+    write_atomically(written[-1], page.encode())
     return written
 
 
@@ -131,13 +151,18 @@ def write_picture(path: Path, figure: Figure) -> bytes:
 
 
 def render(
-    runs: Sequence[Run], images: Sequence[tuple[Picture, bytes]], *, title: str, environment: dict[str, Any]
+    runs: Sequence[Run],
+    images: Sequence[tuple[Picture, bytes]],
+    *,
+    title: str,
+    environment: dict[str, Any],
+    quality_page: str = "",
 ) -> str:
-    """The page: verdicts, table, pictures inside it, and what was run. It loads nothing from anywhere."""
+    """The page: tables, pictures inside it, and what was run. It loads nothing from anywhere.
+
+    quality_page: where the page of the study lies, seen from this one; "" gives its name alone.
+    """
     escape = html.escape
-    columns, rows = table_rows(runs)
-    head = "".join(f"<th scope='col'>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     figures = "".join(
         f"<h2>{escape(picture.heading)}</h2><figure>"
         f"<img alt='{escape(picture.heading)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
@@ -148,12 +173,34 @@ def render(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>"
-        f"<p>{escape(_summary(runs))}</p>{_checks(runs)}"
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<p class='soft'>{escape(_reading(runs))}</p>{figures}"
+        f"<p>{escape(_summary(runs))}</p>{_tables(runs)}{figures}{_closing(runs, quality_page)}"
         f"<h2>What was run</h2><div class='scroll'><table><tbody>{_facts(runs, environment)}</tbody></table></div>"
         "</body></html>\n"
     )
+
+
+def _tables(runs: Sequence[Run]) -> str:
+    """Of routers that took turns, what the run can tell and what it cannot; else all measures."""
+    if "time_ratio" not in runs[0]["measures"]:
+        return f"{_table(*table_rows(runs))}<p class='soft'>{html.escape(_reading(runs))}</p>"
+    return (
+        f"<h2>What this run can tell</h2>{_table(*routing_rows(runs))}"
+        f"<p class='soft'>{html.escape(_reading(runs))}</p>"
+        f"<h2>{html.escape(quality_title(runs))}</h2>{_table(*quality_rows(runs))}{_checks(runs)}"
+    )
+
+
+def _closing(runs: Sequence[Run], page: str) -> str:
+    if "time_ratio" not in runs[0]["measures"]:
+        return ""
+    link = f"<a href='{html.escape(page, quote=True)}'>{QUALITY_PAGE}</a>" if page else QUALITY_PAGE
+    return f"<h2>In one sentence</h2><p>{html.escape(conclusion(runs))} {link}.</p>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -171,21 +218,25 @@ def _summary(runs: Sequence[Run]) -> str:
 def _reading(runs: Sequence[Run]) -> str:
     several = len({run["config"]["seed"] for run in runs}) > 1
     text = (
-        "MaxVio is the busiest expert's load over the mean load, minus 1, averaged over the layers. Runs this short "
-        "resolve no difference below about 0.05 bits per byte. Step times share the machine with whatever else ran."
+        "MaxVio is the busiest expert's load over the mean load, minus 1, averaged over the layers: 0 is even. "
+        "Effective experts count those that are always chosen together as one, mean over the layers. "
     )
+    if "time_ratio" in runs[0]["measures"]:
+        text += (
+            "The routers took their steps in turn, so whatever else the machine did fell on all alike; "
+            "step time / that of K-Means is the median over the rounds."
+        )
+    else:
+        text += "Step times share the machine with whatever else ran."
     return text + (" Numbers are mean ± standard deviation over the seeds." if several else "")
 
 
 def _checks(runs: Sequence[Run]) -> str:
-    labels = list(group_by_label(runs))
-    if len(labels) < 2 or not any(label.startswith("K-Means") for label in labels):
-        return ""
     items = "".join(
         f"<li class='{'yes' if check['passed'] else 'no'}'>{html.escape(check['text'])}</li>"
         for check in verdicts(runs)
     )
-    return f"<ul class='checks'>{items}</ul>"
+    return f"<ul class='checks'>{items}</ul>" if items else ""
 
 
 def _facts(runs: Sequence[Run], environment: dict[str, Any]) -> str:

@@ -34,14 +34,20 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("bits_per_byte", "validation bits per byte", 3),
     Measure("perplexity", "validation perplexity per byte", 2),
-    Measure("max_vio_train", f"MaxVio, training batches, last {TAIL_STEPS} steps", 3),
-    Measure("max_vio_validation", "MaxVio, validation, counts pooled", 3),
-    Measure("load_std", "load standard deviation, validation", 4),
-    Measure("dead_experts", "dead experts, validation", 0),
-    Measure("effective_experts", "effective experts, mean over layers", 1),
-    Measure("coupling", "router-expert coupling (correlation)", 2),
+    Measure("max_vio_train", f"MaxVio, training, last {TAIL_STEPS} steps", 3),
+    Measure("max_vio_validation", "MaxVio, validation, pooled", 3),
+    Measure("load_std", "load deviation, validation", 4),
+    Measure("dead_experts", "dead experts", 0),
+    Measure("effective_experts", "effective experts", 1),
+    Measure("coupling", "router-expert coupling", 2),
     Measure("time_ms", "time per step, median (ms)", 1),
+    Measure("time_ratio", "step time / that of K-Means", 2),
 )
+ROUTING = ("max_vio_train", "max_vio_validation", "dead_experts", "effective_experts", "time_ms", "time_ratio")
+"""Of these, what a run of one seed can tell."""
+QUALITY_PAGE = "docs/quality.md"
+STUDY = {"kmeans": "2.162 ± 0.020", "softmax": "2.124 ± 0.004", "sigmoid": "2.140 ± 0.001"}
+"""Validation bits per byte of the demo's routers after 800 steps, seeds 0, 1, 2: `make demo-seeds`, QUALITY_PAGE."""
 
 
 def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
@@ -88,19 +94,30 @@ def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def means(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """Label -> measure -> mean over that router's runs."""
     return {
-        label: {measure.key: statistics.fmean([run["measures"][measure.key] for run in group]) for measure in MEASURES}
+        label: {key: statistics.fmean([run["measures"][key] for run in group]) for key in group[0]["measures"]}
         for label, group in group_by_label(runs).items()
     }
 
 
-def table_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Column headings and rows of the comparison: measures down, routers across.
+def pair_times(runs: Sequence[Run]) -> None:
+    """Add to runs that took their steps in turn the measure time_ratio: the median over the rounds of (time of the step
+    / time of K-Means' step in that round)."""
+    ours = next(run for run in runs if run["config"]["router"] == "kmeans")
+    for run in runs:
+        rounds = zip(run["history"], ours["history"], strict=True)
+        run["measures"]["time_ratio"] = statistics.median(one["time_ms"] / other["time_ms"] for one, other in rounds)
+
+
+def table_rows(runs: Sequence[Run], keys: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Column headings and rows of the comparison: measures (of `keys`, if any) down, routers across.
 
     Of several seeds the mean ± sample standard deviation.
     """
     groups = group_by_label(runs)
     rows = []
     for measure in MEASURES:
+        if measure.key not in (keys or runs[0]["measures"]) or measure.key not in runs[0]["measures"]:
+            continue
         label = measure.label
         if measure.key == "dead_experts":
             label += f" (of {runs[0]['config']['layers'] * runs[0]['config']['experts']})"
@@ -109,8 +126,52 @@ def table_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["measure", *groups], rows
 
 
+def routing_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """The table of what a run can tell: balance, experts kept apart, time of a step."""
+    return table_rows(runs, ROUTING)
+
+
+def quality_title(runs: Sequence[Run]) -> str:
+    """What stands above `quality_rows`."""
+    if _one_seed(runs):
+        return f"What one seed cannot tell: quality. {QUALITY_PAGE} has three seeds"
+    return f"Quality, lower is better; differences below {BITS_MARGIN} are not resolved"
+
+
+def quality_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Bits per byte of this run, and those of the study beside it."""
+    columns, rows = table_rows(runs, ("bits_per_byte",))
+    routers = [group[0]["config"]["router"] for group in group_by_label(runs).values()]
+    return columns, [*rows, ["study: 800 steps, 3 seeds", *(STUDY.get(router, "n/a") for router in routers)]]
+
+
+def conclusion(runs: Sequence[Run]) -> str:
+    """One sentence, of what the run can tell, which ends with the page that tells the rest."""
+    averages = means(runs)
+    kmeans = next(label for label in averages if label.startswith("K-Means"))
+    learned = {label: values for label, values in averages.items() if label != kmeans}
+    even = min(learned, key=lambda label: learned[label]["max_vio_train"])
+    quick = min(learned, key=lambda label: learned[label]["time_ratio"])
+    return (
+        f"In training K-Means' fullest expert took {averages[kmeans]['max_vio_train']:.0%} more than a fair share, "
+        f"that of {even.partition(',')[0]} {learned[even]['max_vio_train']:.0%} more, and a step of "
+        f"{quick.partition(',')[0]} took "
+        f"{learned[quick]['time_ratio']:.2f} times as long as one of K-Means; which of them trains the better model, "
+        "and by how much, stands in"
+    )
+
+
+def _one_seed(runs: Sequence[Run]) -> bool:
+    return len({run["config"]["seed"] for run in runs}) == 1
+
+
 def verdicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The two questions of one K-Means router and at least one learned one, answered from the means: text, passed."""
+    """The two questions of one K-Means router and at least one learned one, answered from the means: text, passed.
+
+    None of a single seed, which decides neither.
+    """
+    if _one_seed(runs):
+        return []
     averages = means(runs)
     kmeans = next(label for label in averages if label.startswith("K-Means"))
     learned = {label: values for label, values in averages.items() if label != kmeans}

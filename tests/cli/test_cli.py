@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from kmeans_route.cli.output import Output, duration, to_json
 from kmeans_route.lm import results
 from kmeans_route.lm.checkpoint import load_checkpoint
 from kmeans_route.lm.config import TrainConfig
+from kmeans_route.lm.data import load_corpus
+from kmeans_route.lm.trainer import Trainer
 from tests.conftest import INTERPRETED
 from tests.helpers.commands import Terminal, invoke, write_text
 
@@ -34,6 +37,7 @@ SIZES = {"layers": 2, "hidden": 16, "heads": 2, "experts": 4, "expert_hidden": 1
 SIZES |= {"eval_bytes": 512}
 TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 ESCAPE = "\x1b"
+QUALITY = Path(kmeans_route.__file__).resolve().parents[1] / "docs" / "quality.md"
 
 
 @pytest.fixture
@@ -61,6 +65,7 @@ def test_demo_writes_a_report_that_needs_nothing_else(text: Path, tmp_path: Path
     code, document = invoke(*arguments)
     assert code == 0
     assert [run["seed"] for run in document["runs"]] == [0, 0, 0, 3, 3, 3]
+    assert len(document["checks"]) == 2
     labels = ["K-Means, proportional", "softmax, aux loss 0.01", "sigmoid, loss-free sign"]
     assert list(document["means"]) == labels
     bits = [run["measures"]["bits_per_byte"] for run in document["runs"] if run["label"] == labels[0]]
@@ -68,6 +73,12 @@ def test_demo_writes_a_report_that_needs_nothing_else(text: Path, tmp_path: Path
 
     page = (out / "report.html").read_text()
     assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    (link,) = re.findall(r"<a href='([^']+)'>docs/quality.md</a>", page)
+    assert (out / link).resolve() == QUALITY
+    captions = re.findall(r"</h2><figure><img[^>]+><figcaption>(.*?)</figcaption>", page)
+    assert len(captions) == 4
+    assert all(caption.endswith(".") for caption in captions)
+    assert "A dark red block on it is a group of experts that ask for the same tokens" in captions[3]
     embedded = [base64.b64decode(data) for data in re.findall(r"src='data:image/png;base64,([^']+)'", page)]
     assert len(embedded) == page.count("<img") == 4
     assert {path.read_bytes() for path in out.glob("*.png")} == set(embedded)
@@ -84,16 +95,87 @@ def test_demo_writes_a_report_that_needs_nothing_else(text: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_demo_prints_the_table_and_the_checks(text: Path, tmp_path: Path) -> None:
+def test_demo_tells_what_one_seed_can_tell_and_no_more(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     code, said = invoke("demo", "--text", text, "--steps", 6, "--out", out, "--threads", 1, "--plain")
     assert code == 0
     assert ESCAPE not in said
     assert not set(said) & set("│┃━─╭╰")
+    can, cannot = said.split("What one seed cannot tell: quality.")
     for measure in results.MEASURES:
-        assert measure.label in said
-    assert len(re.findall(r"^check (?:passed|FAILED): K-Means", said, flags=re.MULTILINE)) == 2
-    assert str(out / "report.html") in said
+        assert (measure.label in can) == (measure.key in results.ROUTING)
+    assert re.search(r"^step time / that of K-Means +1\.00 ", can, flags=re.MULTILINE)
+    assert "validation bits per byte" in cannot
+    assert re.search(r"^study: 800 steps, 3 seeds +2\.\d{3} ± ", cannot, flags=re.MULTILINE)
+    assert not re.search(r"FAILED|passed|^(yes|no): ", said, flags=re.MULTILINE)
+    tables = said.partition("What this run")[2].partition("report:")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    *_, place, last = said.splitlines()
+    assert str(out / "report.html") in place
+    assert last.startswith("In training K-Means' fullest expert took ")
+    assert last.endswith("stands in docs/quality.md.")
+    assert ". " not in last, "one sentence"
+    page = (out / "report.html").read_text()
+    assert "What one seed cannot tell" in page
+    assert "class='no'" not in page
+
+
+def test_the_figures_of_the_study_are_those_of_its_page() -> None:
+    section = QUALITY.read_text().partition("## A shorter study: `make demo-seeds`")[2]
+    (row,) = re.findall(r"^\| validation bits per byte \| (.*) \|$", section, flags=re.MULTILINE)
+    assert [cell.strip("* ") for cell in row.split("|")] == list(results.STUDY.values())
+    assert list(results.STUDY) == [contestant["router"] for contestant in demonstration.CONTESTANTS]
+    assert re.search(r"800 steps.* seeds\s+0, 1, 2", section)
+
+
+def test_contestants_take_turns_and_their_times_are_paired(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trains as it would alone; a machine that slows down as it goes on slows all of them."""
+    turns: list[str] = []
+    train_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> dict[str, object]:
+        record = train_step(trainer)
+        turns.append(trainer.config.router)
+        record["time_ms"] = {"kmeans": 4.0, "softmax": 2.0, "sigmoid": 3.0}[trainer.config.router] * trainer.step**2
+        return record
+
+    configs = [TrainConfig(router=router, steps=5, **SIZES) for router in ("kmeans", "softmax", "sigmoid")]
+    corpus = load_corpus([text])
+    monkeypatch.setattr(Trainer, "train_step", step)
+    runs = demonstration.race(configs, corpus, tmp_path, Output(json_mode=True))
+    rounds = [turns[start : start + 3] for start in range(0, 15, 3)]
+    assert all(set(one) == {"kmeans", "softmax", "sigmoid"} for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 1, "the order is drawn anew"
+    assert [run["measures"]["time_ratio"] for run in runs] == [1.0, 0.5, 0.75]
+    for config, run in zip(configs, runs, strict=True):
+        alone = Trainer(config, corpus)
+        for _ in range(5):
+            alone.train_step()
+        assert [record["loss_bits"] for record in run["history"]] == [record["loss_bits"] for record in alone.history]
+
+
+def test_a_stopped_demo_leaves_a_checkpoint_of_each(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> dict[str, object]:
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGINT) if trainer.config.router == "softmax" else None
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(commands, "TrainConfig", lambda **options: TrainConfig(**{**options, **SIZES}))
+    out = tmp_path / "report"
+    code, document = invoke("demo", "--text", text, "--steps", 6, "--out", out, "--threads", 1, "--json")
+    assert code == 130
+    assert document["step"] == 3
+    folders = [Path(one["checkpoint"]) for one in document["checkpoints"]]
+    assert [folder.name for folder in folders] == ["kmeans-seed0", "softmax-seed0", "sigmoid-seed0"]
+    assert [load_checkpoint(folder).step for folder in folders] == [3, 3, 3]
+    assert document["resume"] == f"kmeans-route train --resume --out {folders[0]}"
 
 
 def test_demo_refusals(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +192,7 @@ def test_demo_refusals(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def run_of(label: str, bits: float, max_vio: float) -> results.Run:
     measures = {measure.key: 0.0 for measure in results.MEASURES}
     measures |= {"bits_per_byte": bits, "max_vio_validation": max_vio}
-    return {"label": label, "measures": measures, "config": {"layers": 2, "experts": 4}}
+    return {"label": label, "measures": measures, "config": {"layers": 2, "experts": 4, "seed": int(100 * bits)}}
 
 
 def test_verdicts_can_pass_and_fail() -> None:
@@ -121,6 +203,8 @@ def test_verdicts_can_pass_and_fail() -> None:
     assert "+0.040 (softmax)" in good[1]["text"]
     bad = results.verdicts([run_of("K-Means", 2.2, 0.3), *learned])
     assert [check["passed"] for check in bad] == [False, False]
+    one_seed = [{**run, "config": {**run["config"], "seed": 0}} for run in [run_of("K-Means", 2.2, 0.3), *learned]]
+    assert results.verdicts(one_seed) == []
 
 
 def test_table_shows_mean_and_spread_over_seeds() -> None:
@@ -129,9 +213,9 @@ def test_table_shows_mean_and_spread_over_seeds() -> None:
     assert columns == ["measure", "K-Means", "softmax"]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["validation bits per byte"] == ["2.500 ± 0.707", "2.500"]
-    assert cells["dead experts, validation (of 8)"][0] == "0.0 ± 0.0"
+    assert cells["dead experts (of 8)"][0] == "0.0 ± 0.0"
     runs[0]["measures"]["coupling"] = float("nan")
-    assert results.table_rows(runs)[1][7] == ["router-expert coupling (correlation)", "n/a", "0.00"]
+    assert results.table_rows(runs)[1][7] == ["router-expert coupling", "n/a", "0.00"]
 
 
 # Train
