@@ -4,9 +4,10 @@ Options are checked at construction, tensors at the call. ValueError for shape a
 RuntimeError for device and state.
 """
 
+import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,23 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}: choose one of these")
+
+
+def check_module(name: str, value: object, remedy: str = "pass the model") -> None:
+    """Raise TypeError unless `value` is a module."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}: {remedy}")
+
+
+def check_option_names(owner: str, given: Iterable[str], taken: Collection[str]) -> None:
+    """Raise TypeError unless all names `given` to `owner` are among those that it has `taken` from its signature."""
+    for name in given:
+        if name not in taken:
+            near = difflib.get_close_matches(name, taken, 1)
+            raise TypeError(
+                f"{owner} must get options among {', '.join(sorted(taken))}, got {name!r}: "
+                f"{f'did you mean {near[0]!r}?' if near else 'leave it out'}"
+            )
 
 
 def check_positive_int(name: str, value: int) -> None:
@@ -91,6 +109,20 @@ def check_route_options(
             f"{kept * (num_experts // groups)}: raise topk_group or lower top_k"
         )
     return RouteOptions(top_k, gate, float(tau), bool(normalize), float(scaling), groups, kept, group_score)
+
+
+def check_centroids(weight: Tensor) -> None:
+    """Raise unless `weight` is a floating point matrix of at least one row and column."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight must be a torch.Tensor, got {type(weight).__name__}: "
+            f"{FOREIGN.get(type(weight).__name__, 'pass one centroid a row')}"
+        )
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be a floating point (E, D) matrix of at least one row and column, got {weight.dtype} "
+            f"{tuple(weight.shape)}: pass one centroid a row"
+        )
 
 
 def flatten_hidden_states(x: Tensor, hidden_size: int) -> Tensor:

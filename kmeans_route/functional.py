@@ -8,6 +8,7 @@ from kmeans_route.checks import (
     ACCUMULATES,
     DEFAULT_TAU,
     check_bias,
+    check_centroids,
     check_choice,
     check_device,
     check_indices,
@@ -59,11 +60,7 @@ def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (E, D) in `dtype`: c_e / ||c_e||, or 0 where ||c_e|| < 1e-12 or not finite. No gradient.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight must be a floating point (E, D) matrix, got {weight.dtype} {tuple(weight.shape)}: "
-            "pass one centroid a row"
-        )
+    check_centroids(weight)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}: pass the dtype of the hidden states")
     return ops.directions(weight, dtype, backends.choose("auto", weight.device, dtype))
@@ -94,7 +91,9 @@ def route(
     `directions` where they are given and require one; none reaches the centroids or the bias.
 
     Args:
-        x: hidden states (..., D), floating point; T is the product of the leading dimensions.
+        x: hidden states (..., D), floating point; T is the product of the leading dimensions. A token has a direction,
+            and is valid, where the sum of its squares is at least 1e-30 (a norm of 1e-15) and finite in fp32; any other
+            gets weights 0 and is not counted.
         weight: centroids (E, D), any scale; only their directions matter.
         top_k: experts a token, in [1, E].
         expert_bias: (E,) added to the scores for selection only, never for the gates; None for 0. Values beyond
@@ -127,11 +126,7 @@ def route(
         >>> kmeans_route.route(x, centroids, top_k=1).indices.flatten().tolist()
         [0, 1, 2]
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight must be a floating point (E, D) matrix, got {weight.dtype} {tuple(weight.shape)}: "
-            "pass one centroid a row"
-        )
+    check_centroids(weight)
     num_experts = weight.shape[0]
     options = check_route_options(
         num_experts,
@@ -160,7 +155,16 @@ def route(
     return routed.routing(want_scores=return_scores)
 
 
+def _check_given(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        made_by = kind.__name__.lower().replace("routing", "route")
+        raise TypeError(
+            f"{name} must be a {kind.__name__}, got {type(value).__name__}: pass what kmeans_route.{made_by} returns"
+        )
+
+
 def _check_routing(x: Tensor, routing: Routing) -> Tensor:
+    _check_given("routing", routing, Routing)
     x_TD = flatten_hidden_states(x, x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0)
     if x_TD.shape[0] != routing.indices.shape[0]:
         raise ValueError(
@@ -209,6 +213,8 @@ def combine(y_sorted: Tensor, routing: Routing, dispatch: Dispatch, *, backend: 
     Raises:
         ValueError: y_sorted has not T*K rows. RuntimeError: another device.
     """
+    _check_given("routing", routing, Routing)
+    _check_given("dispatch", dispatch, Dispatch)
     rows = routing.indices.numel()
     check_plain("y_sorted", y_sorted)
     if y_sorted.dim() != 2 or y_sorted.shape[0] != rows:

@@ -5,6 +5,7 @@ Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V ids: the 256 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from typing import Any
@@ -145,7 +146,9 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     known = [name for name in taken if name not in OWN]
     unknown = sorted(set(config.router_options) - set(known))
     if unknown:
-        raise ValueError(f"router_options must be among {', '.join(known)}, got {', '.join(unknown)}")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out"
+        raise ValueError(f"router_options must be among {', '.join(known)}, got {', '.join(unknown)}: {remedy}")
     return options | config.router_options
 
 

@@ -5,6 +5,8 @@ decides routing never changes between a forward and its recomputation.
 """
 
 import hashlib
+import inspect
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,6 +27,31 @@ def seed_for(seed: int, name: str) -> int:
     """A seed in [0, 2^63) from (seed, name), equal on every rank and Python version."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def called(router: "StatefulRouter") -> str:
+    """The router in words: by its name, else by that which it has in the model that it is attached in."""
+    attached = getattr(router.attachment, "routers", {})
+    name = router.name or next((name for name, each in attached.items() if each is router), "")
+    size = f"{router.num_experts} experts, hidden size {router.hidden_size}"
+    return f"router {name!r}" if name else f"a {type(router).__name__} without a name ({size})"
+
+
+def option_names(router: "type[StatefulRouter]") -> set[str]:
+    """What the constructor takes by name alone."""
+    parameters = inspect.signature(router).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+OF_TOKENS = ("maxvio", "load_", "dead_experts", "effective_experts", "score_std", "centroid_drift")
+"""Beginnings of the names of metrics that say something of the tokens of a commit."""
+
+
+def scalars(values: Mapping[str, Any], tokens_per_expert: Tensor) -> dict[str, float]:
+    """Metrics as numbers; where no token has been committed, NaN for those that would tell of tokens."""
+    if bool(tokens_per_expert.any()):
+        return {name: float(value) for name, value in values.items()}
+    return {name: math.nan if name.startswith(OF_TOKENS) else float(value) for name, value in values.items()}
 
 
 def _undo_casts(buffers: dict[str, Tensor | None], own: dict[str, torch.dtype]) -> list[str]:
@@ -210,7 +237,7 @@ class StatefulRouter(nn.Module):
         """
         if ops.in_backward():
             raise RuntimeError(
-                f"router {self.name!r} must commit outside of a backward pass, got commit() inside of one, so that a "
+                f"{called(self)} must commit outside of a backward pass, got commit() inside of one, so that a "
                 "recomputation would route by another state than its forward: call it after backward() has returned, "
                 "or kmeans_route.attach(model, optimizer), which waits for the end"
             )
@@ -248,7 +275,7 @@ class StatefulRouter(nn.Module):
         counting = self.training and torch.is_grad_enabled() if active is None else active
         if counting and (how := ops.traced()):
             raise RuntimeError(
-                f"router {self.name!r} must be in eval mode to be {how}, got training mode: what comes of it would add "
+                f"{called(self)} must be in eval mode to be {how}, got training mode: what comes of it would add "
                 "to this router's statistics; call model.eval() first"
             )
         if counting and self.learns and not torch.compiler.is_compiling():
@@ -281,13 +308,13 @@ class StatefulRouter(nn.Module):
         remedy = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
         if not (self._warned or self._commits_by_hand):
             self._warned = True
-            warnings.warn(f"router {self.name!r} trains but nothing commits its statistics: {remedy}", stacklevel=5)
+            warnings.warn(f"{called(self)} trains but nothing commits its statistics: {remedy}", stacklevel=5)
 
     def _warn_gathers_nothing(self, remedy: str) -> None:
         if not (self._has_gathered or self._warned):
             self._warned = True
             warnings.warn(
-                f"router {self.name!r} gathers nothing: its forward ran without gradients, as reentrant activation "
+                f"{called(self)} gathers nothing: its forward ran without gradients, as reentrant activation "
                 f"checkpointing runs it: {remedy}, or checkpoint with use_reentrant=False",
                 stacklevel=6,
             )
@@ -310,9 +337,9 @@ class StatefulRouter(nn.Module):
         if self._cast and not torch.compiler.is_compiling() and not self._told_of_cast:
             self._told_of_cast = True
             warnings.warn(
-                f"a router's state must keep its dtypes, got {', '.join(self._cast)}: they are as they were again, but "
-                "their values rounded; leave buffers out of the cast (FSDP: buffer_dtype=None), since an average in "
-                "bf16 stalls",
+                f"the state of {called(self)} must keep its dtypes, got {', '.join(self._cast)}: they are as they were "
+                "again, but their values rounded; leave buffers out of the cast (FSDP: buffer_dtype=None), since an "
+                "average in bf16 stalls",
                 stacklevel=2,
             )
 
@@ -342,7 +369,7 @@ class StatefulRouter(nn.Module):
         pending = self.pending.num_tokens
         if not pending.is_meta and int(pending):
             warnings.warn(
-                f"router {self.name!r} is saved with {int(pending)} tokens pending, which a state dict does not hold: "
+                f"{called(self)} is saved with {int(pending)} tokens pending, which a state dict does not hold: "
                 "save right after an optimizer step",
                 stacklevel=2,
             )
@@ -380,7 +407,7 @@ class StatefulRouter(nn.Module):
         pending = self.pending.num_tokens
         if not pending.is_meta and int(pending):
             warnings.warn(
-                f"router {self.name!r} drops {int(pending)} pending tokens: they belong to the state that is replaced",
+                f"{called(self)} drops {int(pending)} pending tokens: they belong to the state that is replaced",
                 stacklevel=2,
             )
         self.pending.clear_()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kmeans_route import backends, metrics, reference
 from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
-from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.base import StatefulRouter, called, scalars
 from kmeans_route.routing.loading import CentroidState
 from kmeans_route.routing.pending import Pending
 from kmeans_route.types import RouterState
@@ -108,14 +108,17 @@ class CentroidCommit(CentroidState):
         if enough and few and self.commit_options.directions == "centroids" and not self._told_of_collapse:
             self._told_of_collapse = True
             warnings.warn(
-                f"router {self.name!r} must not have its experts chosen together, got {float(found):.1f} effective "
+                f"{called(self)} must not have its experts chosen together, got {float(found):.1f} effective "
                 f'experts of {self.num_experts}: use directions="whitened", which keeps them apart',
                 stacklevel=3,
             )
         return found
 
     def metrics(self) -> dict[str, float]:
-        """Flat scalars of the last committed step, for any logger. Reads values back: not for the routing path."""
+        """Flat scalars of the last committed step, for any logger: NaN before the first where they need its tokens.
+
+        Reads values back: not for the routing path.
+        """
         self._move_plain_tensors()
         counts = self.tokens_per_expert
         bias = self.expert_bias
@@ -133,7 +136,7 @@ class CentroidCommit(CentroidState):
             "steps": self.steps,
             "dropped_total": self.dropped_total,
         }
-        return {name: float(value) for name, value in values.items()}
+        return scalars(values, counts)
 
 
 def _parted(rows: Tensor, weight: Tensor) -> Tensor:

@@ -28,15 +28,25 @@ class Experts(nn.Module):
 
     Args:
         num_experts, hidden_size, intermediate_size: E, D, I.
+        device, dtype: of the weights; None for torch's defaults.
 
     Shape:
         x_sorted (M, D), offsets (E+1,) int32 -> (M, D). Rows at offsets[E] and after may hold anything and come out 0.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        gate_up, down = (num_experts, 2 * intermediate_size, hidden_size), (num_experts, hidden_size, intermediate_size)
+        self.gate_up = nn.Parameter(torch.empty(gate_up, device=device, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(down, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,10 +76,17 @@ class Experts(nn.Module):
 class SharedExpert(nn.Module):
     """One SwiGLU network that sees every token, (T, D) -> (T, D); hidden_size D, intermediate_size I."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False, device=device, dtype=dtype)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -16,10 +16,11 @@ from kmeans_route.checks import (
     WHITENED_TAU,
     check_bias,
     check_choice,
+    check_option_names,
     check_range,
     check_route_options,
 )
-from kmeans_route.routing.base import seed_for
+from kmeans_route.routing.base import called, option_names, seed_for
 from kmeans_route.routing.commit import CentroidCommit, point
 from kmeans_route.types import CommitOptions, Dispatch, Replay, Routed, Routing, Statistics, Tokens, Wanted
 
@@ -73,7 +74,7 @@ class KMeansRouter(CentroidCommit):
         device: where the state is made; "meta" for a later `to_empty` and `reset_parameters`.
 
     Shape:
-        x: (..., D). weights, indices: (T, K), T the product of the leading dimensions. scores: (T, E).
+        x: (..., D), tokens of norm below 1e-15 or not finite are left out. weights, indices: (T, K). scores: (T, E).
 
     Copies (deepcopy, pickle, AveragedModel) are not attached. `torch.optim.swa_utils.AveragedModel` with its default
     use_buffers=False takes over the latest state at each update, which is an average in itself: the one to evaluate
@@ -171,6 +172,7 @@ class KMeansRouter(CentroidCommit):
             )
         if weight.dim() != 2:
             raise ValueError(f"gate must have a weight (E, D), got {tuple(weight.shape)}: one row an expert")
+        check_option_names(f"{cls.__name__}.from_linear", options, option_names(cls))
         router = cls(weight.shape[1], weight.shape[0], top_k, **{"device": weight.device, **options})
         router.set_centroids(weight)
         return router
@@ -274,7 +276,7 @@ class KMeansRouter(CentroidCommit):
         if self.replayed is None:
             if recomputes:
                 raise RuntimeError(
-                    f"router {self.name!r} must recompute inside of the replay that its forward had, got a backward "
+                    f"{called(self)} must recompute inside of the replay that its forward had, got a backward "
                     "pass after its end: open kmeans_route.replay around forward and backward"
                 )
             self._has_replayed = False
@@ -283,7 +285,7 @@ class KMeansRouter(CentroidCommit):
         ids = self.replayed.ids
         if ids.shape[0] != tokens.x.shape[0]:
             raise ValueError(
-                f"ids of router {self.name!r} must have a row for each of the {tokens.x.shape[0]} tokens, got "
+                f"ids of {called(self)} must have a row for each of the {tokens.x.shape[0]} tokens, got "
                 f"{ids.shape[0]}: open kmeans_route.replay for each micro-batch"
             )
         return tokens if tokens.indices is not None else tokens._replace(indices=ids)

@@ -23,7 +23,7 @@ from kmeans_route.checks import (
     check_route_options,
 )
 from kmeans_route.reference import stable_topk
-from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.base import StatefulRouter, called, scalars
 from kmeans_route.routing.pending import Pending
 from kmeans_route.types import CommitOptions, Routing, Statistics, Tokens
 
@@ -44,6 +44,7 @@ class LearnedRouter(StatefulRouter):
         bias_rate: step of the bias rule, >= 0; None for 0.01 (sign), 0.1 (quantile).
         scaling: factor on the gates, in [1e-30, 1e30).
         seed, name: seed of the private generator that draws the weights.
+        device: where weights and state are made.
 
     Shape:
         x: (..., D). weights, indices: (T, K). scores: (T, E) logits.
@@ -67,6 +68,7 @@ class LearnedRouter(StatefulRouter):
         scaling: float = 1.0,
         seed: int = 0,
         name: str = "",
+        device: torch.device | str | None = None,
     ) -> None:
         check_choice("kind", kind, KINDS)
         balance = {"softmax": "aux", "sigmoid": "sign"}[kind] if balance is None else balance
@@ -81,8 +83,8 @@ class LearnedRouter(StatefulRouter):
         rule = balance if balance in ("sign", "quantile") else "none"
         self.commit_options = CommitOptions(top_k, 0.0, "ema", rule, bias_rate)
         self.learns = rule != "none" and top_k < num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device))
+        self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,7 +149,7 @@ class LearnedRouter(StatefulRouter):
         if counts and not torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
             warnings.warn(
-                f"the auxiliary loss of router {self.name!r} trains nothing under reentrant activation checkpointing: "
+                f"the auxiliary loss of {called(self)} trains nothing under reentrant activation checkpointing: "
                 "checkpoint with use_reentrant=False",
                 stacklevel=4,
             )
@@ -204,7 +206,7 @@ class LearnedRouter(StatefulRouter):
         self.pending.clear_(skip)
 
     def metrics(self) -> dict[str, float]:
-        """Flat scalars of the last committed step, named as those of `KMeansRouter`.
+        """Flat scalars of the last committed step, named as those of `KMeansRouter`; loads are NaN before the first.
 
         Where the weight is sharded over ranks `direction_cosine` is absent: it would take all ranks to read it.
         """
@@ -219,4 +221,4 @@ class LearnedRouter(StatefulRouter):
         }
         if not hasattr(self.weight, "full_tensor"):
             values["direction_cosine"] = metrics.mean_pairwise_cosine(self.weight.detach())
-        return {name: float(value) for name, value in values.items()}
+        return scalars(values, counts)

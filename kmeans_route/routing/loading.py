@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kmeans_route import reference
 from kmeans_route.backends.reservoir import TOKENS_PER_EXPERT
-from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.base import StatefulRouter, called
 from kmeans_route.routing.pending import Pending
 
 FIRST_NORM = 2.0**-7  # of the rows that score before there is data; a power of two, so that directions keep their bits
@@ -169,7 +169,7 @@ class CentroidState(StatefulRouter):
         for name in self.FP32_STATE:
             if not bool(self.get_buffer(name).isfinite().all()):
                 raise RuntimeError(
-                    f"{name} of router {self.name!r} must be finite, got NaN or Inf written in place: load a "
+                    f"{name} of {called(self)} must be finite, got NaN or Inf written in place: load a "
                     "checkpoint from before that"
                 )
         if self.has_data:
@@ -189,7 +189,7 @@ class CentroidState(StatefulRouter):
 
     def _warn_of_part(self, got: str, taken: str) -> None:
         warnings.warn(
-            f"router {self.name!r} must be loaded whole to go on with a run, got {got}: {taken}, as by set_centroids, "
+            f"{called(self)} must be loaded whole to go on with a run, got {got}: {taken}, as by set_centroids, "
             "so that the next commits do not wipe them",
             stacklevel=2,
         )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from kmeans_route import ops
-from kmeans_route.checks import check_choice, check_positive_int
-from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.checks import check_choice, check_option_names, check_positive_int
+from kmeans_route.routing.base import StatefulRouter, option_names
 from kmeans_route.routing.experts import Experts, SharedExpert
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.learned import LearnedRouter
@@ -26,6 +26,7 @@ class MoE(nn.Module):
         balance: the router's balance rule; None for its default: "proportional", "aux" and "sign".
         num_shared_experts: experts that see every token, as one SwiGLU network of that many times I; 0 for none.
         seed, name: of the router's private generator; give each layer its own name.
+        device, dtype: of the parameters, as of any module of torch; the router's own state stays fp32.
         router_options: anything else that the router class takes.
 
     Shape:
@@ -54,6 +55,8 @@ class MoE(nn.Module):
         num_shared_experts: int = 0,
         seed: int = 0,
         name: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **router_options: Any,
     ) -> None:
         super().__init__()
@@ -61,20 +64,25 @@ class MoE(nn.Module):
         check_positive_int("intermediate_size", intermediate_size)
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be at least 0, got {num_shared_experts}: pass 0 for none")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be floating point, got {dtype}: pass that of the model's parameters")
+        kind = KMeansRouter if router == "kmeans" else LearnedRouter
+        own = ("balance", "num_shared_experts", "seed", "name", "device", "dtype")
+        taken = {*own, *option_names(kind)} - {"kind"}  # of which `router` is one
+        check_option_names(f"MoE(router={router!r})", router_options, taken)
         if balance is not None:
             router_options["balance"] = balance
-        self.router: StatefulRouter
-        if router == "kmeans":
-            self.router = KMeansRouter(hidden_size, num_experts, top_k, seed=seed, name=name, **router_options)
-        else:
-            self.router = LearnedRouter(
-                hidden_size, num_experts, top_k, kind=router, seed=seed, name=name, **router_options
-            )
+        if router != "kmeans":
+            router_options["kind"] = router
+        options = {"seed": seed, "name": name, "device": device, **router_options}
+        self.router: StatefulRouter = kind(hidden_size, num_experts, top_k, **options)
+        if dtype is not None:
+            self.router.to(dtype)
         self.hidden_size = hidden_size
-        self.experts = Experts(num_experts, hidden_size, intermediate_size)
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype)
         shared_size = num_shared_experts * intermediate_size
-        self.shared = SharedExpert(hidden_size, shared_size) if num_shared_experts else None
-        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64)
+        self.shared = SharedExpert(hidden_size, shared_size, device=device, dtype=dtype) if num_shared_experts else None
+        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
 
     @property
     def aux_loss(self) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kmeans_route import ops
+from kmeans_route.checks import check_module
 from kmeans_route.reference import replay_or_choose
-from kmeans_route.routing.base import StatefulRouter
+from kmeans_route.routing.base import StatefulRouter, called
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.types import Replay, Routing, Tokens
 
@@ -57,6 +58,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
         >>> bool((y == again).all())
         True
     """
+    check_module("model", model)
     routers = [module for module in model.modules() if isinstance(module, StatefulRouter)]
     if not routers:
         raise ValueError(f"model must have a router, got {type(model).__name__} without: nothing to record")
@@ -121,6 +123,7 @@ def replay(
 
 
 def _targets(model: nn.Module, ids: Any) -> list[tuple[KMeansRouter, Tensor]]:
+    check_module("model", model)
     named = {path: module for path, module in model.named_modules() if isinstance(module, StatefulRouter)}
     others = [path for path, router in named.items() if not isinstance(router, KMeansRouter)]
     if others or not named:
@@ -143,10 +146,10 @@ def usable_ids(router: KMeansRouter, given: Tensor, mask: Tensor | None = None) 
     """Ids (T, K) of any integer dtype as int64 on the router's device, -1 in every row that is to be routed: where it
     cannot be replayed, or mask (T,) is false."""
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"ids of router {router.name!r} must be integers, got {given.dtype}: pass those recorded")
+        raise TypeError(f"ids of {called(router)} must be integers, got {given.dtype}: pass those recorded")
     if given.dim() < 2 or given.shape[-1] != router.top_k:
         raise ValueError(
-            f"ids of router {router.name!r} must have shape (T, {router.top_k}), got {tuple(given.shape)}: pass those "
+            f"ids of {called(router)} must have shape (T, {router.top_k}), got {tuple(given.shape)}: pass those "
             "recorded with this top_k"
         )
     ids = given.to(device=router.weight.device, dtype=torch.int64).reshape(-1, router.top_k)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kmeans_route import ops
-from kmeans_route.checks import check_choice, check_positive_int
+from kmeans_route.checks import check_choice, check_module, check_positive_int
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.commit import point
 from kmeans_route.routing.pending import CountingScope, Pending
@@ -47,7 +47,7 @@ class Attachment:
         self._scope = CountingScope(self)
         for router in routers.values():
             router.bind(self._scope)
-        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers)
+        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers, [*routers])
         watch_steps(self._overdue)
         self.watch(model)
 
@@ -277,9 +277,11 @@ def attach(
 
     Raises:
         ValueError: the model has no router, or an option is out of its range. RuntimeError: a router is attached
-            already, or differs between the ranks. TypeError: process_group is none, or optimizer runs no step hooks
-            and holds no one optimizer that does (a list, a scheduler, an engine). Whatever is raised, nothing changes.
+            already, or differs between the ranks. TypeError: model is no module, process_group no group, or
+            optimizer runs no step hooks and holds no one optimizer that does (a list, a scheduler, an engine). Whatever
+            is raised, nothing changes.
     """
+    check_module("model", model, "call attach(model, optimizer), in this order")
     routers = {name or "router": m for name, m in model.named_modules() if isinstance(m, StatefulRouter)}
     if not routers:
         raise ValueError(

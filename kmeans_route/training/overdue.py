@@ -37,12 +37,20 @@ class Overdue:
         clocks: the optimizers whose steps commit, as `clocks_of` gives them.
         parameters: whose writes are watched, where the clocks have none of their own.
         gathers: whether any router would gather and learn.
+        names: of the routers, to tell.
     """
 
-    def __init__(self, clocks: Sequence[Any], parameters: Iterable[Tensor], gathers: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        clocks: Sequence[Any],
+        parameters: Iterable[Tensor],
+        gathers: Callable[[], bool],
+        names: Sequence[str] = (),
+    ) -> None:
         # Weak: an optimizer that was rebuilt must be free to go, with its state.
         self._clocks, self._gathers = [weakref.ref(clock) for clock in clocks], gathers
         self._name = type(clocks[0]).__name__
+        self._routers = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         trained = [p for p in parameters_of(clocks) or parameters if p.requires_grad and not p.is_inference()]
         self._parameters = [weakref.ref(p) for p in trained]
         self._probes = self._parameters[:: -(-len(trained) // NUM_PROBES) or 1]
@@ -117,7 +125,7 @@ class Overdue:
         warnings.warn(
             f"routers gather and nothing commits: attach waits for a step of {self._name}, and {what}: call "
             "attach(model, optimizer, replace=True) with the optimizer that steps now, or attachment.commit() after "
-            "each update",
+            f"each update (routers: {self._routers})",
             stacklevel=5,
         )
 
