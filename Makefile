@@ -141,6 +141,7 @@ quality-gpu: MODULE = benchmarks.quality.gpu --since $$since $(GPU_ARGS)
 # No environment and nothing to install: $(PYTHON) has torch and Triton. Links lay the package out as pip would, with
 # kernels/triton in it; safe path keeps kmeans_route/ of the repository, which lacks that, behind it.
 gpu gpu-full profile quality-gpu:
+	@$(PYTHON) benchmarks/gpu/ready.py
 	@since=$$(date +%s); layout=$$(mktemp -d) && trap 'rm -rf "$$layout"' EXIT && mkdir "$$layout/kmeans_route" && \
 	ln -s "$(CURDIR)"/kmeans_route/* "$$layout/kmeans_route" && \
 	ln -sfn "$(CURDIR)/kernels/triton" "$$layout/kmeans_route/kernels" && \

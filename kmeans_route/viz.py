@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import torch
 from torch import Tensor
 
+from kmeans_route.install import install_line
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -44,7 +46,7 @@ def large_print(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
         try:
             import matplotlib
         except ModuleNotFoundError as error:
-            message = 'pictures need matplotlib: pip install "kmeans_route[viz]"'
+            message = f"pictures need matplotlib: {install_line('viz')}"
             raise ModuleNotFoundError(message, name=error.name) from error
         with matplotlib.rc_context({"font.size": FONT_SIZE}):
             return draw(*args, **kwargs)

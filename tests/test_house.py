@@ -17,7 +17,7 @@ PACKAGE = Path(kmeans_route.__file__).parent
 ROOT = PACKAGE.parent
 SOURCES = sorted(p for p in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")] if "__pycache__" not in p.parts)
 FLOORS = [
-    {"types", "checks", "reference", "metrics", "testing", "viz"},
+    {"types", "checks", "install", "reference", "metrics", "testing", "viz"},
     {"kernels"},
     {"backends"},
     {"ops"},

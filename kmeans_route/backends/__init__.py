@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from kmeans_route.backends import reference, torch, triton  # not PyTorch and Triton: the modules beside this one
 from kmeans_route.checks import check_choice
+from kmeans_route.install import install_line
 from kmeans_route.reference import exporting_onnx
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -80,7 +81,7 @@ def _check_triton(where: device, kind: dtype | None, num_experts: int) -> None:
     if not TRITON_INSTALLED:
         raise RuntimeError(
             "backend must be one whose library is installed, got 'triton' without Triton: "
-            'pip install "kmeans_route[triton]", or use backend="auto"'
+            f'{install_line("triton")}, or use backend="auto"'
         )
     if where.type != "cuda" and not INTERPRETED:
         raise RuntimeError(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 
+import kmeans_route
 from kmeans_route import KMeansRouter, calibrate
 from kmeans_route.bench.routing_contest import MODES, RIVALS
 from kmeans_route.cli import info as machine
@@ -39,6 +40,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kmeans-route {kmeans_route.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Online K-Means routing for mixture-of-experts models."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else.")]
 Plain = Annotated[bool, typer.Option("--plain", help="No colour, no boxes, no bars.")]
@@ -173,6 +190,9 @@ def info_command(json_mode: Json = False, plain: Plain = False) -> None:
     output = Output(json_mode=json_mode, plain=plain)
     facts = machine.environment()
     output.table("kmeans-route on this machine", ["what", "value"], machine.rows(facts), numbers=False)
+    for name, why in facts["backends"].items():
+        if why != machine.AVAILABLE:
+            output.note(f"backend {name}: {why}")
     output.document({"command": "info", **facts})
 
 
@@ -193,7 +213,9 @@ def bench_command(
     tokens: Annotated[int, typer.Option(min=1, help="T of the named shapes.")] = 4096,
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help=f"{', '.join(RIVALS)}; repeatable [default: all that need no compiler]."),
+        typer.Option(
+            "--against", help=f"Of {', '.join(RIVALS)}: one or a list with commas [default: all that need no compiler]."
+        ),
     ] = None,
     mode: Annotated[
         str, typer.Option(help=f"{' or '.join(MODES)}: routing alone, or forward, statistics and backward.")

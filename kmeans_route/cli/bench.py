@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,6 +57,7 @@ def parse_options(
 ) -> BenchOptions:
     """From the words of the command line; one that is not known is a ValueError."""
     check_choice("--mode", mode, MODES)
+    against = [name.strip() for names in against for name in names.split(",")]
     for name in against:
         check_choice("--against", name, RIVALS)
     place = _device(device)
@@ -121,6 +123,7 @@ def bench(options: BenchOptions, output: Output) -> int:
             )
     if options.csv not in ("", "-"):
         places.check_file(Path(options.csv), "--csv")
+    _warn_of_load(options.device, output)
     clock, results = Clock(options.device), []
     for name, shape in options.shapes:
         facts = _one_shape(name, shape, options, clock, output)
@@ -136,6 +139,18 @@ def bench(options: BenchOptions, output: Output) -> int:
         facts |= {"device": torch.cuda.get_device_name(options.device), "cuda": torch.version.cuda}
     output.document({"command": "bench", "environment": facts, "results": results})
     return int(any("error" in facts for facts in results))
+
+
+def _warn_of_load(device: torch.device, output: Output) -> None:
+    """Say so where other work leaves this run fewer cores than its threads; contestants take turns, so ratios hold."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return
+    load, threads, cores = os.getloadavg()[0], torch.get_num_threads(), os.cpu_count() or 1
+    if load + threads > cores + 0.5:
+        output.warn(
+            f"{cores} cores have a load of {load:.1f} and this run wants {threads}: times come out longer than alone, "
+            "ratios less so, since the contestants take turns"
+        )
 
 
 def _one_shape(name: str, shape: BenchShape, options: BenchOptions, clock: Clock, output: Output) -> Facts:

@@ -14,6 +14,7 @@ from kmeans_route.cli import places
 from kmeans_route.cli.info import environment
 from kmeans_route.cli.output import Output, duration
 from kmeans_route.cli.train import Stopped
+from kmeans_route.install import install_line
 from kmeans_route.lm.checkpoint import save_checkpoint
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import Corpus, load_corpus
@@ -47,7 +48,7 @@ def demo(base: TrainConfig, text: Sequence[Path], seeds: list[int], out: Path, o
     Where a report lies there, a number is added to the folder's name.
     """
     if find_spec("matplotlib") is None:  # said before anything is trained
-        raise ModuleNotFoundError('the demo draws pictures: pip install "kmeans_route[cli,viz]"', name="matplotlib")
+        raise ModuleNotFoundError(f"the demo draws pictures: {install_line('cli', 'viz')}", name="matplotlib")
     asked, out = out, places.unused(out)
     places.check_folder(out)
     if out != asked:

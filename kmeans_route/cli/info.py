@@ -10,6 +10,8 @@ import torch
 
 import kmeans_route
 
+AVAILABLE = "available"
+
 
 def environment() -> dict[str, Any]:
     """Versions and machine as plain JSON values; absent packages are null."""
@@ -52,20 +54,20 @@ def backends() -> dict[str, str]:
         device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
         try:
             kmeans_route.route(x.to(device), weight.to(device), 1, backend=name)
-            found[name] = "available"
+            found[name] = AVAILABLE
         except (ValueError, RuntimeError, NotImplementedError, ImportError) as error:
             found[name] = " ".join(str(error).split())
     return found
 
 
 def rows(facts: dict[str, Any]) -> list[list[str]]:
-    """`environment()` as table rows of name and value."""
+    """`environment()` as table rows of name and value, but why a backend is not here."""
     table = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            table += [[f"backend {key}", str(item)] for key, item in value.items()]
+            table += [[f"backend {key}", item if item == AVAILABLE else "not here"] for key, item in value.items()]
         elif isinstance(value, list):
-            table.append([name, ", ".join(value)])
+            table += [[name.removesuffix("s"), item] for item in value]
         else:
             table.append([name, "not installed" if value is None else str(value)])
     return table

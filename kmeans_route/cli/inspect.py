@@ -21,6 +21,7 @@ from kmeans_route.cli.output import Output
 from kmeans_route.cli.pretrained import Pretrained, first_line, is_pretrained
 from kmeans_route.cli.trained import Trained
 from kmeans_route.conversion.compare import Forward, Router, Seen, watch
+from kmeans_route.install import install_line
 from kmeans_route.lm.checkpoint import CheckpointError, exists, load_checkpoint
 from kmeans_route.lm.report import PAGE, write_picture
 
@@ -33,7 +34,7 @@ Facts = dict[str, Any]
 def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path], against: Path | None) -> None:
     """The command `inspect`: what the routers of a checkpoint have learned; app.py says what the options are."""
     if out is not None and find_spec("matplotlib") is None:
-        raise ModuleNotFoundError('pictures need matplotlib: pip install "kmeans_route[cli,viz]"', name="matplotlib")
+        raise ModuleNotFoundError(f"pictures need matplotlib: {install_line('cli', 'viz')}", name="matplotlib")
     if out is not None:
         places.check_folder(out)
         if (out / PAGE).exists():
@@ -204,7 +205,19 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
         }
         for name, facts in routers.items()
     ]
-    output.table(f"Routers of {path}", list(rows[0]), [list(row.values()) for row in rows])
+    title = f"Routers of {path}"
+    for column in list(rows[0]):
+        cells = {row[column] for row in rows}
+        if cells == {"n/a"} or (column in ("experts", "hidden") and len(cells) == 1):
+            title += "" if cells == {"n/a"} else f", {column} {rows[0][column]}"
+            for row in rows:
+                del row[column]
+    shared = _shared_ends(list(routers))
+    if len("".join(shared)) > 30:  # no row is to be folded
+        title += f", {'*'.join(shared)}"
+        for row in rows:
+            row["router"] = row["router"].removeprefix(shared[0]).removesuffix(shared[1])
+    output.table(title, list(rows[0]), [list(row.values()) for row in rows])
     output.note(
         "MaxVio, dead: on held-out text. cosine: mean between directions. lag: degrees from a centroid to the mean of "
         "its tokens now; drift: degrees since --against; means over experts"
@@ -212,6 +225,18 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
     for name, facts in routers.items():
         if not facts["finite"]:
             output.note(f"warning: {name} holds NaN or Inf")
+
+
+def _shared_ends(names: list[str]) -> tuple[str, str]:
+    """What all dotted names begin and end with, of several: ("model.layers.", ".mlp.gate")."""
+    parts = [name.split(".") for name in names]
+    shortest = min(map(len, parts)) - 1
+    same = [len({tuple(part[:n]) for part in parts}) == 1 for n in range(shortest + 1)]
+    first = max(n for n, equal in enumerate(same) if equal) if len(names) > 1 else 0
+    same = [len({tuple(part[len(part) - n :]) for part in parts}) == 1 for n in range(shortest + 1 - first)]
+    last = max(n for n, equal in enumerate(same) if equal) if len(names) > 1 else 0
+    head, tail = parts[0][:first], parts[0][len(parts[0]) - last :]
+    return "".join(f"{part}." for part in head), "".join(f".{part}" for part in tail)
 
 
 def _cell(value: float | None, digits: int) -> str:

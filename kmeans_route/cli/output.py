@@ -75,6 +75,11 @@ class Output:
         self.complain(message)
         self.document({"error": message})
 
+    def warn(self, message: str) -> None:
+        """A line on stderr about how far to trust what follows; none in JSON mode, whose document has the facts."""
+        if not self.json_mode:
+            self._stderr.print(escape(f"warning: {message}"), style="" if self.plain else "yellow", soft_wrap=True)
+
     def complain(self, message: str) -> None:
         """An error that the command's own document tells too: a line on stderr."""
         self._stderr.print(escape(f"error: {message}"), style="" if self.plain else "red", soft_wrap=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kmeans_route import Comparison, KMeansRouter
 from kmeans_route.cli.output import Output
 from kmeans_route.cli.trained import comparison_table
+from kmeans_route.install import install_line
 from kmeans_route.lm.checkpoint import CheckpointError, exists
 from kmeans_route.lm.data import load_corpus
 
@@ -117,7 +118,7 @@ def _load(folder: Path) -> Any:
         from transformers.utils import logging
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{folder} holds a model of transformers: pip install "kmeans_route[hf]"', name=error.name
+            f"{folder} holds a model of transformers: {install_line('hf')}", name=error.name
         ) from error
     from kmeans_route.integrations.transformers import load_kmeans_pretrained
 

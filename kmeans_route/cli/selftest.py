@@ -110,9 +110,8 @@ def check_ties(backend: str = "torch") -> str:
     return "64 equal experts give ids 0 to 3"
 
 
-def check_dispatch(backend: str = "torch") -> str:
+def check_dispatch(case: Case = CASES[1], backend: str = "torch") -> str:
     """Rows come out grouped by expert and combine to the weighted sum; what lies past the end is never read."""
-    case = (CASES if backend == "torch" else KERNEL_CASES)[1]
     problem = case.problem()
     routing, x = route_with(case, problem, backend)[0], problem.x.detach()
     routing = routing._replace(weights=routing.weights.detach())
@@ -223,7 +222,7 @@ def all_checks() -> Iterator[tuple[str, Callable[[], str]]]:
         for case in KERNEL_CASES:
             yield f"kernels: route {case.name}", partial(check_route, case, "triton")
         yield "kernels: ties", partial(check_ties, "triton")
-        yield "kernels: dispatch and combine", partial(check_dispatch, "triton")
+        yield "kernels: dispatch and combine", partial(check_dispatch, KERNEL_CASES[1], "triton")
         yield "kernels: commit", partial(check_commit, "triton", num_tokens=64)
 
 
@@ -239,9 +238,11 @@ def selftest(output: Output) -> int:
         time_ms = (time.perf_counter() - start) * 1e3
         results.append({"name": name, "passed": passed, "detail": detail, "time_ms": time_ms})
     failed = [result for result in results if not result["passed"]]
-    rows = [[str(r["name"]), "pass" if r["passed"] else "FAIL", str(r["detail"])] for r in results]
-    kernels = ", and of the Triton kernels in their interpreter" if INTERPRETED else ""
-    output.table(f"selftest of backend 'torch' on the CPU{kernels}", ["check", "result", "detail"], rows, numbers=False)
+    rows = [[str(r["name"]), "pass" if r["passed"] else "FAIL"] for r in results]
+    kernels = ", kernels in Triton's interpreter" if INTERPRETED else ""
+    output.table(f"selftest of backend 'torch' on the CPU{kernels}", ["check", "result"], rows, numbers=False)
+    for result in failed:
+        output.note(f"{result['name']}: {result['detail']}")
     output.note(f"{len(results) - len(failed)} of {len(results)} checks passed")
     output.document({"command": "selftest", "passed": not failed, "checks": results})
     return 1 if failed else 0

@@ -221,5 +221,5 @@ def test_nothing_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ValueError, match=message):
             draw()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "kmeans_route\[viz\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install .*\[viz\]"$'):
         pictures.scaling([SCALING], title="")

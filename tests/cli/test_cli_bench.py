@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -39,6 +40,33 @@ def invoke(*arguments: str) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs here, nothing is said of it."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def test_a_busy_machine_is_said_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.2, 0.0, 0.0))
+    assert invoke(*TINY, "--against", "learned", "--plain").stderr == "", "one thread has a core of its own"
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.5, 0.0, 0.0))
+    done = invoke(*TINY, "--against", "learned", "--plain")
+    assert done.stderr.startswith("warning: 2 cores have a load of 3.5 and this run wants 1: times come out longer")
+    assert invoke(*TINY, "--against", "learned", "--csv", "-").stdout.startswith("shape,")
+    assert invoke(*TINY, "--against", "learned", "--json").stderr == ""
+
+
+def test_against_takes_a_list() -> None:
+    done = invoke(*TINY, "--against", "eager, learned", "--against", "textbook", "--json")
+    (facts,) = json.loads(done.stdout)["results"]
+    assert list(facts["contestants"]) == ["kmeans_route", "eager", "learned", "textbook"]
+    done = invoke(*TINY, "--against", "eager,everyone")
+    assert done.exit_code == 1
+    assert "--against must be one of 'eager', " in done.stderr
+    assert "got 'everyone'" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -187,6 +187,16 @@ def test_refusals_leave_no_checkpoint(runs: Path, tmp_path: Path) -> None:
 # inspect
 
 
+def test_inspect_leaves_out_of_long_names_what_all_share() -> None:
+    ends = inspect._shared_ends
+    names = [f"model.layers.{layer}.block_sparse_moe.router" for layer in (0, 1, 12)]
+    assert ends(names) == ("model.layers.", ".block_sparse_moe.router")
+    assert ends(names[:1]) == ("", "")
+    assert ends(["a.router", "a.b.router"]) == ("a.", ""), "of the shorter name something is left"
+    assert ends(["a", "b"]) == ("", "")
+    assert ends(["x.1.a", "x.2.b"]) == ("x.", "")
+
+
 def test_inspect_a_run(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     code, document = invoke("inspect", runs / "kmeans", "--out", tmp_path / "pictures", "--json")
