@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).resolve().parents[1]
 
@@ -25,7 +26,7 @@ def install_line(*extras: str) -> str:
     return f'pip install "kmeans_route{wanted} @ {prefix}{url}"'
 
 
-def _recorded() -> dict[str, dict[str, bool] | str]:
+def _recorded() -> dict[str, Any]:
     """What pip knows of the place that it installed from (PEP 610); empty where it was not asked."""
     try:
         text = importlib.metadata.distribution("kmeans_route").read_text("direct_url.json")
