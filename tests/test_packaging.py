@@ -47,6 +47,14 @@ def test_the_wheel_holds_every_module(made: tuple[Path, Path]) -> None:
     }
 
 
+def test_the_sdist_holds_pages_and_examples_and_no_test_that_could_not_run(made: tuple[Path, Path]) -> None:
+    with tarfile.open(made[1]) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert {name for name in tracked() if name.startswith(("docs/", "examples/"))} <= names
+    assert {"CHANGELOG.md", "LICENSE", "README.md"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
 def test_the_sdist_builds_the_same_wheel(made: tuple[Path, Path], tmp_path: Path) -> None:
     with tarfile.open(made[1]) as archive:
         archive.extractall(tmp_path, filter="data")
