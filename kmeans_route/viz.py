@@ -55,11 +55,12 @@ def large_print(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 @large_print
-def load_heatmap(loads: Mapping[str, Values]) -> Figure:
+def load_heatmap(loads: Mapping[str, Values], *, title: str = "Load of each expert on the validation text") -> Figure:
     """Load of every expert in every layer, one panel a router, one colour scale for all.
 
     Args:
         loads: router name -> (L, E) load / fair share; 1 is a fair share, 0 a dead expert.
+        title: of the figure.
 
     Returns:
         The figure. The scale is symmetric about 1 and reaches the largest deviation of all panels, at most 1;
@@ -86,7 +87,7 @@ def load_heatmap(loads: Mapping[str, Values]) -> Figure:
     extend = "max" if deviation > reach else "neither"
     label = "load / fair share (1 = fair)"
     figure.colorbar(axes[0].images[0], ax=list(axes), extend=extend, label=label, aspect=30)
-    figure.suptitle("Load of each expert on the validation text", fontsize=FONT_SIZE + 2)
+    figure.suptitle(title, fontsize=FONT_SIZE + 2)
     return figure
 
 

