@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "backends/__init__", "backends/chunks", "backends/reference", "backends/reservoir", "backends/torch",
-    "backends/torch_statistics", "backends/torch_topk", "backends/triton", "backends/whitening", "checks", "functional", "install",
-    "metrics", "ops/__init__", "ops/dispatch", "ops/flops", "ops/route", "ops/schema", "ops/statistics", "reference",
-    "types",
+    "backends/torch_statistics", "backends/torch_topk", "backends/triton", "backends/whitening", "checks", "functional",
+    "install", "metrics", "ops/__init__", "ops/dispatch", "ops/flops", "ops/route", "ops/schema", "ops/statistics",
+    "reference", "types",
 )  # fmt: skip
 BACKENDS = ("cpu", "cuda", "rocm")
 FUNCTIONS = ("centroid_sums", "combine", "directions", "dispatch", "route")
