@@ -36,6 +36,7 @@ import triton
 from benchmarks.compiled import Compiled, compile_source
 from benchmarks.offline import TARGETS, Launch, problems_of, recorded
 from kmeans_route.backends import TRITON_MAX_EXPERTS
+from kmeans_route.bench.results import command_line
 from kmeans_route.checks import check_route_options
 from kmeans_route.kernels import accumulate, combine, commit, configs, directions, dispatch, route, route_bwd
 from kmeans_route.testing import MODEL_SHAPES
@@ -370,7 +371,7 @@ def main() -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.touch()
     document: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.gate", *sys.argv[1:]]),
+        "command": command_line("python -m benchmarks.gate", sys.argv[1:]),
         "triton": triton.__version__,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.compiled import Compiled, compile_source
+from kmeans_route.bench.results import command_line
 from kmeans_route.checks import check_route_options
 from kmeans_route.kernels import accumulate, combine, commit, configs, directions, dispatch, route, route_bwd
 from kmeans_route.testing import MODEL_SHAPES, ModelShape
@@ -392,7 +393,7 @@ def main() -> int:
     rows = table(arguments.arch, arguments.shape, getattr(torch, arguments.dtype), sys.stderr.isatty())
     problems = [f"{r.arch} {r.shape} {r.regime} {r.kernel}: {p}" for r in rows for p in r.problems]
     if arguments.json:
-        command = " ".join(["python -m benchmarks.offline", *sys.argv[1:]])
+        command = command_line("python -m benchmarks.offline", sys.argv[1:])
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         versions["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
         rows_json = [row.as_json() for row in rows]

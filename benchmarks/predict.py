@@ -39,6 +39,7 @@ import triton
 from benchmarks import integers, offline, sass
 from benchmarks.compiled import Compiled, build, cuobjdump
 from benchmarks.offline import Launch, Work
+from kmeans_route.bench.results import command_line
 from kmeans_route.kernels import configs
 from kmeans_route.testing import MODEL_SHAPES, ModelShape
 
@@ -275,7 +276,7 @@ def main() -> None:
     progress = sys.stderr.isatty() and not os.environ.get("CI")
     found = list(rows(args.shape, args.tokens, args.kernel, progress))
     document = {
-        "command": " ".join(["python -m benchmarks.predict", *sys.argv[1:]]), "triton": triton.__version__,
+        "command": command_line("python -m benchmarks.predict", sys.argv[1:]), "triton": triton.__version__,
         "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": H200._asdict(), "start_us": START_US, "rows": found,
     }  # fmt: skip

@@ -43,14 +43,18 @@ def check_module(name: str, value: object, remedy: str = "pass the model") -> No
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}: {remedy}")
 
 
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The remedy of a name that is not known."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else "leave it out"
+
+
 def check_option_names(owner: str, given: Iterable[str], taken: Collection[str]) -> None:
     """Raise TypeError unless all names `given` to `owner` are among those that it has `taken` from its signature."""
     for name in given:
         if name not in taken:
-            near = difflib.get_close_matches(name, taken, 1)
             raise TypeError(
-                f"{owner} must get options among {', '.join(sorted(taken))}, got {name!r}: "
-                f"{f'did you mean {near[0]!r}?' if near else 'leave it out'}"
+                f"{owner} must get options among {', '.join(sorted(taken))}, got {name!r}: {did_you_mean(name, taken)}"
             )
 
 

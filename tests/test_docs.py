@@ -186,6 +186,22 @@ def test_a_page_names_no_machine_and_no_registry(path: Path) -> None:
     assert not [host for host in re.findall(r"https?://([^\s/\"'<>)]+)", text) if host not in known]
 
 
+def test_a_result_names_no_machine() -> None:
+    found = [
+        path.name
+        for path in sorted((ROOT / "benchmarks" / "results").glob("*.json*"))
+        if re.search(r"(?:^|[\s\"'(=])/(?:work|home|root|tmp|mnt|Users|opt|var)/", text_of(path))
+    ]
+    assert not found
+
+
+def test_a_recorded_command_keeps_names_in_place_of_whole_paths() -> None:
+    from kmeans_route.bench.results import command_line
+
+    where = str(ROOT / "folder" / "out.json")
+    assert command_line("gate", ["--out", where, "--only", "a/b"]) == "gate --out out.json --only a/b"
+
+
 @pytest.mark.parametrize("name", ["route", "KMeansRouter", "attach"])
 def test_the_page_of_the_api_names_every_argument(name: str) -> None:
     page = text_of(ROOT / "docs" / "api.md")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import final
-from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, OFFSET, SIZES, STUDIES
+from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, MAIN_SEEDS, OFFSET, SIZES, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
 from benchmarks.quality.tables import (
     Column,
@@ -59,10 +59,18 @@ GEOMETRY: tuple[Column, ...] = (
 
 
 def groups(records: Sequence[Record], studies: Sequence[str]) -> dict[tuple[str, int], Group]:
-    """(size, steps) -> contestant -> its runs by seed, sizes and contestants in the order of the studies."""
+    """(size, steps) -> contestant -> its runs by seed, sizes and contestants in the order of the studies.
+
+    Of the main study's contestants those with its own seeds.
+    """
     order, sizes = [name for study in studies for name in STUDIES[study]], list(SIZES)
     found: dict[tuple[str, int], Group] = {}
-    chosen = [record for record in records if record["contestant"] in order]
+    chosen = [
+        record
+        for record in records
+        if record["contestant"] in order
+        and (record["contestant"] not in STUDIES["main"] or record["config"]["seed"] < MAIN_SEEDS)
+    ]
     for record in sorted(
         chosen,
         key=lambda r: (sizes.index(r["size"]), r["config"]["steps"], order.index(r["contestant"]), r["config"]["seed"]),

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,11 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """The command as results keep it: of a whole path the name alone, which says enough elsewhere."""
+    return " ".join([program, *(Path(each).name if Path(each).is_absolute() else each for each in arguments)])
 
 
 def environment(command: str) -> dict[str, object]:

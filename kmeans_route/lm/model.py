@@ -5,7 +5,6 @@ Shapes: B sequences, S bytes a sequence, D hidden size, H heads, V ids: the 256 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kmeans_route import KMeansRouter, LearnedRouter, MoE
+from kmeans_route.checks import did_you_mean
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import NUM_BYTE_VALUES
 
@@ -146,9 +146,8 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     known = [name for name in taken if name not in OWN]
     unknown = sorted(set(config.router_options) - set(known))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        remedy = f"did you mean {near[0]}?" if near else "leave it out"
-        raise ValueError(f"router_options must be among {', '.join(known)}, got {', '.join(unknown)}: {remedy}")
+        got, remedy = ", ".join(unknown), did_you_mean(unknown[0], known)
+        raise ValueError(f"router_options must be among {', '.join(known)}, got {got}: {remedy}")
     return options | config.router_options
 
 

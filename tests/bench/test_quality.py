@@ -379,6 +379,15 @@ def test_tables_and_goals_are_those_of_the_runs(tmp_path: Path, capsys: pytest.C
     assert document["K-Means, sign"]["MaxVio, held-out text"] == [0.2] * 3
 
 
+def test_a_later_seed_of_one_contestant_leaves_the_goals_as_they_are() -> None:
+    rivals = dict.fromkeys(studies.RIVALS, 1.8) | {studies.DEFAULT: 1.9}
+    records = [record(name, seed, value + 0.01 * seed, 0.1) for name, value in rivals.items() for seed in range(3)]
+    before = analysis.goals(records)
+    assert len(before.splitlines()) == 3
+    later = [record(name, 3, 1.0, 0.1) for name in (studies.WHITENED, studies.DEFAULT)]
+    assert analysis.goals([*records, *later]) == before
+
+
 def test_the_decision_is_of_the_rate_chosen_on_a_seed_that_it_leaves_out() -> None:
     def run(name: str, rate: float, seed: int, bits: float | None, size: str = final.WHERE[0]) -> dict[str, Any]:
         made = record(studies.at_rate(name, rate), seed, bits, 0.1, size)

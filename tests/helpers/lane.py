@@ -28,10 +28,12 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     path: Path | None = config.getoption("--lane")
     if path is None:
         return
+    from kmeans_route.bench.results import command_line  # conftest decides first how the kernels run
+
     stats = terminalreporter.stats
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": "pytest " + " ".join(str(argument) for argument in config.invocation_params.args),
+        "command": command_line("pytest", [str(argument) for argument in config.invocation_params.args]),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version for name in PACKAGES if (version := _version(name))},

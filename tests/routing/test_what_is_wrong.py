@@ -111,7 +111,7 @@ def test_a_misspelt_option_is_told_by_whom_it_was_given_to(
 
 
 def test_a_misspelt_option_of_a_run_is_told_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"router_options must be among .*, got normalise: did you mean normalize\?$"):
+    with pytest.raises(ValueError, match=r"among .*, got normalise: did you mean 'normalize'\?$"):
         router_options(TrainConfig(router_options={"normalise": True}))
 
 
