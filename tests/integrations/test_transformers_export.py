@@ -30,14 +30,17 @@ def batches(count: int = 2, rows: int = 8) -> list[dict[str, Any]]:
     return [{"input_ids": each, "labels": each} for each in tokens]
 
 
-def swapped_model(model_type: str, steps: int = 0, **options: Any) -> Any:
-    """A swapped model whose routers have seen data, and whose biases have moved where there were steps."""
+def swapped_model(model_type: str, steps: int = 0, first: int = 0, **options: Any) -> Any:
+    """A swapped model whose routers have seen data, and whose biases have moved where there were steps.
+
+    first: the number of its first batch.
+    """
     model = tiny_model(model_type, **options).train()
     apply_kmeans_routing(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     attachment = attach(model, optimizer)
     for step in range(1 + steps):
-        tokens = some_tokens(4, 32, seed=step)
+        tokens = some_tokens(4, 32, seed=first + step)
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,17 +83,23 @@ def test_without_a_bias_the_choices_are_equal_and_a_plain_load_runs_them(model_t
     torch.testing.assert_close(plain(tokens).logits, export.model(tokens).logits, atol=1e-6, rtol=1e-5)
 
 
+def mean_of(comparisons: list[Any], name: str) -> float:
+    return sum(each.mean(name) for each in comparisons) / len(comparisons)
+
+
 @pytest.mark.parametrize("model_type", EXPORTED)
 def test_a_bias_goes_where_the_architecture_has_a_place(model_type: str) -> None:
     model = swapped_model(model_type, steps=12)
     export = export_vanilla(model, batches(), held_out=batches(1))
     slot = ROUTERS[type(next(iter(routers_of(model)))).original_class.__name__]
-    # Losing the bias is not to be better: in choices, where the bias reaches the gates too, else in both together.
-    ours, lost = export.comparison, export_vanilla(model, batches(), held_out=batches(1), bias="none").comparison
+    # Losing the bias is not to be better: in choices, and where it does not reach the gates in both together. Means over
+    # three draws: of exaone_moe six draws differed by -0.11 to +0.04 in gates.
+    models = [model, *(swapped_model(model_type, steps=12, first=1000 * draw) for draw in (1, 2))]
+    ours = [export_vanilla(each, batches(), held_out=batches(1)).comparison for each in models]
+    lost = [export_vanilla(each, batches(), held_out=batches(1), bias="none").comparison for each in models]
     if slot.bias == "score":
-        assert ours.mean("gate_error") <= lost.mean("gate_error") + 0.01
-    else:
-        assert ours.mean("overlap") >= lost.mean("overlap") - 0.01
+        assert mean_of(ours, "gate_error") <= mean_of(lost, "gate_error") + 0.01
+    assert mean_of(ours, "overlap") >= mean_of(lost, "overlap") - 0.01
     assert export.comparison.mean("overlap") > 0.9
     for path, gate in export.gates.items():
         written = integration._bias_of(export.model, path, slot)

@@ -103,14 +103,16 @@ def test_it_refuses_in_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_make_gpu_without_a_gpu() -> None:
-    """One sentence, and make's own line; nothing is installed for it."""
+    """What it needs, a line each, one sentence, and make's own line; nothing is installed for it."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = subprocess.run(
         ["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
         env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["torch", "Triton", "GPU"]
+    assert " none (" in done.stdout
     sentence, *of_make = done.stderr.splitlines()
     assert sentence.startswith("There is no CUDA or ROCm device")
     assert [line.startswith("make") for line in of_make] == [True]
