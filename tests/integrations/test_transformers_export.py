@@ -92,8 +92,8 @@ def test_a_bias_goes_where_the_architecture_has_a_place(model_type: str) -> None
     model = swapped_model(model_type, steps=12)
     export = export_vanilla(model, batches(), held_out=batches(1))
     slot = ROUTERS[type(next(iter(routers_of(model)))).original_class.__name__]
-    # Losing the bias is not to be better: in choices, and where it does not reach the gates in both together. Means over
-    # three draws: of exaone_moe six draws differed by -0.11 to +0.04 in gates.
+    # Losing the bias is not to be better: in choices, and where it does not reach the gates in both together. Means
+    # over three draws: of exaone_moe six differed by -0.11 to +0.04 in gates.
     models = [model, *(swapped_model(model_type, steps=12, first=1000 * draw) for draw in (1, 2))]
     ours = [export_vanilla(each, batches(), held_out=batches(1)).comparison for each in models]
     lost = [export_vanilla(each, batches(), held_out=batches(1), bias="none").comparison for each in models]
