@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends, metrics, reference
-from kmeans_route.backends.reservoir import EMPTY_HASH, in_places, kmeans_pp
+from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
 from kmeans_route.routing.base import StatefulRouter, called, scalars
 from kmeans_route.routing.loading import CentroidState
 from kmeans_route.routing.pending import Pending
@@ -85,10 +85,9 @@ class CentroidCommit(CentroidState):
             self.pending.clear_(skip)
 
     def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
-        """Centroids from the reservoir; where it has fewer than E tokens, Gaussian directions stay."""
-        if self.init == "tokens":
-            chosen = in_places(hashes)
-        else:
+        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian directions stay."""
+        chosen = torch.arange(self.num_experts, device=rows.device)
+        if self.init == "kmeans++":
             chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
         found = hashes[chosen] != EMPTY_HASH
         self.centroids.copy_(torch.where(found[:, None], _parted(rows[chosen], self.weight), 0.0))

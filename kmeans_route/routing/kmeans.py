@@ -62,9 +62,8 @@ class KMeansRouter(CentroidCommit):
             about one standard deviation of the scores.
         gate, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
         init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
-            "normal" (the first averages over Gaussian directions). Rounding of x changes few of the tokens chosen, see
-            docs/reliability.md. Until then they are kept: E or 16 E rows of D fp32; for 58 layers of E = 256, D = 7168
-            that is 425 MB, or 6.8 GB.
+            "normal" (the first averages over Gaussian directions). Until then the tokens are kept: E or 16 E rows of D
+            fp32; for 58 layers of E = 256, D = 7168 that is 425 MB, or 6.8 GB.
         detach_gates: stop the gradient from the gates to x.
         learned_offset: add a parameter `offset` (E, D), zero at first and trained through the gates, to the unit
             centroids: tokens are scored with unit rows of the sum, averages are gathered as ever. Weight decay pulls

@@ -19,8 +19,7 @@ class Pending:
     counts: (E,) int64. std_sum: () fp32. num_tokens, num_dropped: () int64.
     margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
     pairs: (E, E) fp32, tokens of a sample that chose both of two experts; (0, 0) for learned routers.
-    hashes, rows: the token reservoir (R,), (R, D) until the centroids have data, else (0,), (0, D); hashes say where
-    the rows lie, see `backends.reservoir`.
+    hashes, rows: the token reservoir (R,), (R, D) until the centroids have data, else (0,), (0, D).
     """
 
     FIELDS = (*PendingStatistics._fields, "pairs", "hashes", "rows")
