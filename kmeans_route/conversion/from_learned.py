@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kmeans_route import metrics, reference
-from kmeans_route.checks import check_choice
+from kmeans_route.checks import check_choice, check_module
 from kmeans_route.conversion import compare as agreement
 from kmeans_route.conversion.compare import Choose, Comparison, Forward, Router, Seen, Tick
 from kmeans_route.functional import centroid_sums, directions
@@ -62,6 +62,7 @@ def calibrate(
     Raises:
         ValueError, TypeError: models, batches or an option do not fit; the routers are then as before.
     """
+    check_module("model", model)
     check_choice("start", start, STARTS)
     if isinstance(balance_steps, bool) or not isinstance(balance_steps, int) or balance_steps < 0:
         raise ValueError(f"balance_steps must be an int of at least 0, got {balance_steps!r}: pass 0 for no bias")
@@ -97,8 +98,13 @@ def _chooser(router: KMeansRouter) -> Choose:
 def _new_routers(target: nn.Module | Mapping[str, KMeansRouter]) -> dict[str, KMeansRouter]:
     if isinstance(target, nn.Module):
         found, where = agreement.kmeans_routers(target), type(target).__name__
-    else:
+    elif isinstance(target, Mapping):
         found, where = dict(target), "the mapping"
+    else:
+        raise TypeError(
+            f"target must be a model or a mapping from names to K-Means routers, got {type(target).__name__}: pass the "
+            "model with the new routers"
+        )
     if not found:
         raise ValueError(
             f"target must contain at least one KMeansRouter, got none in {where}: replace the routers first"

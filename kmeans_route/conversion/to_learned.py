@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kmeans_route.checks import check_choice, check_range
+from kmeans_route.checks import check_choice, check_module, check_range
 from kmeans_route.conversion import compare as agreement
 from kmeans_route.conversion.compare import Comparison, Forward, Seen, Tick, select, shared_choices, watch
 from kmeans_route.reference import product
@@ -129,6 +129,7 @@ def export_gates(
     Raises:
         ValueError, TypeError: a model, batches, a target or an option that do not fit; the target is then as before.
     """
+    check_module("model", model)
     check_choice("kind", kind, KINDS)
     check_choice("bias", bias, BIASES)
     routers = agreement.kmeans_routers(model)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from kmeans_route.checks import check_module
 from kmeans_route.routing.experts import Experts
 from kmeans_route.routing.moe import MoE
 
@@ -52,7 +53,8 @@ def expert_parallel(model: nn.Module, mesh: "DeviceMesh", *, average_gradients: 
         `model`.
 
     Raises:
-        TypeError: mesh is no DeviceMesh. ValueError: mesh is not 1-D or does not hold this rank, or there is no `MoE`.
+        TypeError: model is no module, mesh no DeviceMesh. ValueError: mesh is not 1-D or does not hold this rank, or
+            there is no `MoE`.
         RuntimeError: the experts have been divided or sharded already.
 
     Example (run by torchrun)::
@@ -75,6 +77,7 @@ def expert_parallel(model: nn.Module, mesh: "DeviceMesh", *, average_gradients: 
     """
     from torch.distributed.device_mesh import DeviceMesh
 
+    check_module("model", model)
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"mesh must be a DeviceMesh, got {type(mesh).__name__}: make one with "
@@ -114,7 +117,11 @@ def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
 
     Returns:
         The parameters, divided between ranks or not; empty without an `MoE`.
+
+    Raises:
+        TypeError: model is no module.
     """
+    check_module("model", model)
     return {p for module in model.modules() if isinstance(module, MoE) for p in module.experts.parameters()}
 
 

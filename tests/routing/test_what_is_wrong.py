@@ -35,6 +35,20 @@ def made() -> tuple[MoE, torch.optim.Optimizer]:
             TypeError,
             "model must be a torch.nn.Module, got NoneType: pass the model",
         ),
+        *(
+            (call, TypeError, "model must be a torch.nn.Module, got NoneType: pass the model")
+            for call in (
+                lambda: kmeans_route.expert_parameters(NOTHING),
+                lambda: kmeans_route.expert_parallel(NOTHING, NOTHING),
+                lambda: kmeans_route.export_gates(NOTHING, [X]),
+                lambda: kmeans_route.calibrate(NOTHING, made()[0], [X]),
+            )
+        ),
+        (
+            lambda: kmeans_route.calibrate(made()[0], NOTHING, [X]),
+            TypeError,
+            "target must be a model or a mapping from names to K-Means routers, got NoneType: pass the model with",
+        ),
         (
             lambda: kmeans_route.dispatch(X, NOTHING),
             TypeError,
