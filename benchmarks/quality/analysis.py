@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import final
-from benchmarks.quality.studies import CHANGED_BY, CHANGES, DEFAULT, MAIN_SEEDS, OFFSET, SIZES, STUDIES
+from benchmarks.quality.studies import CENTROIDS, CHANGED_BY, CHANGES, FINAL, MAIN_SEEDS, OFFSET, SIZES, STUDIES
 from benchmarks.quality.sweep import ROOT, Record, read_results
 from benchmarks.quality.tables import (
     Column,
@@ -146,26 +146,26 @@ def best(contestants: Group, kinds: str | tuple[str, ...], get: Measure) -> str 
 
 
 def goals(records: Sequence[Record]) -> str:
-    """The two goals, a row a size: how far the default, and it with a learned offset, lie above the best learned
-    router, and the MaxVio of the most even one over the default's. Of learned routers those with the most seeds."""
+    """The two goals, a row a size: how far centroids, and they with a learned offset, lie above the best learned
+    router, and the MaxVio of the most even one over theirs. Of learned routers those with the most seeds."""
     rows = []
     for (size, steps), contestants in groups(records, ["main"]).items():
         theirs = best(contestants, LEARNED, bits)
-        if theirs is None or DEFAULT not in contestants:
+        if theirs is None or CENTROIDS not in contestants:
             continue
         rival = contestants[theirs]
-        above = [_short(difference(contestants.get(name, []), rival)) for name in (DEFAULT, OFFSET)]
+        above = [_short(difference(contestants.get(name, []), rival)) for name in (CENTROIDS, OFFSET)]
         factors = [_factor(contestants, get) for get in (max_vio, max_vio_trained)]
         rows.append([f"{size}, {steps} steps", f"{theirs} ({cell(values(rival, bits), 3)})", *above, *factors])
-    head = ["size", "best learned router, bits per byte", "default above it", "with a learned offset"]
-    return markdown([*head, "most even learned router: MaxVio over the default's, held-out", "training text"], rows)
+    head = ["size", "best learned router, bits per byte", "centroids above it", "with a learned offset"]
+    return markdown([*head, "most even learned router: MaxVio over that of centroids, held-out", "training text"], rows)
 
 
 def _factor(contestants: Group, get: Measure) -> str:
     theirs = best(contestants, LEARNED, get)
     if theirs is None:
         return "n/a"
-    other, own = (statistics.fmean(values(contestants[name], get)) for name in (theirs, DEFAULT))
+    other, own = (statistics.fmean(values(contestants[name], get)) for name in (theirs, CENTROIDS))
     return f"{theirs}: {other:.3f} / {own:.3f} = {other / own:.1f}"
 
 
@@ -180,7 +180,7 @@ def compared(one: Sequence[Record], other: Sequence[Record]) -> str:
     return f"{found.mean:+.3f} ± {found.half:.3f} (95%, {found.pairs} pairs), {word}"
 
 
-def pooled(records: Sequence[Record], base: str = DEFAULT) -> str:
+def pooled(records: Sequence[Record], base: str = CENTROIDS) -> str:
     """Every contestant of the main study against `base`, all sizes and seeds together, runs of the usual length."""
     records = usual_length(records)
     runs = {name: [record for record in records if record["contestant"] == name] for name in STUDIES["main"]}
@@ -195,7 +195,7 @@ def pooled(records: Sequence[Record], base: str = DEFAULT) -> str:
     return markdown(["router", f"bits per byte above {base}", "MaxVio, held-out text, ratio", "training text"], rows)
 
 
-def size_by_size(records: Sequence[Record], base: str = DEFAULT) -> str:
+def size_by_size(records: Sequence[Record], base: str = CENTROIDS) -> str:
     """The same for each size by itself; bold where it is resolved."""
     found = {where: contestants for where, contestants in groups(records, ["main"]).items() if base in contestants}
     rows = []
@@ -249,9 +249,9 @@ def kendall(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def curves_above(contestants: Group) -> tuple[str, dict[str, list[tuple[int, float]]]]:
-    """(the default, or the first where it has not run; contestant -> (step, bits per byte above it) over the seeds that
+    """(centroids, or the first where it has not run; contestant -> (step, bits per byte above it) over the seeds that
     both have). Seeds differ more than routers do, so means over unequal seeds would not compare them."""
-    base = DEFAULT if DEFAULT in contestants else next(iter(contestants))
+    base = CENTROIDS if CENTROIDS in contestants else next(iter(contestants))
     curves = {}
     for name, runs in contestants.items():
         pairs = [(one["validation"], other["validation"]) for one, other in paired(runs, contestants[base])]
@@ -292,11 +292,9 @@ def report(records: Sequence[Record]) -> str:
     parts = [final.report(records), "## Bits per byte, MaxVio", summary(records)]
     parts.append(GOALS)
     parts.append(goals(records))
-    parts.append(f"Each against the default, {DEFAULT}, all sizes and seeds together (MaxVio: geometric mean):")
+    parts.append(f"Each against {CENTROIDS}, all sizes and seeds together (MaxVio: geometric mean):")
     parts.append(pooled(records))
-    parts.append(
-        "Each size by itself, bits per byte above the default (95%, over the seeds that both have, bold: resolved):"
-    )
+    parts.append("Each size by itself, bits per byte above it (95%, over the seeds that both have, bold: resolved):")
     parts.append(size_by_size(records))
     main = groups(records, ["main"])
     for (size, steps), contestants in main.items():
@@ -312,26 +310,11 @@ def report(records: Sequence[Record]) -> str:
     return "\n\n".join([*parts, *changes(records)])
 
 
-def front_page(records: Sequence[Record]) -> str:
-    """What the README shows of them, a row a size: the default beside the best and beside the most even learned router,
-    each of these the best in its column."""
-    rows = []
-    for (size, _), contestants in with_seeds(records).items():
-        rival, even = best(contestants, LEARNED, bits), best(contestants, LEARNED, max_vio_trained)
-        if rival is None or even is None or DEFAULT not in contestants:
-            continue
-        quality = [cell(values(contestants[name], bits), 3) for name in (DEFAULT, rival)]
-        balance = [mean_text(values(contestants[name], max_vio_trained), 3) for name in (DEFAULT, even)]
-        shape = f"{SIZES[size]['experts']} experts, top {SIZES[size]['top_k']}"
-        rows.append([shape, *quality, " / ".join(balance)])
-    return markdown(["layer", "K-Means", "best learned router", "MaxVio: K-Means / most even learned"], rows)
-
-
 def pages(records: Sequence[Record]) -> dict[Path, str]:
     """Page -> the tables between its two marks."""
     return {
-        README: front_page(records),
-        SUMMARY: f"{GOALS}\n\n{goals(records)}",
+        README: final.front(records),
+        SUMMARY: final.decision(records),
         APPENDIX: report(records),
     }
 
@@ -350,22 +333,25 @@ def look(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def draw_all(records: Sequence[Record], path: Path) -> None:
-    """Bits per byte against MaxVio on held-out text, means over the seeds with their spread, a panel a size."""
+def draw_decision(records: Sequence[Record], path: Path) -> None:
+    """Bits per byte against MaxVio on the text trained on, those that decide: means over the seeds with their spread, a
+    panel a size."""
     from matplotlib.figure import Figure
 
-    found = with_seeds(records)
-    figure = Figure(figsize=(4.2 * max(2, len(found)), 5.5), layout="constrained")
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, ((size, steps), contestants) in zip(panels, found.items(), strict=True):
-        for name, runs in contestants.items():
-            across, up = values(runs, max_vio), values(runs, bits)
-            spread = [statistics.stdev(each) if len(runs) > 1 else 0.0 for each in (across, up)]
+    runs, figure = final.Runs(records), Figure(figsize=(3.4 * len(final.WHERE), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(final.WHERE), squeeze=False)[0]
+    for axes, size in zip(panels, final.WHERE, strict=True):
+        for name in FINAL:
+            found = runs.final(name, size)
+            if not found:
+                continue
+            across, up = values(found, max_vio_trained), values(found, bits)
+            spread = [statistics.stdev(each) if len(found) > 1 else 0.0 for each in (across, up)]
             axes.errorbar(
-                statistics.fmean(across), statistics.fmean(up), xerr=spread[0], yerr=spread[1], label=name,
-                elinewidth=0.7, markersize=8, markeredgecolor="black" if name == DEFAULT else "none", **look(name)[1],
+                statistics.fmean(across), statistics.fmean(up), xerr=spread[0], yerr=spread[1],
+                label=final.TITLES[name], elinewidth=0.7, markersize=9, **look(name)[1],
             )  # fmt: skip
-        axes.set(xlabel="MaxVio, held-out text (0: even)", title=f"{size}, {steps} steps")
+        axes.set(xlabel="MaxVio, training text (0: even)", title=size.removeprefix("D64-"))
         _log_axis(axes)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation bits per byte")
@@ -384,7 +370,7 @@ def _log_axis(axes: Any) -> None:
 
 
 def draw(title: str, contestants: Group, path: Path) -> None:
-    """Validation curves against the default's, seed by seed, and bits per byte against MaxVio, one point a seed."""
+    """Validation curves against those of centroids, seed by seed; bits per byte against MaxVio, one point a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -430,10 +416,10 @@ def draw_changes(title: str, change: str, contestants: Group, path: Path) -> Non
 
 
 def pictures(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw all sizes together, and each size and change of which something has a second seed."""
+    """Draw those that decide, and each size and change of which something has a second seed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "quality.png"]
-    draw_all(records, paths[0])
+    draw_decision(records, paths[0])
     for (size, steps), contestants in _repeated(groups(records, ["main"])).items():
         paths.append(folder / f"quality-{size}-{steps}.png")
         draw(f"{size}, {steps} steps", contestants, paths[-1])

@@ -8,7 +8,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.quality.studies import DENSE, FINAL, FLOORS, RATES, SIZES, STEPS, WHITENED, at_rate
+from benchmarks.quality.studies import (
+    CENTROIDS,
+    DENSE,
+    FINAL,
+    FLOORS,
+    RATES,
+    SIZES,
+    STEPS,
+    WHITENED,
+    WHITENED_OFFSET,
+    at_rate,
+)
 from benchmarks.quality.sweep import Record
 from benchmarks.quality.tables import (
     Measure,
@@ -27,7 +38,16 @@ from benchmarks.quality.tables import (
 ALL_RATES = (0.003, *RATES)
 WHERE = [name for name, sizes in SIZES.items() if name.startswith("D64") and sizes["experts"] > 1]
 """The four sizes."""
-NAMES = (*FINAL, *FLOORS, *DENSE)
+TITLES = {
+    WHITENED: "K-Means (whitened)",
+    WHITENED_OFFSET: "K-Means, whitened, learned offset",
+    CENTROIDS: "K-Means, centroids (the paper's)",
+    "sigmoid, sign 0.01": "sigmoid, loss-free",
+    "softmax, aux 0.01": "softmax, auxiliary loss",
+    **{name: name for name in FLOORS},
+    "dense": "dense, of equal active width",
+}
+"""Who decides, as the pages call them; at most eight."""
 EARLY_WINDOWS = 4
 """Of the curves, 50 steps each."""
 
@@ -71,7 +91,7 @@ def decision(records: Sequence[Record]) -> str:
     """A row a contestant: bits per byte at each size, whitened's difference from it, effective experts, MaxVio."""
     runs = Runs(records)
     rows = []
-    for name in NAMES:
+    for name in TITLES:
         found = runs.everywhere(name)
         if not found:
             continue
@@ -81,11 +101,31 @@ def decision(records: Sequence[Record]) -> str:
         kept = [_share(runs.final(name, size)) for size in WHERE if size.endswith("K8")]
         loads = [mean_text(values(found, get), 2) for get in (measure("max_vio_train"), max_vio_trained, max_vio)]
         rows.append(
-            [name, *by_size, f"**{text}**" if apart and apart.resolved else text, " / ".join(kept), " / ".join(loads)]
+            [
+                TITLES[name],
+                *by_size,
+                f"**{text}**" if apart and apart.resolved else text,
+                " / ".join(kept),
+                " / ".join(loads),
+            ]
         )
     head = ["router", *(size.removeprefix("D64-") for size in WHERE), "whitened minus it (95%)"]
     more = ["effective experts of E, E16-K8 / E64-K8", "MaxVio: batches / training text / held-out"]
     return markdown([*head, *more], rows)
+
+
+def front(records: Sequence[Record]) -> str:
+    """The same for those in a hurry: means alone, and of the loads those on the text trained on."""
+    runs = Runs(records)
+    rows = []
+    for name in TITLES:
+        found = runs.everywhere(name)
+        if found:
+            by_size = [mean_text(values(runs.final(name, size), bits), 3) for size in WHERE]
+            kept = [_share(runs.final(name, size)) for size in WHERE if size.endswith("K8")]
+            rows.append([TITLES[name], *by_size, " / ".join(kept), mean_text(values(found, max_vio_trained), 2)])
+    sizes = [size.removeprefix("D64-") for size in WHERE]
+    return markdown(["router", *sizes, "effective experts of E, K 8", "MaxVio"], rows)
 
 
 def _with_seeds(runs: Sequence[Record], get: Measure) -> str:
@@ -101,7 +141,7 @@ def rates(records: Sequence[Record]) -> str:
     """Bits per byte on seed 0 at each learning rate, the chosen one in bold."""
     runs = Runs(records)
     rows = []
-    for name in NAMES:
+    for name in TITLES:
         cells = [_rates_of(runs, name, size) for size in WHERE]
         if any(cells):
             rows.append([name, *(text or "not run" for text in cells)])

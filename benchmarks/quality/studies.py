@@ -57,16 +57,17 @@ MAIN: dict[str, dict[str, Any]] = {
 """With a learned offset it was run as a trial, before that became an option of the router."""
 MAIN_SEEDS = 3
 """Those of the main study are 0, 1, 2; what ran with later ones belongs to the decision alone."""
-DEFAULT = "K-Means, proportional, tau 0.2"
-"""The contestant that the router's defaults make."""
-OFFSET = f"{DEFAULT}, learned offset"
 WHITENED = "K-Means, whitened"
+"""What the router's defaults make with more than one expert a token."""
 WHITENED_OFFSET = f"{WHITENED}, learned offset"
+CENTROIDS = "K-Means, proportional, tau 0.2"
+"""The paper's directions, and what the router's defaults make with one expert a token."""
+OFFSET = f"{CENTROIDS}, learned offset"
 
 
 RIVALS = ("sigmoid, sign 0.01", "softmax, aux 0.01")
 """Of each kind of learned router the one with the fewest bits per byte over the twelve runs of the main study."""
-FINAL = {name: MAIN[name] for name in (WHITENED, WHITENED_OFFSET, DEFAULT, *RIVALS)}
+FINAL = {name: MAIN[name] for name in (WHITENED, WHITENED_OFFSET, CENTROIDS, *RIVALS)}
 """Those between whom the study decides."""
 FLOORS = {name: MAIN[name] for name in ("hash of the byte", "random, fixed")}
 DENSE: dict[str, dict[str, Any]] = {"dense": {"router": "random"}}
@@ -96,18 +97,18 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
         "K-Means, learned offset": {"trial": "learned offset"},
         "K-Means, centred": {"trial": "centred"},
     },
-    DEFAULT: {
+    CENTROIDS: {
         **{f"K-Means, proportional, tau {tau:g}": {"tau": tau} for tau in (0.02, 0.1, 0.5, 1.0)},
         **{f"K-Means, proportional {rate:g}, tau 0.2": {"bias_rate": rate} for rate in (0.015, 0.15)},
-        **{f"{DEFAULT}, decay {decay:g}": {"decay": decay} for decay in (0.99, 0.9999)},
-        f"{DEFAULT}, cumulative mean": _options(average="cumulative"),
-        f"{DEFAULT}, kmeans++": _options(init="kmeans++"),
-        f"{DEFAULT}, raw sums": _options(accumulate="raw"),
-        **{f"{DEFAULT}, {gate} gate": _options(gate=gate) for gate in ("sigmoid", "cosine", "uniform")},
-        f"{DEFAULT}, detached gates": _options(detach_gates=True),
-        f"{DEFAULT}, 4 groups of which 2": _options(n_group=4, topk_group=2),
-        f"{DEFAULT}, commit every 4": {"commit_every": 4},
-        **{f"{DEFAULT}, {trial}": {"trial": trial} for trial in TRIALS if trial not in ("learned offset", FAN_IN)},
+        **{f"{CENTROIDS}, decay {decay:g}": {"decay": decay} for decay in (0.99, 0.9999)},
+        f"{CENTROIDS}, cumulative mean": _options(average="cumulative"),
+        f"{CENTROIDS}, kmeans++": _options(init="kmeans++"),
+        f"{CENTROIDS}, raw sums": _options(accumulate="raw"),
+        **{f"{CENTROIDS}, {gate} gate": _options(gate=gate) for gate in ("sigmoid", "cosine", "uniform")},
+        f"{CENTROIDS}, detached gates": _options(detach_gates=True),
+        f"{CENTROIDS}, 4 groups of which 2": _options(n_group=4, topk_group=2),
+        f"{CENTROIDS}, commit every 4": {"commit_every": 4},
+        **{f"{CENTROIDS}, {trial}": {"trial": trial} for trial in TRIALS if trial not in ("learned offset", FAN_IN)},
     },
     at_rate(WHITENED, 0.006): {
         **{f"{at_rate(WHITENED, 0.006)}, decay {decay:g}": {"decay": decay} for decay in (0.99, 0.9999)},
@@ -126,7 +127,7 @@ CHANGES = {
 }
 """What happens after half of the steps."""
 CHANGED = (
-    "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional", DEFAULT,
+    "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional", CENTROIDS,
     "K-Means, quantile",
 )  # fmt: skip
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -163,6 +164,13 @@ def _sizes(size: str) -> dict[str, Any]:
     return sizes | {"expert_hidden": 2 * sizes["hidden"] // sizes["top_k"]}
 
 
+def _named(options: dict[str, Any]) -> dict[str, Any]:
+    """K-Means with the directions that it is of: centroids where a contestant names none."""
+    if options["router"] != "kmeans":
+        return options
+    return options | {"router_options": {"directions": "centroids"} | options.get("router_options", {})}
+
+
 def usual_sizes(study: str) -> list[str]:
     """Those of several experts and of bytes; for the dense model those of one."""
     one = study == "dense"
@@ -194,7 +202,7 @@ def jobs(
     return [
         Job(
             size, name,
-            replace(base, **PINNED | {"seed": seed, "eval_every": every} | _sizes(size) | batch | options),
+            replace(base, **PINNED | {"seed": seed, "eval_every": every} | _sizes(size) | batch | _named(options)),
             change, trial, "subwords" if size == SUBWORDS else "",
         )
         for size in sizes

@@ -324,7 +324,7 @@ def convert_command(
     """Put K-Means routers in place of learned ones: a warm start, with agreement and loss."""
     with _speaking(json_mode, plain) as output:
         old = _opened(context, source, out, overwrite, text, "more_steps")
-        new = old.with_kmeans(balance, tau, more_steps)
+        new = old.with_kmeans(balance, tau, more_steps, None if start == "means" else "centroids")
         batches, held_out, counted = old.windows(calibration_bytes)
         passes = (start == "means") + (tau is None or balance_steps > 0)
         with output.batches("calibrating", passes * len(batches) + 2 * len(held_out)) as tick:

@@ -66,7 +66,7 @@ class Pretrained:
             sides.append([{"input_ids": rows, "labels": rows} for rows in torch.split(windows, ROWS)])
         return sides[0], sides[1], {"calibration_tokens": sum(batch["input_ids"].numel() for batch in sides[0])}
 
-    def with_kmeans(self, balance: str, tau: float | None, _more_steps: int) -> Any:
+    def with_kmeans(self, balance: str, tau: float | None, _more_steps: int, directions: str | None) -> Any:
         """A copy with K-Means routers in place of its own, which must be learned: their rows are the directions."""
         from kmeans_route.integrations.transformers import apply_kmeans_routing
 
@@ -74,7 +74,7 @@ class Pretrained:
             raise ValueError(f"{self.folder} must hold learned routers, got K-Means: convert a model that has none yet")
         new = copy.deepcopy(self.model)
         options: dict[str, Any] = ({"balance": balance} if balance else {}) | ({} if tau is None else {"tau": tau})
-        apply_kmeans_routing(new, from_gate=True, **options)
+        apply_kmeans_routing(new, from_gate=True, directions=directions, **options)
         return new
 
     def with_gates(self, _router: str, _balance: str, _more_steps: int) -> Any:

@@ -41,11 +41,13 @@ class Trained:
         held_out = [windows.to(device).long() for windows in torch.split(self.trainer.windows, config.batch)]
         return calibration, held_out, {"calibration_bytes": count * config.batch * config.seq_len}
 
-    def with_kmeans(self, balance: str, tau: float | None, more_steps: int) -> DecoderLM:
+    def with_kmeans(self, balance: str, tau: float | None, more_steps: int, directions: str | None) -> DecoderLM:
         """The model with K-Means routers in place of its own, which must be learned: their rows are the directions."""
         if self.model.config.router == "kmeans":
             raise ValueError(f"{self.folder} must hold a learned router, got K-Means: convert a softmax or sigmoid run")
-        new = self._with_routers("kmeans", balance, more_steps, **({} if tau is None else {"tau": tau}))
+        given = self.model.config.router_options | ({} if directions is None else {"directions": directions})
+        changes = {"router_options": given} | ({} if tau is None else {"tau": tau})
+        new = self._with_routers("kmeans", balance, more_steps, **changes)
         for ours, theirs in zip(new.moe_layers, self.model.moe_layers, strict=True):
             assert isinstance(ours.router, KMeansRouter)
             ours.router.set_centroids(theirs.router.weight)

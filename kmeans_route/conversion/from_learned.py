@@ -148,7 +148,7 @@ def _set_centroids(new: Mapping[str, KMeansRouter], over_text: OverText | None) 
         mean = sums[name] / counts[name].clamp_min(1)[:, None]
         # Nothing was sent there, or it cancels: such an expert keeps its direction.
         has_direction = (directions(mean, torch.float32) != 0).any(1, keepdim=True)
-        router.set_centroids(torch.where(has_direction, mean, router.weight))
+        router.set_centroids(torch.where(has_direction, mean, router.weight), averages=over_text is not None)
         if over_text is not None:
             router.tokens_per_expert.copy_(counts[name])
             if router.tokens_seen is not None:

@@ -135,7 +135,13 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"router": config.router, "balance": config.balance, "seed": config.seed}
     if config.router in FIXED:
         gate = "uniform" if config.router == "hash" else "softmax"
-        return options | {"router": "kmeans", "init": "normal", "gate": gate, "tau": config.tau}
+        return options | {
+            "router": "kmeans",
+            "init": "normal",
+            "directions": "centroids",
+            "gate": gate,
+            "tau": config.tau,
+        }
     if config.bias_rate is not None:
         options["bias_rate"] = config.bias_rate
     if config.router == "kmeans":

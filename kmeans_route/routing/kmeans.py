@@ -57,7 +57,8 @@ class KMeansRouter(CentroidCommit):
             takes twice as long to follow a change.
         directions: how a commit writes `weight`: "centroids", their directions (the paper's), or "whitened", their
             differences from the mean of all, decorrelated (`reference.whitened_reference`). With top_k > 1 plain
-            averages drift to the first principal axis and experts become one; whitened ones stay apart.
+            averages drift to the first principal axis and experts become one; whitened ones stay apart. None for
+            "whitened" with top_k > 1, for "centroids" with 1.
         tau: temperature of the gates, at least 1e-6; None for 0.2 with directions="centroids", for 0.1 with "whitened",
             about one standard deviation of the scores.
         gate, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
@@ -105,7 +106,7 @@ class KMeansRouter(CentroidCommit):
         accumulate: str = "unit",
         balance: str = "proportional",
         bias_rate: float | None = None,
-        directions: str = "centroids",
+        directions: str | None = None,
         gate: str = "softmax",
         tau: float | None = None,
         normalize: bool = True,
@@ -126,6 +127,8 @@ class KMeansRouter(CentroidCommit):
         check_choice("accumulate", accumulate, ACCUMULATES)
         check_choice("balance", balance, BALANCES)
         check_choice("init", init, INITS)
+        if directions is None:
+            directions = "whitened" if top_k > 1 else "centroids"
         check_choice("directions", directions, DIRECTIONS)
         tau = {"centroids": DEFAULT_TAU, "whitened": WHITENED_TAU}[directions] if tau is None else tau
         check_range("decay", decay, 0.0, 1.0)
@@ -154,7 +157,8 @@ class KMeansRouter(CentroidCommit):
         """A router whose first directions are the rows of a learned gate.
 
         Lengths of rows and biases are left out, since a cosine has no place for them: how often the two then choose
-        alike, `kmeans_route.calibrate` measures.
+        alike, `kmeans_route.calibrate` measures. `directions` is "centroids" unless named: the first commit of
+        whitened ones turns the rows away from the gate's.
 
         Args:
             gate: nn.Linear, `LearnedRouter`, anything else with a weight (E, D), or that tensor.
@@ -173,7 +177,8 @@ class KMeansRouter(CentroidCommit):
         if weight.dim() != 2:
             raise ValueError(f"gate must have a weight (E, D), got {tuple(weight.shape)}: one row an expert")
         check_option_names(f"{cls.__name__}.from_linear", options, option_names(cls))
-        router = cls(weight.shape[1], weight.shape[0], top_k, **{"device": weight.device, **options})
+        options = {"device": weight.device, "directions": "centroids", **options}
+        router = cls(weight.shape[1], weight.shape[0], top_k, **options)
         router.set_centroids(weight)
         return router
 
@@ -182,12 +187,11 @@ class KMeansRouter(CentroidCommit):
         o, c = self.options, self.commit_options
         groups = f", n_group={o.n_group}, topk_group={o.topk_group}" if o.grouped else ""
         groups += "" if self.offset is None else ", learned_offset=True"
-        groups += ", directions='whitened'" if c.directions == "whitened" else ""
         name = f", name={self.name!r}" if self.name else ""
         return (
-            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, gate={o.gate!r}, "
-            f"tau={o.tau:g}, balance={c.balance!r}, bias_rate={c.bias_rate:g}, decay={c.decay:g}, "
-            f"average={c.average!r}, init={self.init!r}{groups}{name}"
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"directions={c.directions!r}, gate={o.gate!r}, tau={o.tau:g}, balance={c.balance!r}, "
+            f"bias_rate={c.bias_rate:g}, decay={c.decay:g}, average={c.average!r}, init={self.init!r}{groups}{name}"
         )
 
     def _check_together(self, gate: str, *, learned_offset: bool) -> None:

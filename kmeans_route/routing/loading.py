@@ -100,12 +100,16 @@ class CentroidState(StatefulRouter):
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
 
     @torch.no_grad()
-    def set_centroids(self, weight: Tensor, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
+    def set_centroids(
+        self, weight: Tensor, tokens_seen: int = reference.GIVEN_TOKENS, *, averages: bool = False
+    ) -> None:
         """Take given centroids, scaled to unit rows, with enough weight that the first commit cannot erase them.
 
         Args:
             weight: (E, D) floating point. `steps` becomes round(decay / (1 - decay)).
             tokens_seen: how many tokens each centroid stands for, with average="cumulative" only.
+            averages: the rows are averages of hidden states, from which `directions` makes those that score. Else they
+                score as they are, as the rows of a gate should, until the first commit.
 
         Raises:
             ValueError: another shape, or a row that is zero or not finite.
@@ -122,7 +126,15 @@ class CentroidState(StatefulRouter):
         self.reset_parameters()
         self.weight.copy_(unit)
         self._take_weight_as_given(tokens_seen)
+        if averages:
+            self._write_weight()
         self._have_data()
+
+    def _write_weight(self) -> None:
+        """The directions of the centroids, as a commit writes them."""
+        whitened = self.commit_options.directions == "whitened"
+        rule = reference.whitened_reference if whitened else reference.unit_rows
+        self.weight.copy_(rule(self.centroids, self.weight))
 
     def _take_weight_as_given(self, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
         """Averages that go on from the directions in `weight`."""
@@ -194,6 +206,16 @@ class CentroidState(StatefulRouter):
             stacklevel=2,
         )
 
+    def _warn_of_another_rule(self) -> None:
+        """Whitened directions are never those of all the averages, but before the first commit."""
+        own = reference.unit_rows(self.centroids, self.weight)
+        if bool((torch.linalg.vecdot(own, reference.unit_rows(self.weight, own)) > 1 - 1e-5).all()):
+            warnings.warn(
+                f"{called(self)} must be loaded with the directions of its own to go on as before, got a weight that "
+                'directions="centroids" has written: the first commit will whiten it; name that rule to keep it',
+                stacklevel=2,
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> "CentroidState":
         super()._apply(fn, recurse)
         self._pinned = {}
@@ -235,9 +257,9 @@ class CentroidState(StatefulRouter):
         if not self.has_data:
             return
         if "weight" not in brought:
-            whitened = self.commit_options.directions == "whitened"
-            rule = reference.whitened_reference if whitened else reference.unit_rows
-            self.weight.copy_(rule(self.centroids, self.weight))
+            self._write_weight()
+        elif self.commit_options.directions == "whitened":
+            self._warn_of_another_rule()
         counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
         if not counters <= brought:
             self._warn_of_part(f"centroids without {' and '.join(sorted(counters - brought))}", "taken as given")

@@ -91,14 +91,15 @@ def test_jobs_are_the_study_and_bad_names_are_refused() -> None:
     with pytest.raises(ValueError, match="--only must be among"):
         studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), ["K-Means"])
     tried = studies.jobs("tries", ["D64-E16-K2"], [0], TrainConfig(), ["K-Means, proportional 0.015, tau 0.2"])[0]
-    changes = studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), [studies.DEFAULT])[0]
+    changes = studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), [studies.CENTROIDS])[0]
     assert tried.config == replace(changes.config, bias_rate=0.015)
 
 
-def test_the_default_of_the_study_is_that_of_the_router() -> None:
-    chosen = studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), [studies.DEFAULT])[0].config
-    default = KMeansRouter(64, 16, 2)
-    assert chosen.router_options == {}
+@pytest.mark.parametrize(("name", "top_k"), [(studies.WHITENED, 2), (studies.CENTROIDS, 1)])
+def test_the_contestants_called_the_default_are_the_router_s(name: str, top_k: int) -> None:
+    chosen = studies.jobs("main", ["D64-E16-K2"], [0], TrainConfig(), [name])[0].config
+    default = KMeansRouter(64, 16, top_k)
+    assert chosen.router_options == {"directions": default.commit_options.directions}
     assert (chosen.tau, chosen.decay) == (default.options.tau, default.commit_options.decay)
     assert (chosen.balance, chosen.bias_rate) == (default.commit_options.balance, None)
     assert TrainConfig().tau is None, "the router's own"
@@ -346,7 +347,7 @@ def test_tables_and_goals_are_those_of_the_runs(tmp_path: Path, capsys: pytest.C
         *(record("softmax, aux 0.01", seed, 1.9 + 0.009 * seed, 0.3) for seed in range(3)),
         *(record("K-Means, quantile", seed, 1.9 + 0.011 * seed, 0.1) for seed in range(3)),
         *(record("K-Means, sign", seed, 1.95 + 0.01 * seed, 0.2) for seed in range(3)),
-        *(record(studies.DEFAULT, seed, 2.0 + 0.01 * seed, 0.5) for seed in range(3)),
+        *(record(studies.CENTROIDS, seed, 2.0 + 0.01 * seed, 0.5) for seed in range(3)),
         record(studies.OFFSET, 0, 1.75, 0.1),
         record("sigmoid, quantile", 0, 1.0, 0.01),
         *(record("hash of the byte", seed, 1.0, 0.9) for seed in range(3)),
@@ -380,11 +381,11 @@ def test_tables_and_goals_are_those_of_the_runs(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_later_seed_of_one_contestant_leaves_the_goals_as_they_are() -> None:
-    rivals = dict.fromkeys(studies.RIVALS, 1.8) | {studies.DEFAULT: 1.9}
+    rivals = dict.fromkeys(studies.RIVALS, 1.8) | {studies.CENTROIDS: 1.9}
     records = [record(name, seed, value + 0.01 * seed, 0.1) for name, value in rivals.items() for seed in range(3)]
     before = analysis.goals(records)
     assert len(before.splitlines()) == 3
-    later = [record(name, 3, 1.0, 0.1) for name in (studies.WHITENED, studies.DEFAULT)]
+    later = [record(name, 3, 1.0, 0.1) for name in (studies.WHITENED, studies.CENTROIDS)]
     assert analysis.goals([*records, *later]) == before
 
 
@@ -408,11 +409,15 @@ def test_the_decision_is_of_the_rate_chosen_on_a_seed_that_it_leaves_out() -> No
     table = final.decision(records)
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    assert set(found) == {studies.WHITENED, sigmoid, "dense"}, "the other has run at one rate alone"
-    assert found[studies.WHITENED]["E16-K2"] == "1.720 ± 0.010 (3)"
-    assert found[sigmoid]["E16-K2"] == "1.774 ± 0.012 (3)"
-    assert found[sigmoid]["whitened minus it (95%)"] == "**-0.054 ± 0.005 (3 pairs)**"
-    assert {found["dense"][size.removeprefix("D64-")] for size in final.WHERE} == {"1.500 (1)"}
+    whitened, other, dense = (final.TITLES[name] for name in (studies.WHITENED, sigmoid, "dense"))
+    assert set(found) == {whitened, other, dense}, "the other has run at one rate alone"
+    assert found[whitened]["E16-K2"] == "1.720 ± 0.010 (3)"
+    assert found[other]["E16-K2"] == "1.774 ± 0.012 (3)"
+    assert found[other]["whitened minus it (95%)"] == "**-0.054 ± 0.005 (3 pairs)**"
+    front = final.front(records).splitlines()
+    assert [len(row.split("|")) for row in front] == [len(front[0].split("|"))] * 5
+    assert f"| {whitened} | 1.720 | n/a | n/a | n/a | n/a / n/a | 0.05 |" in front
+    assert {found[dense][size.removeprefix("D64-")] for size in final.WHERE} == {"1.500 (1)"}
     assert "| K-Means, whitened | 1.800 / **1.700** / n/a | not run |" in final.rates(records)
     assert "| softmax, aux 0.01 | 1.500 / - / - | not run |" in final.rates(records)
     assert "| K-Means, whitened | 2.00 | not run |" in final.early(records)
@@ -428,26 +433,9 @@ def test_the_pages_hold_what_the_committed_runs_say() -> None:
         analysis.with_tables("no marks", "")
 
 
-def test_the_front_page_has_a_row_a_size_and_the_best_of_each_column() -> None:
-    records = [
-        *(record(studies.DEFAULT, seed, 2.0 + 0.01 * seed, 0.1) for seed in range(3)),
-        *(record("softmax, aux 0.1", seed, 1.9 + 0.01 * seed, 0.3) for seed in range(3)),
-        *(record("sigmoid, sign 0.01", seed, 2.1 + 0.01 * seed, 0.2) for seed in range(3)),
-        record("sigmoid, quantile", 0, 1.0, 0.0),
-        *(record("hash of the byte", seed, 1.0, 0.0) for seed in range(3)),
-    ]
-    row = "| 16 experts, top 2 | 2.010 ± 0.010 | 1.910 ± 0.010 | 0.050 / 0.100 |"
-    one_seed = [each | {"size": "D64-E64-K8"} for each in records if each["config"]["seed"] == 0]
-    longer = [each | {"config": {"steps": 400, "seed": 0}} for each in records[:3]]
-    head, _, *rows = analysis.front_page([*records, *one_seed, *longer]).splitlines()
-    assert rows == [row]
-    assert head.count("|") == 5
-    assert len(analysis.front_page(sweep.read_results(analysis.RESULTS)).splitlines()) == 2 + 4
-
-
 def test_a_picture_needs_a_second_seed(tmp_path: Path) -> None:
-    twice = [record(studies.DEFAULT, seed, 2.0, 0.1) for seed in range(2)]
-    once = record(studies.DEFAULT, 0, 2.0, 0.1, size="D64-E64-K2")
+    twice = [record(studies.CENTROIDS, seed, 2.0, 0.1) for seed in range(2)]
+    once = record(studies.CENTROIDS, 0, 2.0, 0.1, size="D64-E64-K2")
     drawn = analysis.pictures([*twice, once], tmp_path)
     assert [path.name for path in drawn] == ["quality.png", "quality-D64-E16-K2-100.png"]
 
@@ -462,7 +450,7 @@ def test_each_size_by_itself_says_what_is_resolved() -> None:
     def runs(contestant: str, *bits: float) -> list[sweep.Record]:
         return [record(contestant, seed, value, 0.1) for seed, value in enumerate(bits)]
 
-    default = runs(studies.DEFAULT, 1.0, 2.0, 3.0)
+    default = runs(studies.CENTROIDS, 1.0, 2.0, 3.0)
     worse, noisy = runs("K-Means, sign", 1.5, 2.51, 3.5), runs("softmax, aux 0.1", 1.5, 1.5, 3.5)
     text = analysis.size_by_size([*default, *worse, *noisy, *runs("hash of the byte", 0.75)])
     assert "| K-Means, sign | **+0.503 ± 0.014** |" in text  # 4.30 * 0.00577 / sqrt(3)
@@ -472,10 +460,10 @@ def test_each_size_by_itself_says_what_is_resolved() -> None:
 
 
 def test_a_long_run_has_a_table_of_its_own_and_leaves_the_others_alone() -> None:
-    usual = [record(name, seed, 2.0, 0.1) for name in (studies.DEFAULT, "K-Means, sign") for seed in range(2)]
+    usual = [record(name, seed, 2.0, 0.1) for name in (studies.CENTROIDS, "K-Means, sign") for seed in range(2)]
     longer = [
         each | {"config": {"steps": 400, "seed": 0}}
-        for each in (record(studies.DEFAULT, 0, 1.5, 0.1), record("K-Means, sign", 0, 1.0, 0.1))
+        for each in (record(studies.CENTROIDS, 0, 1.5, 0.1), record("K-Means, sign", 0, 1.0, 0.1))
     ]
     assert analysis.usual_length([*longer, *usual]) == usual
     for tables in (analysis.summary, analysis.pooled):
@@ -493,11 +481,11 @@ def test_curves_compare_equal_seeds_alone() -> None:
     def run(contestant: str, seed: int, bits: float) -> sweep.Record:
         return record(contestant, seed, bits, 0.1) | {"validation": [[1, bits + 1.0], [2, bits]]}
 
-    default = [run(studies.DEFAULT, seed, 2.0 + seed) for seed in range(3)]
+    default = [run(studies.CENTROIDS, seed, 2.0 + seed) for seed in range(3)]
     base, curves = analysis.curves_above(
-        {"hash of the byte": [run("hash of the byte", 0, 1.5)], studies.DEFAULT: default}
+        {"hash of the byte": [run("hash of the byte", 0, 1.5)], studies.CENTROIDS: default}
     )
-    assert base == studies.DEFAULT
+    assert base == studies.CENTROIDS
     assert curves["hash of the byte"] == [(1, -0.5), (2, -0.5)]  # against seed 0; the mean over seeds is 3.0
     assert curves[base] == [(1, 0.0), (2, 0.0)]
     _, curves = analysis.curves_above({base: default, "K-Means, sign": [run("K-Means, sign", 7, 2.0)]})

@@ -143,6 +143,7 @@ class TransformersRouter(KMeansRouter):
             device=original.get_parameter(contract.gate_key).device,
             **options,
         )
+        self.chosen_options["directions"] = self.commit_options.directions
         self.contract = contract
         self.masks: Masks | None = None
         self.handles: list[Any] = []

@@ -64,7 +64,8 @@ def apply_kmeans_routing(
         layers: which routers: a predicate on the path ("model.layers.0.mlp.gate"), or a list of paths or layer indices;
             None for all.
         from_gate: take the gate's rows as first centroids. None: where the gate came from a checkpoint, else the first
-            data set them. A selection bias or a gate's bias is not taken over: it was made for other scores.
+            data set them. With them directions="centroids" unless named, for whitening would turn them. A selection
+            bias or a gate's bias is not taken over: it was made for other scores.
         router_options: of `KMeansRouter`, over those of the architecture.
 
     Returns:
@@ -255,11 +256,13 @@ def _contract(model: Any, path: str, router: nn.Module) -> Contract:
 
 
 def _make(old: nn.Module, contract: Contract, options: dict[str, Any], from_gate: bool | None) -> TransformersRouter:
-    router = router_class(type(old))(old, contract, **options)
-    router.chosen_options |= options
     gate = old.get_parameter(contract.gate_key)
     if from_gate is None:
         from_gate = bool(getattr(gate, "_is_hf_initialized", False)) and not gate.is_meta
+    if from_gate:
+        options = {"directions": "centroids", **options}
+    router = router_class(type(old))(old, contract, **options)
+    router.chosen_options = options | router.chosen_options
     if from_gate:
         try:
             router.set_centroids(gate)
@@ -379,7 +382,7 @@ def saved_routers(model: Any, section: dict[str, Any]) -> dict[str, Transformers
                     f"{name} of {inner} in the kmeans_route section must be {getattr(contract, name)} as in the "
                     f"model, got {entry[name]}: the config has been changed since it was saved"
                 )
-        made[path] = _make(old, contract, entry["options"], False)
+        made[path] = _make(old, contract, {"directions": "centroids", **entry["options"]}, False)
     return made
 
 
