@@ -207,14 +207,22 @@ class CentroidState(StatefulRouter):
         )
 
     def _warn_of_another_rule(self) -> None:
-        """Whitened directions are never those of all the averages, but before the first commit."""
-        own = reference.unit_rows(self.centroids, self.weight)
-        if bool((torch.linalg.vecdot(own, reference.unit_rows(self.weight, own)) > 1 - 1e-5).all()):
-            warnings.warn(
-                f"{called(self)} must be loaded with the directions of its own to go on as before, got a weight that "
-                'directions="centroids" has written: the first commit will whiten it; name that rule to keep it',
-                stacklevel=2,
-            )
+        """Whitened directions are not those of the averages, but for given rows until the first commit."""
+        given = bool(self.steps) and not bool(self.score_std)
+        if given or not self._is_written_by(reference.unit_rows) or self._is_written_by(reference.whitened_reference):
+            return
+        warnings.warn(
+            f"{called(self)} must be loaded with the directions of its own to go on as before, got a weight that "
+            'directions="centroids" has written: the first commit will whiten it; name that rule to keep it',
+            stacklevel=2,
+        )
+
+    def _is_written_by(self, rule: Any) -> bool:
+        """To the rounding of states that were kept in a shorter dtype."""
+        written, weight = (
+            nn.functional.normalize(rows, dim=1) for rows in (rule(self.centroids, self.weight), self.weight)
+        )
+        return bool((torch.linalg.vecdot(written, weight) > 1 - 1e-5).all())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CentroidState":
         super()._apply(fn, recurse)

@@ -75,7 +75,8 @@ def expected(router: KMeansRouter, batches: list[Tensor], masks: list[Tensor], *
 @pytest.mark.parametrize("average", ["ema", "cumulative"])
 @pytest.mark.parametrize("balance", BALANCES)
 def test_commit_equals_the_oracle(balance: str, average: str, accumulate: str, backend: str) -> None:
-    router = started(balance=balance, average=average, accumulate=accumulate, backend=backend, decay=0.6)
+    options = {"balance": balance, "average": average, "accumulate": accumulate, "backend": backend}
+    router = started(**options, decay=0.6, directions="centroids")
     for step in range(4):
         batches = [hidden_states(30, 10 * step), hidden_states(21, 10 * step + 1)]
         batches[0][3] = torch.nan

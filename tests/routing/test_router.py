@@ -115,7 +115,7 @@ def test_pending_equals_the_oracle(backend: str, dtype: torch.dtype, accumulate:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_pending_and_output_of_every_option(name: str) -> None:
-    options = {**OPTIONS[name], **({"n_group": 3, "topk_group": 2} if "n_group" in OPTIONS[name] else {})}
+    options = {"tau": 0.1, **OPTIONS[name], **({"n_group": 3, "topk_group": 2} if "n_group" in OPTIONS[name] else {})}
     router = with_bias(KMeansRouter(D, E, K, balance="quantile", return_scores=True, **options))
     x = hidden_states(50, 3)
     want = Gathered(router, **options)
@@ -282,6 +282,7 @@ def test_one_nan_among_ten_thousand_tokens(init: str) -> None:
         others = torch.arange(num_tokens) != bad
         with torch.no_grad():
             clean.weight.copy_(nan.weight)
+            clean.expert_bias.copy_(nan.expert_bias)  # the load of one token more
         results, grads = [], []
         for router, rows, mask in ((clean, x, None), (nan, spoiled, None), (masked, x, others)):
             leaf = rows.clone().requires_grad_()
@@ -375,20 +376,23 @@ def test_the_global_generator_is_never_touched(init: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_eval_follows_the_centroids_however_they_change() -> None:
-    router = KMeansRouter(D, E, K).eval()
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
+def test_eval_follows_the_centroids_however_they_change(directions: str) -> None:
+    router = KMeansRouter(D, E, K, directions=directions).eval()
     x = hidden_states(50, 0)
+
+    def want(x: Tensor) -> Tensor:
+        return kmeans_route.route(x, router.weight, K, router.expert_bias, tau=router.options.tau).weights
+
     first = router(x).weights
     assert_same_bits(router(x).weights, first)
     router.initialize(x)
     assert not torch.equal(router(x).weights, first)
-    assert_same_bits(router(x).weights, kmeans_route.route(x, router.weight, K, router.expert_bias).weights)
+    assert_same_bits(router(x).weights, want(x))
     with torch.no_grad():
         router.weight.copy_(router.weight.flip(0))
-    assert_same_bits(router(x).weights, kmeans_route.route(x, router.weight, K, router.expert_bias).weights)
-    assert_same_bits(
-        router(x.bfloat16()).weights, kmeans_route.route(x.bfloat16(), router.weight, K, router.expert_bias).weights
-    )
+    assert_same_bits(router(x).weights, want(x))
+    assert_same_bits(router(x.bfloat16()).weights, want(x.bfloat16()))
 
 
 def test_inference_mode_leaves_nothing_behind() -> None:
@@ -410,7 +414,7 @@ def test_inference_mode_follows_the_centroids_until_they_are_pinned(monkeypatch:
         router(x)
         router.weight.copy_(router.weight.flip(0))
         d = make(router.weight, x.dtype)
-        want = kmeans_route.route(x, router.weight, K, directions=d).weights.clone()
+        want = kmeans_route.route(x, router.weight, K, tau=router.options.tau, directions=d).weights.clone()
         assert_same_bits(router(x).weights, want)
         assert len(made) == 2
         router.freeze()

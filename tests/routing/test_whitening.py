@@ -101,7 +101,7 @@ def test_enough_steps_for_the_smallest_eigenvalue(num_experts: int) -> None:
 @pytest.mark.parametrize("init", ["tokens", "kmeans++", "normal"])
 def test_a_commit_writes_the_whitened_directions(init: str, average: str, backend: str) -> None:
     router = KMeansRouter(D, E, K, directions="whitened", init=init, average=average, backend=backend)
-    plain = KMeansRouter(D, E, K, init=init, average=average, backend=backend)
+    plain = KMeansRouter(D, E, K, directions="centroids", init=init, average=average, backend=backend)
     for step in range(3):
         weight, x = router.weight.clone(), hidden_states(step)
         ids = router(x).indices
@@ -254,9 +254,113 @@ def test_experts_stay_apart_where_plain_averages_become_one(top_k: int) -> None:
     assert found["whitened"] > 0.4 * 16, found
 
 
+@pytest.mark.parametrize(("top_k", "want"), [(1, ("centroids", 0.2)), (2, ("whitened", 0.1)), (E, ("whitened", 0.1))])
+def test_the_default_goes_by_the_number_of_experts_a_token(top_k: int, want: tuple[str, float]) -> None:
+    learned = nn.Linear(D, E)
+    given = {"directions": None}
+    for router in (
+        KMeansRouter(D, E, top_k),
+        KMeansRouter(D, E, top_k, **given),
+        MoE(D, 8, E, top_k).router,
+        KMeansRouter.from_linear(learned, top_k, **given),
+    ):
+        assert (router.commit_options.directions, router.options.tau) == want
+        assert f"directions={want[0]!r}" in repr(router)
+    for directions, tau in (("centroids", 0.2), ("whitened", 0.1)):
+        named = KMeansRouter(D, E, top_k, directions=directions)
+        assert (named.commit_options.directions, named.options.tau) == (directions, tau)
+
+
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
+def test_given_averages_score_as_a_commit_has_them(directions: str) -> None:
+    """Rows of a gate score as they are until the first commit, which then turns them; averages as they will."""
+    given = some_centroids(E, D)[0]
+    unit, turns = nn.functional.normalize(given.double(), dim=1), []
+    for averages in (False, True):
+        router = KMeansRouter(D, E, K, directions=directions)
+        router.set_centroids(given, averages=averages)
+        torch.testing.assert_close(router.centroids.double(), unit, rtol=0, atol=1e-6)
+        want = whitened_reference(unit, unit) if averages and directions == "whitened" else unit
+        torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
+        before = router.weight.clone()
+        router(hidden_states(0, 4))
+        router.commit()
+        turns.append(float(metrics.centroid_drift(before, router.weight).max()))
+    # 999 steps of weight: a commit moves a centroid by at most 2 / 1000, whitening by little more.
+    assert 0 < turns[1] < 0.01
+    assert turns[0] > 10 * turns[1] if directions == "whitened" else turns[0] < 0.01
+
+
+def committed(steps: int, **options: Any) -> KMeansRouter:
+    router = KMeansRouter(D, E, K, **options)
+    for step in range(steps):
+        router(hidden_states(step))
+        router.commit()
+    return router
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_state_of_the_paper_s_rule_is_told_of(steps: int) -> None:
+    state = committed(steps, directions="centroids").state_dict()
+    router = KMeansRouter(D, E, K, name="layers.3")
+    with pytest.warns(
+        UserWarning, match=r"router 'layers.3' must be .* got a weight that directions=\"centroids\" has"
+    ):
+        router.load_state_dict(state)
+    assert_same_bits(router.weight, state["weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KMeansRouter(D, E, K, directions="centroids").load_state_dict(state)
+        router.load_state_dict({name: value for name, value in state.items() if name != "weight"}, strict=False)
+    want = whitened_reference(state["centroids"].double(), state["weight"].double())
+    torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
+
+
+def given_rows(averages: bool) -> KMeansRouter:
+    router = KMeansRouter(D, E, K)
+    router.set_centroids(some_centroids(E, D)[0], averages=averages)
+    return router
+
+
+def of_two_experts(directions: str) -> KMeansRouter:
+    """Two differences from their mean are one another's opposites, which nothing decorrelates: the rules are one."""
+    router = KMeansRouter(D, 2, 2, directions=directions)
+    for step in range(2):
+        router(hidden_states(step))
+        router.commit()
+    return router
+
+
+OWN_STATES = {
+    "no data": lambda: committed(0),
+    "first data": lambda: committed(1),
+    "trained": lambda: committed(4),
+    "trained with a learned offset": lambda: committed(4, learned_offset=True),
+    "trained from nothing": lambda: committed(4, init="normal", average="cumulative"),
+    "kmeans++": lambda: committed(1, init="kmeans++"),
+    "rows of a gate": lambda: given_rows(averages=False),
+    "averages": lambda: given_rows(averages=True),
+    "two experts": lambda: of_two_experts("whitened"),
+    "two experts of the other rule": lambda: of_two_experts("centroids"),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_STATES)
+def test_a_router_s_own_state_is_loaded_in_silence(kind: str) -> None:
+    first = OWN_STATES[kind]()
+    options = {"learned_offset": first.offset is not None, "average": first.average, "init": first.init}
+    second = KMeansRouter(D, first.num_experts, K, directions="whitened", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.load_state_dict(first.state_dict())
+        second.to(torch.bfloat16).load_state_dict(
+            {name: v.bfloat16().to(v.dtype) for name, v in first.state_dict().items()}
+        )
+        second.load_state_dict(first.state_dict())
+    assert_same_bits(second.weight, first.weight)
+
+
 def test_options() -> None:
-    assert KMeansRouter(D, E, K).options.tau == 0.2
-    assert KMeansRouter(D, E, K, directions="whitened").options.tau == 0.1
     assert KMeansRouter(D, E, K, directions="whitened", tau=0.3).options.tau == 0.3
     assert "directions='whitened'" in repr(MoE(D, 8, E, K, directions="whitened"))
     with pytest.raises(ValueError, match="directions must be one of"):
@@ -296,7 +400,7 @@ def test_pairs_count_once_and_only_what_counts() -> None:
 
 
 def test_few_effective_experts_are_said_once() -> None:
-    router = KMeansRouter(32, 16, 8, name="layers.3")
+    router = KMeansRouter(32, 16, 8, directions="centroids", name="layers.3")
     for step in range(60):
         router(tokens_with_few_strong_axes(step))
         router.commit()
