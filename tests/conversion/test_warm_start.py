@@ -13,6 +13,7 @@ import kmeans_route
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, RouterOutput, calibrate
 from kmeans_route.conversion import compare as agreement
 from kmeans_route.conversion.from_learned import balanced_bias
+from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits, generator
 
 D, E, K = 16, 6, 2
@@ -85,6 +86,14 @@ def test_from_linear_takes_rows_as_directions(dtype: torch.dtype) -> None:
         assert (router.top_k, router.name, router.options.tau, int(router.steps)) == (K, "a", 0.2, 99)
         assert bool(router.initialized)
         assert not router.expert_bias.any()
+        assert router.commit_options.directions == "centroids", "whitening would turn the rows"
+
+
+def test_from_linear_whitens_where_that_is_named() -> None:
+    gate = nn.Linear(D, E)
+    router = KMeansRouter.from_linear(gate, K, directions="whitened")
+    assert (router.commit_options.directions, router.options.tau) == ("whitened", 0.1)
+    torch.testing.assert_close(router.weight, F.normalize(gate.weight.detach(), dim=1), rtol=1e-6, atol=1e-7)
 
 
 def test_from_linear_keeps_the_class_and_chooses_like_rows_of_one_length() -> None:
@@ -117,11 +126,12 @@ def test_from_linear_refuses(gate: Any, error: type[Exception], message: str) ->
 # calibrate
 
 
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
 @pytest.mark.parametrize("accumulate", ["unit", "raw"])
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
-def test_centroids_are_means_of_what_the_old_routers_send(router: str, accumulate: str) -> None:
+def test_centroids_are_means_of_what_the_old_routers_send(router: str, accumulate: str, directions: str) -> None:
     old, data = Model(router), batches()
-    new = with_kmeans(old, accumulate=accumulate)
+    new = with_kmeans(old, accumulate=accumulate, directions=directions)
     calibrate(old, new, iter(data))
     for layer, part in zip(new.layers, inputs_and_choices(old, data), strict=True):
         x, ids = torch.cat([x for x, _ in part]).double(), torch.cat([i for _, i in part])
@@ -129,10 +139,32 @@ def test_centroids_are_means_of_what_the_old_routers_send(router: str, accumulat
         for e in range(E):
             chosen = (ids == e).any(1)
             mean = F.normalize(rows[chosen].mean(0), dim=0)
-            torch.testing.assert_close(layer.router.weight[e].double(), mean, rtol=0, atol=3e-7)
+            torch.testing.assert_close(layer.router.centroids[e].double(), mean, rtol=0, atol=3e-7)
             assert int(layer.router.tokens_per_expert[e]) == int(chosen.sum())
+        centroids = layer.router.centroids
+        want = centroids if directions == "centroids" else whitened_reference(centroids, centroids)
+        torch.testing.assert_close(layer.router.weight, want, rtol=0, atol=3e-7)
         assert int(layer.router.steps) == 999
         assert int(layer.router.pending.num_tokens) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
+def test_training_goes_on_with_the_agreement_that_was_reported(directions: str) -> None:
+    """A commit turns the directions hardly, and with them few of 1,000 choices; rows would be whitened only then."""
+    gate, x = nn.Linear(D, E), torch.cat([x for x, _ in batches(10, tokens=100)])
+    changed = {}
+    for start in ("means", "rows"):
+        router = KMeansRouter.from_linear(gate, K, directions=directions, balance="none")
+        one = calibrate(nn.Sequential(gate), {"0": router}, [x], start=start).routers["0"]
+        old, ids = gate(x).topk(K).indices, router.eval()(x).indices
+        assert one.overlap == pytest.approx((old[:, :, None] == ids[:, None]).sum((1, 2)).float().mean() / K)
+        router.train()(x[:4])
+        router.commit()
+        after = router.eval()(x).indices
+        changed[start] = 1 - float((after[:, :, None] == ids[:, None]).sum((1, 2)).float().mean()) / K
+    assert changed["means"] < 0.01
+    assert changed["rows"] < 0.01 if directions == "centroids" else changed["rows"] > 0.05
 
 
 def test_planted_clusters_are_recovered() -> None:

@@ -122,7 +122,7 @@ def test_without_a_bias_every_export_chooses_alike(kind: str, gate: str, bias: s
     if (kind, gate) == ("sigmoid", "softmax"):
         assert one.gate_error < 0.05
     if (kind, gate) == ("softmax", "softmax"):
-        assert exported.scale == pytest.approx(1 / (0.2 * D**0.5), rel=1e-3)
+        assert exported.scale == pytest.approx(1 / (0.1 * D**0.5), rel=1e-3)
         assert one.gate_error < 1e-4
     if (kind, gate) == ("softmax", "uniform"):
         assert one.gate_error < 0.1

@@ -38,7 +38,7 @@ def naive_gates(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(router, KMeansRouter):
         scores = F.normalize(x) @ directions(router.weight, x.dtype).T
         ids = (scores + router.expert_bias).topk(K).indices
-        return ids, torch.softmax(scores.gather(1, ids) / 0.2, 1)
+        return ids, torch.softmax(scores.gather(1, ids) / 0.1, 1)
     logits = x @ router.weight.T
     affinity = logits.softmax(1) if router.kind == "softmax" else logits.sigmoid()
     ids = (affinity + router.expert_bias).topk(K).indices

@@ -121,7 +121,7 @@ def test_an_offset_moves_selection_and_gates_and_no_average(backend: str) -> Non
     with torch.no_grad():
         learned.offset.copy_(torch.randn(E, D, generator=torch.Generator().manual_seed(3)))  # type: ignore[union-attr]
     rows = plain.weight / plain.weight.norm(dim=1, keepdim=True) + learned.offset
-    expected = route(x, rows, K, backend="reference")
+    expected = route(x, rows, K, tau=plain.options.tau, backend="reference")
     routing = learned.route(x, gather=True)
     assert torch.equal(routing.indices, expected.indices)
     assert not torch.equal(routing.indices, plain.route(x, gather=True).indices)

@@ -18,7 +18,11 @@ from tests.helpers.ranks import run_on_ranks
 
 D, E, K, T = 16, 6, 2, 60
 State = dict[str, Tensor]
-OPTIONS: list[dict[str, Any]] = [{}, {"average": "cumulative", "init": "kmeans++"}, {"init": "normal"}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"average": "cumulative", "init": "kmeans++"},
+    {"directions": "centroids", "init": "normal"},
+]
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
 
 
@@ -47,11 +51,17 @@ def turned(old: Tensor, new: Tensor) -> float:
     return float(torch.acos(torch.cosine_similarity(old.double(), new.double()).clamp(-1, 1)).max())
 
 
+def written(given: Tensor, directions: str = "whitened") -> Tensor:
+    """What a commit writes for averages of the given directions, before any token moves them."""
+    unit = reference.directions_reference(given, torch.float32)
+    return reference.whitened_reference(unit, unit) if directions == "whitened" else unit
+
+
 def assert_goes_on(router: KMeansRouter, given: Tensor, backend: str = "torch") -> None:
-    """From given directions: each of three commits turns them by less than 1e-2, as the reference averages them."""
+    """From given averages: each of three commits turns their directions by less than 1e-2, as the reference averages
+    them."""
     router.backend = backend
-    old = reference.directions_reference(given, torch.float32)
-    centroids = old.clone()
+    old, centroids = written(given, router.commit_options.directions), written(given, "centroids")
     for seed in (3, 4, 5):
         router(hidden_states(seed))
         pending = copy.deepcopy(router.pending)
@@ -78,7 +88,8 @@ def by_load(router: KMeansRouter, gate: Tensor) -> KMeansRouter:
 
 
 def by_load_onto_meta(router: KMeansRouter, gate: Tensor) -> KMeansRouter:
-    options = {"average": router.commit_options.average, "init": router.init}
+    committed = router.commit_options
+    options = {"average": committed.average, "directions": committed.directions, "init": router.init}
     router = KMeansRouter(D, E, K, device="meta", **options)
     with pytest.warns(UserWarning, match="a weight without centroids: taken as given centroids"):
         router.load_state_dict({"weight": gate.clone()}, strict=False, assign=True)
@@ -127,7 +138,7 @@ def test_a_weight_written_while_tokens_of_the_first_data_are_pending_is_told_and
     router, gate = KMeansRouter(D, E, K), learned_gate()
     with pytest.warns(UserWarning, match="a weight without centroids: taken as given centroids"):
         data_replaced_with_tokens_pending(router, gate)
-    assert turned(gate, router.weight) < 1e-2
+    assert turned(written(gate), router.weight) < 1e-2
     assert int(router.steps) == 999 + 2
 
 
@@ -144,7 +155,7 @@ def test_one_of_two_layers() -> None:
             optimizer.step()
         assert ["router 'b'" in str(each.message) for each in said] == ([True] if step == 0 else [])
         assert (int(first.steps), int(second.steps)) == (step, 1000 + step)
-    assert turned(gate, second.weight) < 3e-2
+    assert turned(written(gate), second.weight) < 3e-2
 
 
 # ---- averages without what counts ----
@@ -380,7 +391,9 @@ def test_untrained_state_of_another_seed_still_takes_its_first_data(init: str, w
         torch.testing.assert_close(router.centroids, source.centroids, rtol=0, atol=1e-2 if way == "cast" else 0)
     else:  # tokens, chosen by the own seed
         units = nn.functional.normalize(x)
-        assert torch.allclose((router.weight @ units.T).amax(1), torch.ones(E))
+        assert torch.allclose((nn.functional.normalize(router.centroids) @ units.T).amax(1), torch.ones(E))
+    want = reference.whitened_reference(router.centroids, router.weight)
+    torch.testing.assert_close(router.weight, want, rtol=0, atol=1e-5)
 
 
 def on_two_ranks(rank: int, kind: str, options: dict[str, Any], gate: Tensor) -> list[tuple[int, int, State]]:
@@ -411,7 +424,7 @@ def on_two_ranks(rank: int, kind: str, options: dict[str, Any], gate: Tensor) ->
 def test_ranks_agree_where_only_one_has_loaded(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     gate = learned_gate()
     loaded, other = run_on_ranks(on_two_ranks, 2, tmp_path, kind, options, gate)
-    old = gate
+    old = written(gate)
     for step, (ours, theirs) in enumerate(zip(loaded, other, strict=True)):
         assert ours[:2] == theirs[:2] == (2 * 2 * T * K, step if kind == "untrained" else 1000 + step)
         for name, value in ours[2].items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kmeans_route import KMeansRouter
 from kmeans_route.backends.reservoir import EMPTY_HASH, hash_rows, kmeans_pp
+from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
 D, E, K = 16, 6, 2
@@ -26,9 +27,9 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x.double())
 
 
-def tokens_of(weight: Tensor, x: Tensor) -> list[int | None]:
-    """For each centroid the token whose direction it has, or None."""
-    cosine = unit(weight) @ unit(x).T
+def tokens_of(rows: Tensor, x: Tensor) -> list[int | None]:
+    """For each row the token whose direction it has, or None."""
+    cosine = unit(rows) @ unit(x).T
     return [int(row.argmax()) if float(row.max()) > 1 - 1e-6 else None for row in cosine]
 
 
@@ -45,10 +46,15 @@ def after_first_commit(parts: list[Tensor], **options: Any) -> KMeansRouter:
 def test_centroids_are_distinct_unit_hidden_states(num_tokens: int, init: str, backend: str) -> None:
     x = hidden_states(num_tokens)
     router = after_first_commit([x], init=init, backend=backend)
-    found = tokens_of(router.weight, x)
+    found = tokens_of(router.centroids, x)
     assert None not in found
     assert len(set(found)) == E
     torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(E), rtol=0, atol=1e-6)
+    want = whitened_reference(router.centroids.double(), router.weight.double())
+    torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
+    of_the_paper = after_first_commit([x], init=init, backend=backend, directions="centroids")
+    assert_same_bits(of_the_paper.centroids, router.centroids)
+    torch.testing.assert_close(of_the_paper.weight.double(), unit(router.centroids), rtol=0, atol=1e-6)
 
 
 @pytest.mark.not_interpreted
@@ -88,7 +94,7 @@ def test_duplicates_do_not_fill_the_reservoir(init: str, backend: str) -> None:
     x = hidden_states(E)
     many = [x[:1].expand(500, D), x[torch.arange(300) % E], x[1:2].expand(400, D), x.repeat_interleave(50, 0)]
     router = after_first_commit(many, init=init, backend=backend)
-    assert sorted(found for found in tokens_of(router.weight, x) if found is not None) == list(range(E))
+    assert sorted(found for found in tokens_of(router.centroids, x) if found is not None) == list(range(E))
 
 
 @pytest.mark.parametrize("init", FROM_TOKENS)
@@ -98,7 +104,7 @@ def test_fewer_tokens_than_experts_leave_gaussian_rows(num_distinct: int, init: 
     gaussian = KMeansRouter(D, E, K).weight
     bad = torch.tensor([torch.nan, 0.0, torch.inf])[:, None].expand(3, D)
     router = after_first_commit([torch.cat([bad, x, x])], init=init, backend=backend)
-    found = tokens_of(router.weight, x)
+    found = tokens_of(router.centroids, x)
     assert sorted(token for token in found if token is not None) == list(range(num_distinct))
     for e, token in enumerate(found):
         if token is None:
@@ -146,7 +152,7 @@ def test_first_data_waits_for_a_valid_token() -> None:
     x = hidden_states(100)
     router(x)
     router.commit()
-    assert None not in tokens_of(router.weight, x)
+    assert None not in tokens_of(router.centroids, x)
     assert int(router.dropped_total) == 50
 
 
@@ -213,7 +219,7 @@ def test_the_sample_favours_no_place_in_the_batch() -> None:
 
 def test_the_sample_depends_on_the_seed() -> None:
     x = hidden_states(1000)
-    chosen = [set(tokens_of(after_first_commit([x], seed=seed).weight, x)) for seed in range(4)]
+    chosen = [set(tokens_of(after_first_commit([x], seed=seed).centroids, x)) for seed in range(4)]
     assert all(one != other for i, one in enumerate(chosen) for other in chosen[:i])
 
 
@@ -230,7 +236,7 @@ def test_kmeans_pp_finds_every_cluster() -> None:
         x, member = clusters(E, 600, seed)
         for init in FROM_TOKENS:
             router = after_first_commit([x], init=init, seed=seed)
-            found = {int(member[token]) for token in tokens_of(router.weight, x) if token is not None}
+            found = {int(member[token]) for token in tokens_of(router.centroids, x) if token is not None}
             hits[init] += len(found) == E
     assert hits["kmeans++"] >= 9
     assert hits["tokens"] <= 3  # all six by chance: 6! / 6^6 = 1.5%
@@ -321,9 +327,11 @@ def test_given_centroids_survive_the_first_commit(init: str, average: str) -> No
     assert int(router.steps) == 999
     router(hidden_states(5000, 3))
     router.commit()
-    turned = (unit(router.weight) - unit(given)).norm(dim=1)
+    turned = (unit(router.centroids) - unit(given)).norm(dim=1)
     assert float(turned.max()) < 1e-2
     assert float(turned.max()) > 0
+    want = whitened_reference(router.centroids.double(), unit(given))
+    torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
     assert float(router.score_std) > 0
 
 

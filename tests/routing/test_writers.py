@@ -87,7 +87,7 @@ def test_a_snapshot_holds_what_was_there_and_may_be_put_back_twice(first: bool) 
         router(torch.randn(T, D, generator=generator(seed + 5)))
         router.options = router.options._replace(tau=0.7)
         router.restore(kept)
-        assert router.options.tau == 0.2
+        assert router.options.tau == 0.1
         got = held_by(router)
         for name, tensor in want.items():
             assert_same_bits(got[name], tensor, name)
