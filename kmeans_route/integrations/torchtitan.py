@@ -44,7 +44,7 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
 
         score_func: str = "softmax"
         route_norm: bool = True
-        directions: str = "centroids"
+        directions: str | None = None
         tau: float | None = None
         decay: float = 0.999
         average: str = "ema"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
-from kmeans_route.checks import DEFAULT_TAU
-
 BALANCES: dict[str, tuple[str, ...]] = {
     "kmeans": ("proportional", "sign", "quantile", "none"),
     "softmax": ("aux", "sign", "quantile", "none"),
@@ -95,7 +93,7 @@ class TrainConfig:
         if self.router != "kmeans":
             rules["sign"] = "loss-free sign"
             return f"{self.router}, {rules.get(self.balance, self.balance)}"
-        tau = "" if self.tau is None or self.tau == DEFAULT_TAU else f", tau {self.tau:g}"
+        tau = "" if self.tau is None else f", tau {self.tau:g}"
         more = "".join(f", {name} {value}" for name, value in self.router_options.items())
         return f"K-Means, {rules.get(self.balance, self.balance)}{tau}{more}"
 

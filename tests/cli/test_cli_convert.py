@@ -76,11 +76,13 @@ def test_convert_starts_warm(router: str, start: str, runs: Path, tmp_path: Path
     old, new = trainer_of(runs / router), trainer_of(out)
     assert (new.config.router, new.config.balance, new.config.steps) == ("kmeans", "proportional", 11)
     assert new.config.tau == document["tau"]
+    directions = {"rows": "centroids", "means": "whitened"}[start]
     for name in NAMES:
         ours, theirs = new.model.get_submodule(name), old.model.get_submodule(name)
         assert isinstance(ours, KMeansRouter)
         assert bool(ours.initialized)
         assert int(ours.steps) == 999
+        assert ours.commit_options.directions == directions
         assert float(ours.expert_bias.abs().max()) > 0
         turned = metrics.centroid_drift(ours.weight, theirs.weight.detach()).max()
         assert (turned < 1e-5) == (start == "rows")

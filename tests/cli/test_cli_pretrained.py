@@ -36,11 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
-def test_there_and_back(folder: Path, tmp_path: Path, model_type: str) -> None:
-    text = ("--text", folder / "text")
+@pytest.mark.parametrize(("model_type", "start"), [("mixtral", "rows"), ("deepseek_v3", "means")])
+def test_there_and_back(folder: Path, tmp_path: Path, model_type: str, start: str) -> None:
+    text, out = ("--text", folder / "text"), ("--out", tmp_path / "kmeans")
     code, there = invoke(
-        "convert", folder / model_type, "--out", tmp_path / "kmeans", "--balance-steps", 8, *text, *BYTES, "--json"
+        "convert", folder / model_type, *out, "--start", start, "--balance-steps", 8, *text, *BYTES, "--json"
     )
     assert code == 0, there
     assert sorted(there["routers"]) == NAMES
@@ -52,6 +52,8 @@ def test_there_and_back(folder: Path, tmp_path: Path, model_type: str) -> None:
     assert len(routers) == 2
     assert all(router.initialized for router in routers)
     assert {router.options.tau for router in routers} == {there["tau"]}, "the fitted tau is saved"
+    rule = {"rows": "centroids", "means": "whitened"}[start]
+    assert [router.commit_options.directions for router in routers] == [rule] * 2
     assert all(router.expert_bias.abs().max() > 0 for router in routers)
     transformers.AutoTokenizer.from_pretrained(tmp_path / "kmeans")
 

@@ -408,8 +408,9 @@ def test_the_example_of_the_page_does_what_it_shows() -> None:
     assert bool(routers_of(model)[0].initialized)
 
 
-def test_whitened_directions_are_an_option_of_the_router() -> None:
-    router = KMeansTopKRouter(config(), directions="whitened")
+def test_directions_are_an_option_of_the_router() -> None:
+    assert KMeansTopKRouter(config(), directions="centroids").options.tau == 0.2
+    router = KMeansTopKRouter(config())
     for step in range(3):
         router(hidden(step).requires_grad_())
         router.commit()

@@ -248,9 +248,10 @@ def test_the_example_of_the_page_does_what_it_shows() -> None:
 
 
 def test_whitened_directions_train_through_the_converter() -> None:
-    model, spec = make(directions="whitened")
+    assert router(directions="centroids").options.tau == 0.2
+    model, spec = make()
     train(model, spec, 4)
     for one in routers_of(model):
-        assert one.options.tau == 0.1
+        assert (one.commit_options.directions, one.options.tau) == ("whitened", 0.1)
         want = whitened_reference(one.centroids.double(), one.weight.double())
         torch.testing.assert_close(one.weight.double(), want, rtol=0, atol=1e-4)

@@ -827,9 +827,42 @@ def test_the_config_takes_no_part_in_other_models() -> None:
     assert not hasattr(tiny_config("mixtral"), "kmeans_route")
 
 
+def test_rows_of_a_gate_keep_the_paper_s_rule_unless_another_is_named() -> None:
+    for options, want in (
+        ({}, ("whitened", 0.1)),  # the first data set the centroids
+        ({"from_gate": True}, ("centroids", 0.2)),
+        ({"from_gate": True, "directions": "whitened"}, ("whitened", 0.1)),
+        ({"from_gate": False, "directions": "centroids"}, ("centroids", 0.2)),
+    ):
+        model = tiny_model("mixtral")
+        apply_kmeans_routing(model, **options)
+        said = model.config.kmeans_route["routers"]["layers.0.mlp.gate"]["options"]
+        for router in routers_of(model):
+            assert (router.commit_options.directions, router.options.tau) == want
+        assert (said["directions"], said["tau"]) == want
+
+
+def test_a_checkpoint_that_names_no_directions_is_of_the_paper_s_rule(tmp_path: Path) -> None:
+    """As written before there was another one."""
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model, directions="centroids")
+    train(model, 3)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    for entry in written["kmeans_route"]["routers"].values():
+        assert entry["options"].pop("directions") == "centroids"
+    file.write_text(json.dumps(written))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*directions")
+        loaded = load_kmeans_pretrained(type(model), tmp_path)
+    assert [router.commit_options.directions for router in routers_of(loaded)] == ["centroids"] * 2
+    assert train(loaded, 2) == train(model, 2)
+
+
 def test_whitened_directions_train_and_come_back_from_a_folder(tmp_path: Path) -> None:
     model, tokens = tiny_model("mixtral"), some_tokens()
-    apply_kmeans_routing(model, directions="whitened")
+    apply_kmeans_routing(model)
     train(model, 4)
     for router in routers_of(model):
         want = whitened_reference(router.centroids.double(), router.weight.double())
