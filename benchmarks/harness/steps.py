@@ -25,9 +25,10 @@ def first_tokens(problem: Problem, num_tokens: int) -> Problem:
 
 
 def make_kmeans_router(problem: Problem, **options: Any) -> KMeansRouter:
-    """A router in training, backend "torch", whose centroids come from the data."""
+    """A router in training, backend "torch", whose centroids come from the data; the paper's unless told otherwise."""
     shape = problem.shape
-    router = KMeansRouter(shape.hidden_size, shape.num_experts, shape.top_k, backend="torch", **options)
+    options = {"directions": "centroids", "backend": "torch", **options}
+    router = KMeansRouter(shape.hidden_size, shape.num_experts, shape.top_k, **options)
     router.initialize(problem.x.detach())
     router.commit()  # nothing is pending: it tells the router that commits come by hand, so it does not warn
     assert bool(router.initialized)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kmeans_route import KMeansRouter, directions
-from kmeans_route.checks import DEFAULT_TAU
 from kmeans_route.testing import BenchShape, make_centroids, make_hidden_states
 
 CPU = torch.device("cpu")
@@ -55,7 +54,7 @@ class Problem:
 
     def router(self, backend: str) -> KMeansRouter:
         """A router of these centroids and this bias, in training; commits are made by hand."""
-        router = KMeansRouter(*self.shape[1:], tau=DEFAULT_TAU, backend=backend, device=self.device)
+        router = KMeansRouter(*self.shape[1:], directions="centroids", backend=backend, device=self.device)
         router.set_centroids(self.centroids)
         router.expert_bias.copy_(self.bias)
         router.commit()  # nothing is pending: it tells the router that commits come by hand, so it does not warn

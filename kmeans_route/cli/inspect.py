@@ -24,11 +24,13 @@ from kmeans_route.conversion.compare import Forward, Router, Seen, watch
 from kmeans_route.install import install_line
 from kmeans_route.lm.checkpoint import CheckpointError, exists, load_checkpoint
 from kmeans_route.lm.report import PAGE, write_picture
+from kmeans_route.reference import unit_rows
 
 BIAS_NAMES = ("expert_bias", "e_score_correction_bias")
 GATE_NAMES = ("router", "gate")
 INSPECTED_BYTES = 65536
 Facts = dict[str, Any]
+ROWS = ("weight", "centroids")  # of facts: too long to tell
 
 
 def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path], against: Path | None) -> None:
@@ -68,7 +70,7 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
             "command": "inspect",
             "checkpoint": str(path),
             "against": None if against is None else str(against),
-            "routers": {name: {k: v for k, v in facts.items() if k != "weight"} for name, facts in routers.items()},
+            "routers": {name: {k: v for k, v in facts.items() if k not in ROWS} for name, facts in routers.items()},
             "files": [str(file) for file in files],
         }
     )
@@ -124,6 +126,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
         if is_kmeans:
             facts |= {
                 "steps": int(state[prefix + "steps"]),
+                "centroids": unit_rows(state[prefix + "centroids"].float(), weight),
                 "initialized": bool(state[prefix + "centroids"].any()),
                 "score_std": float(state[prefix + "score_std"]),
                 "dropped_total": int(state[prefix + "dropped_total"]),
@@ -161,7 +164,7 @@ def add_loads(routers: dict[str, Facts], model: nn.Module, batches: Sequence[Any
             "dead_experts": int(metrics.dead_experts(counts[name])),
         }
         if facts["kind"] == "kmeans":
-            angles = torch.rad2deg(metrics.centroid_drift(facts["weight"], sums[name]))
+            angles = torch.rad2deg(metrics.centroid_drift(facts["centroids"], sums[name]))
             facts["lag_degrees"] = [
                 angle if count else None for angle, count in zip(angles.tolist(), counts[name].tolist(), strict=True)
             ]

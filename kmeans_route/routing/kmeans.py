@@ -128,7 +128,7 @@ class KMeansRouter(CentroidCommit):
         check_choice("balance", balance, BALANCES)
         check_choice("init", init, INITS)
         if directions is None:
-            directions = "whitened" if top_k > 1 else "centroids"
+            directions = "whitened" if isinstance(top_k, int) and top_k > 1 else "centroids"  # others are refused below
         check_choice("directions", directions, DIRECTIONS)
         tau = {"centroids": DEFAULT_TAU, "whitened": WHITENED_TAU}[directions] if tau is None else tau
         check_range("decay", decay, 0.0, 1.0)

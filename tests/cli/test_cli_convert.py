@@ -236,7 +236,7 @@ def test_lag_is_the_angle_to_the_tokens_of_now(runs: Path) -> None:
     ids = layer.router.route(rows).indices
     means = torch.stack([rows[(ids == e).any(1)].sum(0) for e in range(4)])
     routers = inspect.describe(inspect.state_of(runs / "kmeans"))
-    want = torch.rad2deg(metrics.centroid_drift(routers[NAMES[0]]["weight"], means))
+    want = torch.rad2deg(metrics.centroid_drift(layer.router.centroids, means))
     run = Trained(runs / "kmeans", [])
     inspect.add_loads(routers, run.model, run.windows(512)[1], run.forward)
     for got, angle, mean in zip(routers[NAMES[0]]["lag_degrees"], want.tolist(), means, strict=True):

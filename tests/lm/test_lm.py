@@ -191,6 +191,18 @@ def test_config_survives_json() -> None:
         TrainConfig.from_dict({**config.to_dict(), "extra": 1})
 
 
+def test_labels_tell_runs_of_different_routers_apart() -> None:
+    changes: list[dict] = [{"router_options": {"directions": rule}} for rule in ("centroids", "whitened")]
+    changes += [{"tau": tau} for tau in (0.1, 0.2)]
+    assert len({TrainConfig(**change).label for change in [{}, *changes]}) == 5
+
+
+def test_the_router_of_a_model_has_the_default_of_its_class() -> None:
+    for top_k, want in ((1, ("centroids", 0.2)), (2, ("whitened", 0.1))):
+        for layer in DecoderLM(replace(TINY, top_k=top_k)).moe_layers:
+            assert (layer.router.commit_options.directions, layer.router.options.tau) == want
+
+
 def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
     config = replace(TINY, steps=100, warmup=0.1, lr=0.01)
     rates = [learning_rate(config, step) for step in range(100)]

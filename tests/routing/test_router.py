@@ -484,6 +484,7 @@ def test_extra_repr_names_the_options() -> None:
         ({"top_k": 0}, ValueError, r"top_k must be in \[1, 6\], got 0"),
         ({"top_k": 7}, ValueError, r"top_k must be in \[1, 6\], got 7"),
         ({"top_k": 1.0}, TypeError, "top_k must be an int, got float"),
+        ({"top_k": "2"}, TypeError, "top_k must be an int, got str"),
         ({"decay": -0.1}, ValueError, r"decay must be in \[0, 1\), got -0.1"),
         ({"decay": 1.0}, ValueError, r"decay must be in \[0, 1\), got 1.0"),
         ({"decay": float("nan")}, ValueError, r"decay must be in \[0, 1\), got nan"),
