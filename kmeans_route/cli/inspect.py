@@ -52,16 +52,19 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
             f"{path} holds no router: looked for NAME.weight (E, D) beside NAME.expert_bias, and for "
             f"{' and '.join(f'{name}.weight' for name in GATE_NAMES)}"
         )
+    no_loads = "a state dict alone holds no model that could run text" if source is None else None
     if source is not None:
         try:
             held_out = source.windows(INSPECTED_BYTES)[1]
-        except CheckpointError:
-            output.note(f"no loads: {path} holds no tokenizer")
+        except CheckpointError as error:
+            no_loads = str(error)
         else:
             add_loads(routers, source.model, held_out, source.forward)
     if against is not None:
         add_drift(routers, describe(state_of(against)), against)
     _table(routers, path, output)
+    if no_loads:
+        output.note(f"the state as it is stored, without loads: {no_loads}")
     files = [] if out is None else _draw(routers, out)
     for file in files:
         output.note(f"picture: {file}")
@@ -70,6 +73,7 @@ def inspect(path: Path, out: Path | None, output: Output, *, text: Sequence[Path
             "command": "inspect",
             "checkpoint": str(path),
             "against": None if against is None else str(against),
+            "no_loads": no_loads,
             "routers": {name: {k: v for k, v in facts.items() if k not in ROWS} for name, facts in routers.items()},
             "files": [str(file) for file in files],
         }
@@ -131,6 +135,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
                 "score_std": float(state[prefix + "score_std"]),
                 "dropped_total": int(state[prefix + "dropped_total"]),
             }
+            if prefix + "tokens_seen" in state:  # average="cumulative"
+                facts["tokens_seen"] = state[prefix + "tokens_seen"].tolist()
         routers[name or "router"] = facts
     return routers
 
@@ -141,7 +147,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 
 
 def add_loads(routers: dict[str, Facts], model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> None:
-    """Run a checkpoint's model on held-out text: loads, dead experts, and how far centroids are from their tokens.
+    """Run a checkpoint's model on held-out text: loads, dead and effective experts, how far centroids are from tokens.
 
     `lag_degrees` of a K-Means expert is the angle between its centroid and the mean of the unit hidden states that it
     gets now, null for a dead one.
@@ -150,8 +156,10 @@ def add_loads(routers: dict[str, Facts], model: nn.Module, batches: Sequence[Any
     watched = {name: Router(modules[name], _top_k(modules[name]), facts["experts"]) for name, facts in routers.items()}
     counts = {name: torch.zeros(facts["experts"], dtype=torch.int64) for name, facts in routers.items()}
     sums = {name: torch.zeros(facts["experts"], facts["hidden"]) for name, facts in routers.items()}
+    chosen: dict[str, list[Tensor]] = {name: [] for name in routers}
 
     def see(name: str, seen: Seen) -> None:
+        chosen[name].append(seen.indices.cpu())
         counts[name] += torch.bincount(seen.indices.flatten(), minlength=len(counts[name])).cpu()
         rows = F.normalize(seen.x.float(), dim=1).repeat_interleave(seen.indices.shape[1], 0)
         sums[name].index_add_(0, seen.indices.flatten().cpu(), rows.cpu())
@@ -162,6 +170,7 @@ def add_loads(routers: dict[str, Facts], model: nn.Module, batches: Sequence[Any
             "load": metrics.load(counts[name]).tolist(),
             "max_vio": float(metrics.max_vio(counts[name])),
             "dead_experts": int(metrics.dead_experts(counts[name])),
+            "effective_experts": float(metrics.effective_experts(torch.cat(chosen[name]), facts["experts"])),
         }
         if facts["kind"] == "kmeans":
             angles = torch.rad2deg(metrics.centroid_drift(facts["centroids"], sums[name]))
@@ -201,8 +210,10 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
             "commits": _cell(facts.get("steps"), 0),
             "MaxVio": _cell(facts.get("max_vio"), 3),
             "dead": _cell(facts.get("dead_experts"), 0),
+            "effective": _cell(facts.get("effective_experts"), 1),
             "bias |max|": _cell(facts.get("bias_abs_max"), 4),
             "cosine": _cell(facts["direction_cosine"], 3),
+            "spread": _cell(None if "load" in facts else facts.get("score_std"), 3),
             "lag": _cell(_mean(facts.get("lag_degrees")), 1),
             "drift": _cell(_mean(facts.get("drift_degrees")), 1),
         }
@@ -221,10 +232,13 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
         for row in rows:
             row["router"] = row["router"].removeprefix(shared[0]).removesuffix(shared[1])
     output.table(title, list(rows[0]), [list(row.values()) for row in rows])
-    output.note(
-        "MaxVio, dead: on held-out text. cosine: mean between directions. lag: degrees from a centroid to the mean of "
-        "its tokens now; drift: degrees since --against; means over experts"
-    )
+    meaning = ["cosine: mean between directions"]
+    if all("load" in facts for facts in routers.values()):
+        meaning.insert(0, "MaxVio, dead, effective experts: on held-out text")
+        meaning.append("lag: degrees from a centroid to the mean of its tokens now")
+    else:
+        meaning.append("spread: of the scores")
+    output.note(f"{'; '.join([*meaning, 'drift: degrees since --against'])}; means over experts")
     for name, facts in routers.items():
         if not facts["finite"]:
             output.note(f"warning: {name} holds NaN or Inf")

@@ -45,8 +45,8 @@ class Pretrained:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
             raise CheckpointError(
-                f"{self.folder} must hold a tokenizer beside the model, got none ({first_line(error)}): save one, or "
-                "call calibrate and export_vanilla from Python with batches of your own"
+                f"{self.folder} must hold a tokenizer beside the model, got none ({first_line(error)}): write it there "
+                "with tokenizer.save_pretrained, or work from Python with batches of your own"
             ) from None
 
     def windows(self, num_bytes: int) -> tuple[list[Any], list[Any], dict[str, int]]:
@@ -125,7 +125,7 @@ def _load(folder: Path) -> Any:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if getattr(config, "kmeans_route", None):
+        if getattr(config, "kmeans_route", None):  # of section version 1 too, which Auto classes do not know
             return load_kmeans_pretrained(AutoModelForCausalLM, folder, dtype="auto", local_files_only=True).eval()
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     except OSError as error:

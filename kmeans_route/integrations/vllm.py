@@ -1,8 +1,8 @@
 """vLLM: a plugin that serves what `save_pretrained` of a swapped model of transformers writes, as it is.
 
-vLLM calls `register` in each of its processes: pyproject.toml declares it under `vllm.general_plugins`. The
-architectures in config.json of such a checkpoint begin with "KMeans", so that vLLM without this plugin refuses it. The
-model is vLLM's own for blocks of transformers, in `kmeans_route.integrations.vllm_model`, which is imported where one
+vLLM calls `register` in each of its processes: pyproject.toml declares it under `vllm.general_plugins`. Without this
+plugin vLLM refuses such a checkpoint: it knows neither the model type in config.json nor the architecture. The model is
+vLLM's own for blocks of transformers, in `kmeans_route.integrations.vllm_model`, which is imported where one
 is served.
 """
 
@@ -25,7 +25,10 @@ MODEL = "kmeans_route.integrations.vllm_model:TransformersMoEForCausalLM"
 
 def register() -> None:
     """Tell vLLM which model serves K-Means checkpoints; as often as one likes."""
-    from vllm import ModelRegistry  # slow to import, and this module is imported by whoever looks for plugins
+    # Slow to import, and this module is imported by whoever looks for plugins.
+    from vllm import ModelRegistry
+
+    import kmeans_route.integrations.transformers  # noqa: F401 - the model types of config.json
 
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(f"KMeans{architecture}", MODEL)

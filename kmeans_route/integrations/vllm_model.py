@@ -10,8 +10,10 @@ from torch import Tensor
 from vllm.model_executor.models import transformers as backend
 from vllm.model_executor.models.transformers.moe import TransformersMoERunner
 
+from kmeans_route.integrations.transformers.config import ARCHITECTURE_PREFIX, KMeansConfig, to_architecture
+from kmeans_route.integrations.transformers.load import check_version
 from kmeans_route.integrations.transformers.router import TransformersRouter
-from kmeans_route.integrations.transformers.swap import ARCHITECTURE_PREFIX, check_version, saved_routers
+from kmeans_route.integrations.transformers.swap import saved_routers
 
 
 class TransformersMoEForCausalLM(backend.TransformersMoEForCausalLM):
@@ -20,6 +22,12 @@ class TransformersMoEForCausalLM(backend.TransformersMoEForCausalLM):
     It has the name of its base because vLLM knows by that which models are of transformers, and what follows from it
     (`ModelConfig.using_transformers_backend`).
     """
+
+    def _patch_config(self) -> None:
+        """The first thing that the base does: from here on the config is one of which it makes an ordinary model."""
+        super()._patch_config()
+        if isinstance(self.config, KMeansConfig):
+            to_architecture(self.config)
 
     def _create_hf_to_vllm_mapper(self) -> None:
         """The first thing that the base does with the fresh model: before it leaves layers to other ranks."""

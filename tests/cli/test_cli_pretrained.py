@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 
 
 from kmeans_route import KMeansRouter  # noqa: E402
-from kmeans_route.integrations.transformers import load_kmeans_pretrained  # noqa: E402
+from kmeans_route.integrations.transformers import apply_kmeans_routing, load_kmeans_pretrained  # noqa: E402
 from tests.helpers.commands import invoke, write_text  # noqa: E402
 from tests.integrations.transformers_models import some_tokens, tiny_config  # noqa: E402
 
@@ -112,6 +112,36 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     )
     assert code == 1
     assert "already holds a model" in document["error"]
-    code, seen = invoke("inspect", bare, *text, "--json")
-    assert code == 0
-    assert "max_vio" not in seen["routers"][NAMES[0]]
+
+
+def test_a_folder_without_tokenizer_says_so_and_shows_what_is_stored(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("mixtral", vocab_size=256))
+    model.save_pretrained(tmp_path / "learned")
+    apply_kmeans_routing(model, average="cumulative", from_gate=True)
+    for router in (module for module in model.modules() if isinstance(module, KMeansRouter)):
+        router.steps.fill_(7)
+        router.score_std.fill_(0.25)
+        router.expert_bias[3] = -0.5
+        router.tokens_seen.copy_(torch.arange(8))
+    model.save_pretrained(tmp_path / "kmeans")
+    remedy = "must hold a tokenizer beside the model, got none"
+    for name, kind in (("learned", "learned"), ("kmeans", "kmeans")):
+        code, seen = invoke("inspect", tmp_path / name, "--json")
+        assert code == 0, seen
+        assert f"{tmp_path / name} {remedy}" in seen["no_loads"]
+        assert "write it there with tokenizer.save_pretrained" in seen["no_loads"]
+        facts = seen["routers"][NAMES[0]]
+        assert "max_vio" not in facts
+        assert (facts["kind"], facts["experts"]) == (kind, 8)
+        assert -1 <= facts["direction_cosine"] <= 1
+    assert (facts["steps"], facts["score_std"], facts["bias_abs_max"]) == (7, 0.25, 0.5)
+    assert facts["tokens_seen"] == list(range(8))
+    code, said = invoke("inspect", tmp_path / "kmeans", "--plain")
+    assert code == 0, said
+    words = " ".join(said.split())
+    for shown in ("the state as it is stored, without loads", remedy, "0.5000", "0.250", "spread: of the scores"):
+        assert shown in words
+    code, seen = invoke("inspect", folder / "mixtral", "--text", folder / "text", "--json")
+    assert (code, seen["no_loads"]) == (0, None)
+    assert 1 <= seen["routers"][NAMES[0]]["effective_experts"] <= 8

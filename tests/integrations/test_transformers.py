@@ -1,10 +1,14 @@
 """K-Means routers inside the models of transformers."""
 
-import contextlib
 import copy
+import functools
+import importlib
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +28,21 @@ from kmeans_route.integrations.transformers import (  # noqa: E402
     load_kmeans_pretrained,
     revert,
 )
+from kmeans_route.integrations.transformers import config as config_module  # noqa: E402
+from kmeans_route.integrations.transformers.config import CODE_FILE, MODEL_TYPES  # noqa: E402
 from kmeans_route.integrations.transformers.router import ROUTERS  # noqa: E402
 from kmeans_route.reference import whitened_reference  # noqa: E402
 from kmeans_route.routing.loading import FIRST_NORM  # noqa: E402
 from tests.helpers.compare import assert_same_bits  # noqa: E402
 from tests.helpers.examples import run_example  # noqa: E402
-from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_config, tiny_model  # noqa: E402
+from tests.integrations.transformers_models import (  # noqa: E402
+    COMMON,
+    TYPES,
+    VOCAB,
+    some_tokens,
+    tiny_config,
+    tiny_model,
+)
 
 # How an architecture's own options arrive: normalize, scaling, n_group, topk_group, group_score.
 PLAIN = (True, 1.0, 1, 1)
@@ -106,8 +119,11 @@ def test_every_type_swaps_trains_saves_loads_generates_and_reverts(model_type: s
         assert torch.equal(value, state[name]), name
 
     model.save_pretrained(tmp_path)
-    loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
+    assert type(loaded.config) is type(model.config)
+    assert loaded.config.model_type == model_type
+    assert loaded.config.kmeans_route == model.config.kmeans_route
     assert set(loaded.state_dict()) == set(state)
     for name, value in loaded.state_dict().items():
         assert_same_bits(value, state[name])
@@ -198,17 +214,36 @@ def test_a_filter_that_names_nothing_is_refused(layers: Any, message: str) -> No
 
 def test_models_without_a_known_router_are_refused_by_name() -> None:
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_dense(), "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match="got LlamaForCausalLM with none"):
+    types = re.escape(", ".join(MODEL_TYPES))
+    with pytest.raises(ValueError, match=rf"supported type \({types}\), got LlamaForCausalLM of type llama with none"):
         apply_kmeans_routing(dense)
     config = transformers.JetMoeConfig(**{**_dense(), "num_hidden_layers": 1, "kv_channels": 16})
-    with pytest.raises(ValueError, match=r"JetMoeTopKGating at model\.layers\.0"):
+    with pytest.raises(ValueError, match=r"of type jetmoe with JetMoeTopKGating at model\.layers\.0"):
         apply_kmeans_routing(transformers.JetMoeForCausalLM(config))
     with pytest.raises(TypeError, match="got Linear"):
         apply_kmeans_routing(nn.Linear(2, 2))
+    assert set(MODEL_TYPES) == set(TYPES)
+
+
+def test_a_second_swap_says_what_is_swapped_and_what_is_left() -> None:
     model = tiny_model("mixtral")
+    apply_kmeans_routing(model, [0])
+    config = model.config
+    for again in (0, "model.layers.0.mlp.gate"):
+        with pytest.raises(
+            ValueError,
+            match=rf"got {again!r}, model\.layers\.0\.mlp\.gate that is swapped: call revert first, or name those that "
+            r"are left, \['model\.layers\.1\.mlp\.gate'\]",
+        ):
+            apply_kmeans_routing(model, [again])
     apply_kmeans_routing(model)
-    with pytest.raises(ValueError, match="2 swapped already"):
+    assert model.config is config
+    with pytest.raises(
+        ValueError,
+        match=r"got MixtralForCausalLM with all 2 swapped \(model\.layers\.0\.mlp\.gate, .*\): call revert first",
+    ):
         apply_kmeans_routing(model)
+    assert len(revert(model)) == 2
 
 
 def _dense() -> dict[str, Any]:
@@ -503,8 +538,6 @@ class MixtralSwappedAtBirth(transformers.MixtralForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        with contextlib.suppress(AttributeError):
-            del config.kmeans_route
         apply_kmeans_routing(self)
 
 
@@ -519,7 +552,7 @@ def test_buffers_that_a_checkpoint_lacks_are_no_garbage(
     model.save_pretrained(tmp_path)
     empty = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(3))  # what "absent" comes back as
-    loaded = MixtralSwappedAtBirth.from_pretrained(tmp_path)
+    loaded = MixtralSwappedAtBirth.from_pretrained(tmp_path, config=tiny_config("mixtral"))
     for router, path in zip(routers_of(loaded), _swapped_paths(loaded), strict=True):
         there = model.get_submodule(path)
         if swapped_checkpoint:
@@ -565,7 +598,7 @@ def test_an_untrained_weight_alone_is_no_gate(tmp_path: Path) -> None:
     apply_kmeans_routing(model, seed=7)
     alone = {name: value for name, value in model.state_dict().items() if ".gate." not in name or name[-6:] == "weight"}
     model.save_pretrained(tmp_path, state_dict=alone)
-    for router in routers_of(MixtralSwappedAtBirth.from_pretrained(tmp_path)):
+    for router in routers_of(MixtralSwappedAtBirth.from_pretrained(tmp_path, config=tiny_config("mixtral"))):
         assert not router.has_data
         assert router._has_first_rows()
         assert int(router.steps) == 0
@@ -607,7 +640,7 @@ def test_config_says_what_was_swapped_and_loading_checks_it(tmp_path: Path) -> N
     assert_same_bits(routers_of(base)[0].weight, routers_of(model)[0].weight)
 
     for change, message in [
-        (lambda s: s.update(version=2), "must have version 1, got 2"),
+        (lambda s: s.update(version=3), "must have a version of 1 to 2, got 3"),
         (lambda s: s["routers"]["layers.1.mlp.gate"].update(num_experts=4), "must be 8 as in the model, got 4"),
         (lambda s: s["routers"].update({"layers.7.mlp.gate": entry}), "got 'layers.7.mlp.gate'"),
         (lambda s: s.clear(), "without kmeans_route section"),
@@ -619,34 +652,211 @@ def test_config_says_what_was_swapped_and_loading_checks_it(tmp_path: Path) -> N
             load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path)
 
 
-def test_the_architecture_of_a_checkpoint_is_one_that_no_engine_knows(tmp_path: Path) -> None:
-    def saved(model: Any, name: str) -> list[str]:
-        model.save_pretrained(tmp_path / name)
-        return list(json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))["architectures"])
+def written(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
+
+def test_type_and_architecture_of_a_checkpoint_are_ones_that_no_engine_knows(tmp_path: Path) -> None:
+    def saved(model: Any, name: str) -> tuple[str, list[str]]:
+        model.save_pretrained(tmp_path / name)
+        config = written(tmp_path / name)
+        assert ("transformers_weights" in config) == ("auto_map" in config) == ("kmeans_route" in config)
+        return config["model_type"], config["architectures"]
+
+    plain, kmeans = ("mixtral", ["MixtralForCausalLM"]), ("kmeans_mixtral", ["KMeansMixtralForCausalLM"])
     model = tiny_model("mixtral")
-    assert saved(model, "before") == ["MixtralForCausalLM"]
+    assert saved(model, "before") == plain
     apply_kmeans_routing(model)
-    assert saved(model, "swapped") == ["KMeansMixtralForCausalLM"]
+    assert saved(model, "swapped") == kmeans
     loaded = load_kmeans_pretrained(transformers.AutoModelForCausalLM, tmp_path / "swapped")
     assert type(loaded) is transformers.MixtralForCausalLM
-    assert saved(loaded, "again") == saved(copy.deepcopy(loaded), "copy") == ["KMeansMixtralForCausalLM"]
+    assert saved(loaded, "again") == saved(copy.deepcopy(loaded), "copy") == kmeans
+    assert written(tmp_path / "again") == written(tmp_path / "swapped")
     revert(model)
-    assert saved(model, "after") == ["MixtralForCausalLM"]
+    assert saved(model, "after") == plain
 
 
-def test_a_save_that_fails_leaves_the_config_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_class_of_an_architecture_does_not_load_a_checkpoint_as_its_own(tmp_path: Path) -> None:
+    model = tiny_model("deepseek_v3")
+    apply_kmeans_routing(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the routers are K-Means: import kmeans_route\.integrations"):
+        transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+    loaded = load_kmeans_pretrained(transformers.DeepseekV3ForCausalLM, tmp_path)
+    assert_same_bits(realigned(loaded)(some_tokens()).logits, model(some_tokens()).logits)
+
+
+WITHOUT_IMPORT = """
+import sys
+import transformers
+
+folder, trust = sys.argv[1], {"None": None, "True": True}[sys.argv[2]]
+transformers.AutoTokenizer  # what is loaded lazily, is loaded
+assert "kmeans_route" not in sys.modules
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+print([type(layer.mlp.gate).__name__ for layer in model.model.layers], type(model).__name__)
+"""
+
+
+def test_without_the_import_a_plain_load_fails_or_does_the_import(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     apply_kmeans_routing(model)
+    model.save_pretrained(tmp_path / "model")
 
-    def fail(*_args: Any, **_kwargs: Any) -> None:
-        raise OSError("disk full")
+    def run(trust: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_IMPORT, str(tmp_path / "model"), trust],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
 
-    monkeypatch.setattr(transformers.MixtralForCausalLM, "save_pretrained", fail)
-    before = dict(model.config.__dict__)
-    with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(tmp_path)
-    assert model.config.__dict__ == before
+    refused = run("None")
+    assert refused.returncode != 0
+    assert "pass the argument `trust_remote_code=True`" in refused.stderr
+    trusted = run("True")
+    assert trusted.returncode == 0, trusted.stderr
+    assert trusted.stdout.strip() == f"{['KMeansMixtralTopKRouter'] * 2} MixtralForCausalLM"
+
+
+def test_a_checkpoint_of_section_version_1_still_loads(tmp_path: Path) -> None:
+    """Its model type is that of the architecture, so a plain load makes learned routers; what they are is noticed."""
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    train(model, 2)
+    model.save_pretrained(tmp_path)
+    config = written(tmp_path) | {"model_type": "mixtral"}
+    config["kmeans_route"]["version"] = 1
+    del config["auto_map"], config["transformers_weights"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / CODE_FILE).unlink()
+    for cls in (transformers.AutoModelForCausalLM, transformers.MixtralForCausalLM):
+        loaded = load_kmeans_pretrained(cls, tmp_path)
+        assert_same_bits(realigned(loaded)(some_tokens()).logits, model(some_tokens()).logits)
+    loaded.save_pretrained(tmp_path / "new")
+    assert written(tmp_path / "new")["model_type"] == "kmeans_mixtral"
+    assert written(tmp_path / "new")["kmeans_route"]["version"] == 2
+
+    plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "model.layers.0.mlp.gate.centroids" in info["unexpected_keys"]
+    with pytest.raises(ValueError, match="use load_kmeans_pretrained"):
+        apply_kmeans_routing(plain)
+
+
+def test_auto_classes_take_their_options_and_make_fresh_models(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model, layers=[1], tau=0.1)
+    train(model, 2)
+    model.save_pretrained(tmp_path)
+    auto = transformers.AutoModelForCausalLM
+    loaded, info = auto.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["unexpected_keys"]
+    assert (loaded.dtype, loaded.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert routers_of(loaded)[0].weight.dtype == torch.float32
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert (type(base), _swapped_paths(base)) == (transformers.MixtralModel, ["layers.1.mlp.gate"])
+    head = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert head.config.num_labels == 3
+    assert_same_bits(routers_of(head)[0].weight, routers_of(model)[0].weight)
+    again = transformers.AutoConfig.from_pretrained(tmp_path, num_hidden_layers=2)
+    section = copy.deepcopy(again.kmeans_route)
+    fresh = auto.from_config(again)
+    assert _swapped_paths(fresh) == ["model.layers.1.mlp.gate"]
+    assert (routers_of(fresh)[0].options.tau, routers_of(fresh)[0].initialized) == (0.1, False)
+    assert again.kmeans_route == section
+    assert fresh.config is not again
+    with pytest.raises(ValueError, match="got a config without kmeans_route section"):
+        auto.from_config(transformers.AutoConfig.for_model("kmeans_mixtral"))
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "llava"])
+def test_a_model_inside_another_comes_back_too(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llava is none of the registered types: its own is known where it was swapped, or is loaded."""
+    if model_type == "llama4":
+        text = {**COMMON, **TYPES["llama4_text"]}
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        config = transformers.Llama4Config(
+            text_config=text, vision_config={**vision, "vision_output_dim": 16, "image_size": 28, "patch_size": 14}
+        )
+    else:
+        vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = transformers.LlavaConfig(
+            text_config=tiny_config("mixtral"),
+            vision_config={"model_type": "clip_vision_model", **vision, "image_size": 28, "patch_size": 14},
+        )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    apply_kmeans_routing(model)
+    text = model.config.text_config
+    assert any(module.config is text for module in model.modules() if isinstance(module, transformers.PreTrainedModel))
+    model.save_pretrained(tmp_path)
+    if model_type == "llava":  # as in another process
+        monkeypatch.delitem(transformers.CONFIG_MAPPING._extra_content, "kmeans_llava")
+        monkeypatch.setattr(config_module, "config_class", functools.cache(config_module.config_class.__wrapped__))
+    loaded = load_kmeans_pretrained(transformers.AutoModelForImageTextToText, tmp_path)
+    assert _swapped_paths(loaded) == _swapped_paths(model)
+    tokens = some_tokens()
+    assert_same_bits(realigned(loaded)(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+# ---- the config ----
+
+
+def test_the_config_of_the_caller_stays_as_it_was() -> None:
+    config = tiny_config("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    model, other = transformers.MixtralForCausalLM(config), transformers.MixtralForCausalLM(config)
+    before, type_before = copy.deepcopy(vars(config)), type(config)
+    apply_kmeans_routing(model, layers=[0])
+    ours = model.config
+    assert ours is not config
+    assert all(module.config is ours for module in model.modules() if hasattr(module, "config"))
+    apply_kmeans_routing(model)
+    assert model.config is ours
+    assert (vars(config), type(config)) == (before, type_before)
+    assert other.config is config
+    assert all(module.config is config for module in other.modules() if hasattr(module, "config"))
+    apply_kmeans_routing(other)
+    assert len(routers_of(other)) == 2
+    revert(model)
+    assert all(module.config is config for module in model.modules() if hasattr(module, "config"))
+    assert (vars(config), type(config)) == (before, type_before)
+
+
+def test_what_changed_in_the_config_meanwhile_survives_a_revert() -> None:
+    model = tiny_model("mixtral", output_router_logits=True)
+    config = model.config
+    apply_kmeans_routing(model)
+    model.resize_token_embeddings(VOCAB + 2)
+    revert(model)
+    assert type(model.config) is type(config)
+    assert (model.config.vocab_size, config.vocab_size) == (VOCAB + 2, VOCAB)
+    assert model.config.output_router_logits
+    assert model.model.config is model.config
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_of_the_config_are_configs_of_a_swapped_model(how: Any) -> None:
+    model = tiny_model("mixtral")
+    apply_kmeans_routing(model)
+    other = how(model.config)
+    assert type(other) is type(model.config)
+    assert other.to_dict() == model.config.to_dict()
+    again = type(other).from_dict(other.to_dict())
+    assert (again.model_type, again.to_dict()["model_type"]) == ("mixtral", "kmeans_mixtral")
+
+
+def test_names_of_the_package_show_and_are_documented() -> None:
+    package = importlib.import_module("kmeans_route.integrations.transformers")
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(from kmeans_route\.integrations\.transformers import .*?)```", page, re.S)
+    for name in ("KMeansRouterCallback", "apply_kmeans_routing", "export_vanilla", "load_kmeans_pretrained", "revert"):
+        assert name in package.__all__
+        assert name in dir(package)
+        assert name in block
+    exec(block, {})  # the lines import what they name
 
 
 def test_weights_without_the_state_that_config_promises_are_refused(tmp_path: Path) -> None:
@@ -665,16 +875,6 @@ def test_state_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"weight of router 'model\.layers\.1\.mlp\.gate' must be finite"):
         load_kmeans_pretrained(type(model), tmp_path)
-
-
-def test_a_plain_load_is_noticed(tmp_path: Path) -> None:
-    model = tiny_model("deepseek_v3")
-    apply_kmeans_routing(model)
-    model.save_pretrained(tmp_path)
-    plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert "model.layers.0.mlp.gate.centroids" in info["unexpected_keys"]
-    with pytest.raises(ValueError, match="use load_kmeans_pretrained"):
-        apply_kmeans_routing(plain)
 
 
 def test_replay_reaches_the_routers_of_a_model() -> None:

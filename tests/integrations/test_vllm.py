@@ -36,7 +36,7 @@ from kmeans_route.integrations.transformers import apply_kmeans_routing, load_km
 from kmeans_route.integrations.transformers.router import TransformersRouter
 from kmeans_route.integrations.vllm import ARCHITECTURES, register
 from tests.helpers.compare import assert_same_bits
-from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_model
+from tests.integrations.transformers_models import TYPES, VOCAB, some_tokens, tiny_config, tiny_model
 
 CLASSES = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 MODEL_TYPES = {CLASSES[model_type]: model_type for model_type in TYPES}
@@ -52,7 +52,7 @@ class Expected(NamedTuple):
     """A checkpoint, and what transformers makes of it.
 
     tokens: (PROMPTS, LENGTH + NEW), prompts and what follows greedily. given, truth, learned: log-probabilities
-    (PROMPTS, NEW, VOCAB) of what follows, in fp32, in fp64, and of a plain `from_pretrained`. chosen: expert ids of the
+    (PROMPTS, NEW, VOCAB) of what follows, in fp32, in fp64, and of learned routers made of the centroids. chosen: expert ids of the
     first prompts, a tensor a router and prompt.
     """
 
@@ -92,7 +92,8 @@ def _expected(model_type: str, path: Path) -> Expected:
     tokenizer().save_pretrained(path)
 
     model = load_kmeans_pretrained(transformers.AutoModelForCausalLM, path).eval()
-    learned = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    ordinary = tiny_config(model_type, **SIZES, **OWN_SIZES.get(model_type, {}))
+    learned = transformers.AutoModelForCausalLM.from_pretrained(path, config=ordinary).eval()
     tokens = some_tokens(PROMPTS, LENGTH, seed=3)
     seen = watch(model)
     with torch.no_grad():
@@ -222,7 +223,7 @@ def with_changes(path: Path, to: Path, change: Any) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config["kmeans_route"].update(version=99), "must have version 1, got 99"),
+        (lambda config: config["kmeans_route"].update(version=99), "must have a version of 1 to 2, got 99"),
         (lambda config: config.pop("kmeans_route"), "must have a kmeans_route section"),
         (lambda config: config["kmeans_route"]["routers"].update(lost={}), "must name routers of MixtralModel"),
     ],
@@ -233,6 +234,21 @@ def test_a_config_that_does_not_fit_is_refused(
     path = with_changes(expected("mixtral").path, tmp_path / "changed", change)
     with pytest.raises(ValueError, match=message):
         serve(path)
+
+
+def test_a_checkpoint_of_section_version_1_is_served(expected: Any, serve: Any, tmp_path: Path) -> None:
+    """Its model type is that of the architecture."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["model_type"] = "mixtral"
+        config["kmeans_route"]["version"] = 1
+        del config["auto_map"], config["transformers_weights"]
+
+    want = expected("mixtral")
+    llm, model = serve(with_changes(want.path, tmp_path / "old", change))
+    assert len(routers_of(model)) == 2
+    outputs = ask(llm, want.tokens[:2, :LENGTH])
+    assert torch.tensor([list(output.token_ids) for output in outputs]).equal(want.tokens[:2, LENGTH:])
 
 
 def test_weights_without_the_state_of_a_router_are_refused(expected: Any, serve: Any, tmp_path: Path) -> None:
@@ -268,18 +284,18 @@ PROGRAM = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    path, prompts, new = json.loads(sys.argv[1])
-    llm = LLM(path, dtype="float32", max_model_len=64, max_num_seqs=8)
+    path, prompts, new, trust = json.loads(sys.argv[1])
+    llm = LLM(path, dtype="float32", max_model_len=64, max_num_seqs=8, trust_remote_code=trust)
     sampling = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in done]))
 """
 
 
-def run(want: Expected, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(want: Expected, tmp_path: Path, trust: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """The engine as users start it: in a process of its own, compiled."""
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    asked = json.dumps([str(want.path), want.tokens[:, :LENGTH].tolist(), NEW])
+    asked = json.dumps([str(want.path), want.tokens[:, :LENGTH].tolist(), NEW, trust])
     return subprocess.run(
         [sys.executable, str(tmp_path / "program.py"), asked],
         capture_output=True, text=True, check=False,
@@ -295,7 +311,15 @@ def test_a_process_of_its_own_serves_compiled(expected: Any, tmp_path: Path) -> 
     assert json.loads(line.removeprefix("TOKENS ")) == want.tokens[:, LENGTH:].tolist()
 
 
-def test_without_the_plugin_vllm_refuses(expected: Any, tmp_path: Path) -> None:
-    done = run(expected("mixtral"), tmp_path, VLLM_PLUGINS="lora_filesystem_resolver")
+@pytest.mark.parametrize(
+    ("trust", "message"),
+    [
+        (False, "contains custom code which must be executed"),
+        (True, "Model architectures ['KMeansMixtralForCausalLM'] are not supported"),
+    ],
+)
+def test_without_the_plugin_vllm_refuses(trust: bool, message: str, expected: Any, tmp_path: Path) -> None:
+    modules = str(tmp_path / "modules")
+    done = run(expected("mixtral"), tmp_path, trust, VLLM_PLUGINS="lora_filesystem_resolver", HF_MODULES_CACHE=modules)
     assert done.returncode != 0
-    assert "Model architectures ['KMeansMixtralForCausalLM'] are not supported" in done.stderr
+    assert message in done.stderr

@@ -1,9 +1,8 @@
 """K-Means routing in the models of transformers (5.16 and newer): swap the routers, save, load, go back.
 
-The centroids are in the state dict; `save_pretrained` writes the options into config.json, and `load_kmeans_pretrained`
-reads both. A plain `from_pretrained` of such a checkpoint makes a learned router of the centroids and only reports what
-belongs to them as unexpected keys. docs/transformers.md says more; an example stands in
-docs/integrations.md.
+The centroids are in the state dict; `save_pretrained` writes the options into config.json, and a model type that the
+Auto classes know once this has been imported: `AutoModelForCausalLM.from_pretrained` reads both. docs/transformers.md
+says more; an example stands in docs/integrations.md.
 """
 
 from kmeans_route.integrations import require
@@ -12,15 +11,14 @@ SUPPORTED = ">=5.16,<6"
 TRIED = ("5.16.0", "5.19.0", "5.23.0", "5.24.0")
 require("transformers", SUPPORTED)
 
-from kmeans_route.integrations.transformers.export import export_vanilla  # noqa: E402 - only where the right version is
-from kmeans_route.integrations.transformers.swap import (  # noqa: E402
-    Summary,
-    Swap,
-    apply_kmeans_routing,
-    load_kmeans_pretrained,
-    revert,
-)
+from kmeans_route.integrations.transformers.config import MODEL_TYPES, kmeans_config_class  # noqa: E402 - where it is
+from kmeans_route.integrations.transformers.export import export_vanilla  # noqa: E402
+from kmeans_route.integrations.transformers.load import load_kmeans_pretrained  # noqa: E402
+from kmeans_route.integrations.transformers.swap import Summary, Swap, apply_kmeans_routing, revert  # noqa: E402
 from kmeans_route.integrations.transformers.trainer import KMeansRouterCallback  # noqa: E402
+
+for model_type in (*MODEL_TYPES, "llama4"):  # the latter holds a llama4_text
+    kmeans_config_class(model_type)
 
 __all__ = [
     "KMeansRouterCallback",

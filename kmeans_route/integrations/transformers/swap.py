@@ -1,4 +1,4 @@
-"""Swap the routers of a model, save, load, go back."""
+"""Swap the routers of a model, and go back."""
 
 import functools
 import re
@@ -6,10 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kmeans_route.integrations.transformers.config import (
+    MODEL_TYPES,
+    KMeansConfig,
+    copied_configs,
+    give_back,
+    to_architecture,
+    to_kmeans,
+)
 from kmeans_route.integrations.transformers.router import (
-    ROUTERS,
     Contract,
     Masks,
     TransformersRouter,
@@ -21,11 +28,10 @@ from kmeans_route.integrations.transformers.router import (
     zero_bad_rows,
 )
 
-SECTION_VERSION = 1
+# 1: the model type in config.json was that of the architecture.
+SECTION_VERSION = 2
 SHAPE = ("num_experts", "hidden_size", "top_k")
 DECIDED_BY_MODEL = (*SHAPE, "name", "device", "return_scores")
-# Before the architecture in config.json: an engine that cannot route by K-Means shall not know the checkpoint.
-ARCHITECTURE_PREFIX = "KMeans"
 Layers = Callable[[str], bool] | Sequence[str | int] | None
 
 
@@ -60,7 +66,7 @@ def apply_kmeans_routing(
     """Put a K-Means router in the place of every learned router of a model of transformers.
 
     Args:
-        model: a PreTrainedModel; with PEFT the base model, before or after it is wrapped.
+        model: a PreTrainedModel, the one that will be saved; with PEFT the base model, before or after it is wrapped.
         layers: which routers: a predicate on the path ("model.layers.0.mlp.gate"), or a list of paths or layer indices;
             None for all.
         from_gate: take the gate's rows as first centroids. None: where the gate came from a checkpoint, else the first
@@ -71,8 +77,9 @@ def apply_kmeans_routing(
     Returns:
         Summary, printable: path, old class, E, D, K, gate and groups of each.
 
-    The auxiliary loss is switched off: it would still push on the hidden states. `output_router_logits=True` in a call
-    gives s / tau. On any error nothing is changed.
+    The model gets a config of its own, a copy: the one that it was made with stays as it is. The auxiliary loss is
+    switched off: it would still push on the hidden states. `output_router_logits=True` in a call gives s / tau. On any
+    error nothing is changed.
 
     Raises:
         ValueError: nothing to swap, a filter that names no router, a router that answers otherwise than expected.
@@ -92,11 +99,13 @@ def apply_kmeans_routing(
         contract = _contract(model, path, old)
         options = {"name": path, **architecture_options(old, contract), **router_options}
         made[path] = _make(old, contract, options, from_gate)
-    return _swap(model, made)
+    return swap(model, made)
 
 
 def revert(model: Any) -> list[str]:
     """Put the learned routers back as they were, and the auxiliary loss; the K-Means state is lost.
+
+    So is the model's config, the very object unless it was changed in the meantime.
 
     Returns:
         The paths of the routers.
@@ -121,60 +130,14 @@ def revert(model: Any) -> list[str]:
     for module in _pretrained(model):
         masks: Masks | None = module.__dict__.pop("_kmeans_masks", None)
         module.__dict__.pop("_init_weights", None)
-        module.__dict__.pop("save_pretrained", None)
         for handle in masks.handles if masks else ():
             handle.remove()
     for owner, name, old in model.__dict__.pop("_kmeans_aux_loss", ()):
         setattr(owner, name, old)
     del model.config.kmeans_route
+    to_architecture(model.config)
+    give_back(model.__dict__.pop("_kmeans_configs", ()))
     return list(swapped)
-
-
-def load_kmeans_pretrained(cls: Any, path: Any, **kwargs: Any) -> Any:
-    """`cls.from_pretrained(path, **kwargs)` for a checkpoint of a swapped model.
-
-    Args:
-        cls: a model class of transformers or an Auto class.
-        path: a folder, or whatever `from_pretrained` takes.
-        kwargs: of `from_pretrained`.
-
-    Raises:
-        ValueError: config.json has no `kmeans_route` section, or one that does not fit the model or the weights.
-    """
-    config = kwargs.pop("config", None)
-    if config is None:
-        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in names if k in kwargs})
-    section = getattr(config, "kmeans_route", None)
-    if not section:
-        raise ValueError(
-            f"{path} must hold a K-Means checkpoint, got a config without kmeans_route section: use from_pretrained, "
-            "then apply_kmeans_routing"
-        )
-    check_version(section, path)
-    real = _model_class(cls, config)
-    wants_info = kwargs.pop("output_loading_info", False)
-    model, info = _swapping_class(real, section).from_pretrained(
-        path, config=config, output_loading_info=True, **kwargs
-    )
-    model.__class__ = real
-    swapped = tuple(f"{path}." for path in swapped_routers(model))
-    missing = [key for key in info["missing_keys"] if key.startswith(swapped)]
-    if missing:
-        raise ValueError(
-            f"{path} must hold the state of all its K-Means routers, got none of {sorted(missing)[0]} and "
-            f"{len(missing) - 1} more: load a checkpoint that save_pretrained of the swapped model has written"
-        )
-    return (model, info) if wants_info else model
-
-
-def check_version(section: dict[str, Any], path: Any) -> None:
-    """Raise ValueError unless this version can read the `kmeans_route` section of a checkpoint."""
-    if section.get("version") != SECTION_VERSION:
-        raise ValueError(
-            f"the kmeans_route section of {path} must have version {SECTION_VERSION}, got {section.get('version')!r}: "
-            "install the version of kmeans_route that wrote it"
-        )
 
 
 def check_model(model: Any) -> None:
@@ -204,16 +167,19 @@ def _pretrained(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
-def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+def _select(model: Any, layers: Layers) -> dict[str, nn.Module]:
     """The routers that the filter takes, by path."""
     known = {path: module for path, module in model.named_modules() if is_known(module)}
-    if not known:
-        named_so = [(path, type(m).__name__) for path, m in model.named_modules()]
-        others = [f"{name} at {path}" for path, name in named_so if re.search(r"(Router|Gate|Gating)$", name)]
-        already = f", {len(swapped_routers(model))} swapped already" if swapped_routers(model) else ""
+    swapped = list(swapped_routers(model))
+    if not known and swapped:
         raise ValueError(
-            f"model must contain a router of {sorted(ROUTERS)}, got {type(model).__name__} with "
-            f"{', '.join(others[:3]) or 'none'}{already}: use a supported model"
+            f"model must have a learned router left, got {type(model).__name__} with all {len(swapped)} swapped "
+            f"({_some(swapped)}): call revert first to swap them anew"
+        )
+    if not known:
+        raise ValueError(
+            f"model must be of a supported type ({', '.join(MODEL_TYPES)}), got {type(model).__name__} of type "
+            f"{model.config.model_type} with {_others(model)} for a router: use one of those"
         )
     if layers is None:
         return known
@@ -225,12 +191,28 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
     chosen = []
     for wanted in layers:
         matches = [path for path in known if wanted in (path, _layer_index(path))]
+        before = [path for path in swapped if wanted in (path, _layer_index(path))]
+        if before and not matches:
+            raise ValueError(
+                f"layers must name learned routers, got {wanted!r}, {before[0]} that is swapped: call revert first, "
+                f"or name those that are left, {list(known)}"
+            )
         if not matches:
             raise ValueError(f"layers must name routers, got {wanted!r}: there are {list(known)}")
         chosen += matches
     if not chosen:
         raise ValueError("layers must name at least one router, got none: pass None for all of them")
     return {path: known[path] for path in chosen}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _others(model: nn.Module) -> str:
+    """What seems to be a router, and is of no known class."""
+    found = [(path, type(module).__name__) for path, module in model.named_modules()]
+    return _some([f"{name} at {path}" for path, name in found if re.search(r"(Router|Gate|Gating)$", name)]) or "none"
 
 
 def _layer_index(path: str) -> int | None:
@@ -271,8 +253,11 @@ def _make(old: nn.Module, contract: Contract, options: dict[str, Any], from_gate
     return router
 
 
-def _swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
+def swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
     """Put finished routers in; from here on nothing raises."""
+    if not isinstance(model.config, KMeansConfig):
+        model.__dict__["_kmeans_configs"] = copied_configs(model)
+        to_kmeans(model.config)
     swaps = []
     for path, router in routers.items():
         model.set_submodule(path, router)
@@ -291,24 +276,7 @@ def _swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
         swaps.append(Swap(path, router.original_class.__name__, router))
     model.__dict__.setdefault("_kmeans_aux_loss", []).extend(_silence_aux_loss(model))
     model.config.kmeans_route = _section(model)
-    model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
     return Summary(swaps)
-
-
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
-    """In the place of a model's own, which names its class as the architecture just before it saves the config."""
-    config = model.config
-
-    def save_config(*args: Any, **kwargs: Any) -> None:
-        del config.__dict__["save_pretrained"]
-        config.architectures = [ARCHITECTURE_PREFIX + name for name in config.architectures]
-        config.save_pretrained(*args, **kwargs)
-
-    config.__dict__["save_pretrained"] = save_config
-    try:
-        type(model).save_pretrained(model, *args, **kwargs)
-    finally:
-        config.__dict__.pop("save_pretrained", None)
 
 
 def _init_weights(model: Any, module: nn.Module) -> None:
@@ -351,18 +319,6 @@ def _section(model: Any) -> dict[str, Any]:
     return {"version": SECTION_VERSION, "routers": routers}
 
 
-def _model_class(cls: Any, config: Any) -> Any:
-    mapping = getattr(cls, "_model_mapping", None)
-    if mapping is None:
-        return cls
-    found = mapping[type(config)]
-    if isinstance(found, list | tuple):
-        saved = {name.removeprefix(ARCHITECTURE_PREFIX) for name in config.architectures or ()}
-        named = [c for c in found if c.__name__ in saved]
-        return named[0] if named else found[0]
-    return found
-
-
 def saved_routers(model: Any, section: dict[str, Any]) -> dict[str, TransformersRouter]:
     """The routers that a checkpoint's `kmeans_route` section names, by path, still without their state.
 
@@ -384,14 +340,3 @@ def saved_routers(model: Any, section: dict[str, Any]) -> dict[str, Transformers
                 )
         made[path] = _make(old, contract, {"directions": "centroids", **entry["options"]}, False)
     return made
-
-
-def _swapping_class(real: Any, section: dict[str, Any]) -> Any:
-    """A subclass that swaps its routers as it is made, so that `from_pretrained` fills the swapped ones."""
-
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        real.__init__(self, config, *args, **kwargs)
-        _swap(self, saved_routers(self, section))
-
-    names = {"__init__": __init__, "__module__": real.__module__, "__qualname__": real.__qualname__}
-    return type(real)(real.__name__, (real,), names)
