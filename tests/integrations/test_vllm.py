@@ -52,8 +52,8 @@ class Expected(NamedTuple):
     """A checkpoint, and what transformers makes of it.
 
     tokens: (PROMPTS, LENGTH + NEW), prompts and what follows greedily. given, truth, learned: log-probabilities
-    (PROMPTS, NEW, VOCAB) of what follows, in fp32, in fp64, and of learned routers made of the centroids. chosen: expert ids
-    of the first prompts, a tensor a router and prompt.
+    (PROMPTS, NEW, VOCAB) of what follows, in fp32, in fp64, and of learned routers made of the centroids. chosen:
+    expert ids of the first prompts, a tensor a router and prompt.
     """
 
     path: Path
