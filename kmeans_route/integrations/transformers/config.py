@@ -88,6 +88,11 @@ class KMeansConfig:
     def register_for_auto_class(cls, *_: Any) -> None:
         """transformers would copy this file into the folder of a checkpoint."""
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """5.16 would rename the layer types of custom configs, to names that LFM2 does not know."""
+        return False
+
     def __reduce__(self) -> Any:
         return _empty, (self.architecture,), self.__dict__
 
