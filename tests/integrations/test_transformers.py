@@ -854,15 +854,21 @@ def test_copies_of_the_config_are_configs_of_a_swapped_model(how: Any) -> None:
     assert (again.model_type, again.to_dict()["model_type"]) == ("mixtral", "kmeans_mixtral")
 
 
-def test_names_of_the_package_show_and_are_documented() -> None:
+def test_names_of_the_package_show_and_have_their_import_lines() -> None:
     package = importlib.import_module("kmeans_route.integrations.transformers")
-    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(from kmeans_route\.integrations\.transformers import .*?)```", page, re.S)
+    root = Path(__file__).parents[2]
+    pages = [(root / page).read_text(encoding="utf-8") for page in ("README.md", "docs/transformers.md")]
+    readme, page = (
+        re.findall(r"`(from kmeans_route\.integrations\.transformers import [^`]*)`", text) for text in pages
+    )
+    for line in [*readme, *page]:
+        exec(line, {})
+    for name in ("KMeansRouterCallback", "apply_kmeans_routing", "export_vanilla"):
+        assert name in " ".join(readme)
     for name in ("KMeansRouterCallback", "apply_kmeans_routing", "export_vanilla", "load_kmeans_pretrained", "revert"):
         assert name in package.__all__
         assert name in dir(package)
-        assert name in block
-    exec(block, {})  # the lines import what they name
+        assert name in " ".join(page)
 
 
 def test_weights_without_the_state_that_config_promises_are_refused(tmp_path: Path) -> None:
@@ -1020,8 +1026,10 @@ def test_lora_on_the_experts() -> None:
     assert len(revert(merged)) == 2
 
 
-def test_the_example_of_the_page_does_what_it_shows() -> None:
+def test_the_example_of_the_page_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run_example("transformers")
+    assert len(routers_of(names["again"])) == 2
     assert [bool(router.initialized) for router in routers_of(names["model"])] == [True, True]
     assert names["attachment"].metrics()["model.layers.1.mlp.gate/dead_experts"] >= 0
     assert type(names["export"].model.model.layers[0].mlp.gate).__name__ == "MixtralTopKRouter"

@@ -105,7 +105,7 @@ def apply_kmeans_routing(
 def revert(model: Any) -> list[str]:
     """Put the learned routers back as they were, and the auxiliary loss; the K-Means state is lost.
 
-    So is the model's config, the very object unless it was changed in the meantime.
+    The model's config comes back too: the very object, unless its copy has been changed by others in the meantime.
 
     Returns:
         The paths of the routers.
