@@ -1026,6 +1026,27 @@ def test_lora_on_the_experts() -> None:
     assert len(revert(merged)) == 2
 
 
+def test_an_adapter_finds_its_k_means_base_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokens = tiny_model("mixtral"), some_tokens()
+    apply_kmeans_routing(model)
+    train(model, 2)
+    model.save_pretrained(tmp_path / "base")
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    for task_type in (None, "CAUSAL_LM"):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        wrapped = peft.get_peft_model(base, peft.LoraConfig(task_type=task_type, **options))
+        wrapped.save_pretrained(tmp_path / "adapter")
+        if task_type is None:  # PEFT takes the class of the architecture
+            with pytest.raises(ValueError, match="the routers are K-Means"):
+                peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert len(routers_of(loaded)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, wrapped.eval()(tokens).logits)
+        assert not torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
 def test_the_example_of_the_page_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_example("transformers")
