@@ -11,14 +11,13 @@ SUPPORTED = ">=5.16,<6"
 TRIED = ("5.16.0", "5.19.0", "5.23.0", "5.24.0")
 require("transformers", SUPPORTED)
 
-from kmeans_route.integrations.transformers.config import MODEL_TYPES, kmeans_config_class  # noqa: E402 - where it is
+from kmeans_route.integrations.transformers.config import register_types  # noqa: E402 - only where the version is right
 from kmeans_route.integrations.transformers.export import export_vanilla  # noqa: E402
 from kmeans_route.integrations.transformers.load import load_kmeans_pretrained  # noqa: E402
 from kmeans_route.integrations.transformers.swap import Summary, Swap, apply_kmeans_routing, revert  # noqa: E402
 from kmeans_route.integrations.transformers.trainer import KMeansRouterCallback  # noqa: E402
 
-for model_type in (*MODEL_TYPES, "llama4"):  # the latter holds a llama4_text
-    kmeans_config_class(model_type)
+register_types()
 
 __all__ = [
     "KMeansRouterCallback",

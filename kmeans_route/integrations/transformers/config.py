@@ -150,6 +150,12 @@ def kmeans_config_class(model_type: str) -> Any:
     return config_class(CONFIG_MAPPING[model_type])
 
 
+def register_types() -> None:
+    """Make the model types known to the Auto classes; others are from where one is swapped, or loaded."""
+    for model_type in (*MODEL_TYPES, "llama4"):  # which holds a llama4_text
+        kmeans_config_class(model_type)
+
+
 def to_kmeans(config: Any) -> None:
     """Make it the config of a swapped model, in place."""
     architecture: Any = type(config)
