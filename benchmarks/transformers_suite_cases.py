@@ -13,10 +13,11 @@ from tests.generation.test_utils import GenerationTesterMixin  # of the checkout
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 
 from kmeans_route.integrations.transformers import apply_kmeans_routing
+from kmeans_route.integrations.transformers.config import KMeansConfig, to_architecture
 
 # By its path: `tests` is the checkout's here.
 _spec = importlib.util.spec_from_file_location(
-    "tiny_models", Path(__file__).parent.parent / "tests" / "transformers_models.py"
+    "tiny_models", Path(__file__).parent.parent / "tests" / "integrations" / "transformers_models.py"
 )
 assert _spec is not None
 assert _spec.loader is not None
@@ -37,8 +38,17 @@ def born_swapped(model_class: Any) -> Any:
             del self.config.kmeans_route
         apply_kmeans_routing(self)
 
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        # The class of an architecture takes no K-Means checkpoint for its own; these swap in their constructor.
+        if "config" not in kwargs:
+            kwargs["config"] = transformers.AutoConfig.from_pretrained(pretrained_model_name_or_path)
+            if isinstance(kwargs["config"], KMeansConfig):
+                to_architecture(kwargs["config"])
+        return model_class.from_pretrained.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
+
     names = {
         "__init__": __init__,
+        "from_pretrained": classmethod(from_pretrained),
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
     }
