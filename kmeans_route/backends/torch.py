@@ -38,7 +38,8 @@ from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, Rout
 
 NAME, PLAIN, FUSED = "torch", False, False
 MIN_NORM, MAX_NORM = MIN_SQUARED_NORM**0.5, MAX_SQUARED_NORM**0.5
-FEW = 1024  # elements up to which one call is quicker than several that are vectorised
+FEW = 256  # elements up to which one call is quicker than several that are vectorised
+MANY = 1 << 15  # from which a product with ones sums short rows quicker than a sum
 
 
 def _all_true(flags: Tensor) -> bool:
@@ -164,17 +165,19 @@ def softmax_rows(z: Tensor) -> Tensor:
 
 
 def row_sums(values: Tensor) -> Tensor:
-    """(T, K) -> (T, 1), as a product with ones: quicker than a sum over so short a dimension."""
+    """(T, K) -> (T, 1); of many as a product with ones: quicker than a sum over so short a dimension."""
+    if values.numel() < MANY:
+        return values.sum(1, keepdim=True)
     return product(values, values.new_ones(values.shape[1], 1))
 
 
 def gates_bwd(d_weights: Tensor, selected: Tensor, options: RouteOptions) -> Tensor:
     """ds (T, K) from dg (T, K), for the gates that look at the selected scores only."""
     tau, normalize = options.tau, options.normalize
-    dg = d_weights * options.scaling
     if options.gate == "softmax":
         p = softmax_rows(selected / tau)
-        return p * (dg - row_sums(p * dg)).mul_(1 / tau)
+        return (d_weights - row_sums(p * d_weights)).mul_(p).mul_(options.scaling / tau)
+    dg = d_weights * options.scaling
     if options.gate == "sigmoid":
         z = selected / tau
         if normalize:
@@ -208,35 +211,41 @@ def route_bwd(
     cost more than its arithmetic, and chunks make them collide.
     """
     ds_TK, ds_TE = score_grads(saved, grads, options)
-    indices, selected, inv_norm = saved.indices, saved.selected_scores, saved.inv_norm
-    d_ED = directions.to(selected.dtype)
-    along = torch.zeros_like(inv_norm)[:, None]  # sum over e of ds_te s_te
+    inv_norm, d_ED, along = saved.inv_norm[:, None], directions.to(saved.inv_norm.dtype), None
     if ds_TK is not None:
-        along += row_sums(ds_TK * selected)
+        ds_TK = ds_TK * inv_norm
+        along = row_sums(ds_TK * saved.selected_scores)
     if ds_TE is not None:
-        along += (ds_TE * saved.scores).sum(1, keepdim=True)
-    coef = along.mul_(-inv_norm.square()[:, None])
+        ds_TE = ds_TE * inv_norm
+        over_all = (ds_TE * saved.scores).sum(1, keepdim=True)
+        along = over_all if along is None else along.add_(over_all)
+    along = torch.zeros_like(inv_norm) if along is None else along.mul_(inv_norm)
     sparse = ds_TK is not None and ds_TE is None and x.device.type == "cpu"
     ds = ds_TK if sparse else _of_all_experts(ds_TK, ds_TE, saved, d_ED.shape[0])
     assert ds is not None
-    ds = ds * inv_norm[:, None]
 
     def rows(c: slice) -> Tensor:
-        if sparse:
-            return F.embedding_bag(indices[c], d_ED, per_sample_weights=ds[c], mode="sum")
-        return product(ds[c], d_ED)
+        return bags(d_ED, saved.indices[c], ds[c]) if sparse else product(ds[c], d_ED)
 
-    if x.dtype == selected.dtype:
-        dx = rows(slice(None)).addcmul_(x, coef)
+    if x.dtype == ds.dtype:
+        dx = rows(slice(None)).addcmul_(x, along, value=-1)
     else:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for c in chunks.of(x):
-            dx[c] = rows(c).addcmul_(x[c].to(selected.dtype), coef[c])
+            dx[c] = rows(c).addcmul_(x[c].to(ds.dtype), along[c], value=-1)
     dx = _zero_rows(dx, saved.valid)
     if d_x_sorted is not None:
         assert positions is not None
         dx += combine_fwd(d_x_sorted, positions, None, saved.valid)
     return dx
+
+
+def bags(rows: Tensor, ids: Tensor, factor: Tensor | None) -> Tensor:
+    """y_t = sum over k of factor_tk rows[ids_tk], (T, D): `F.embedding_bag` without its checks, a third of a call."""
+    offsets = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+    factor = None if factor is None else factor.reshape(-1)
+    y: Tensor = torch.embedding_bag(rows, ids.reshape(-1), offsets, False, 0, False, factor)[0]
+    return y
 
 
 def score_grads(saved: SavedRouting, grads: RoutingGrads, options: RouteOptions) -> tuple[Tensor | None, Tensor | None]:
@@ -317,10 +326,10 @@ def combine_fwd(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: 
     This is combine forward, and with weights None the backward of dispatch.
     """
     dtype = compute_dtype(rows.dtype)
-    y = rows.new_empty(positions.shape[0], rows.shape[1])
     if rows.dtype == dtype and rows.device.type == "cpu":
         factor = None if weights is None else weights.to(dtype)
-        return _zero_rows(F.embedding_bag(positions, rows.contiguous(), per_sample_weights=factor, mode="sum"), valid)
+        return _zero_rows(bags(rows.contiguous(), positions, factor), valid)
+    y = rows.new_empty(positions.shape[0], rows.shape[1])
     for c in chunks.of(y):
         total = rows.new_zeros(y[c].shape, dtype=dtype)
         for k in range(positions.shape[1]):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends
-from kmeans_route.ops.schema import direct, no_autocast
+from kmeans_route.ops.schema import direct, direct_in_backward, no_autocast
 from kmeans_route.types import Dispatch
 
 
@@ -55,19 +55,22 @@ def _dispatch_backward(ctx: Any, d_x_sorted: Tensor | None, *_: Any) -> tuple[Te
     if d_x_sorted is None or not ctx.copies:
         return None, *rest
     positions, valid = ctx.saved_tensors
-    return _gather_sum(d_x_sorted, positions, None, valid, ctx.backend), *rest
+    return _gather_sum_call(d_x_sorted, positions, None, valid, ctx.backend), *rest
 
 
 _dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
 _dispatch_call = direct(_dispatch, _dispatch_body, _dispatch_setup, _dispatch_backward)
 
 
-@torch.library.custom_op("kmeans_route::gather_sum", mutates_args=())
-def _gather_sum(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor, backend: str) -> Tensor:
+def _gather_sum_body(rows: Tensor, positions: Tensor, weights: Tensor | None, valid: Tensor, backend: str) -> Tensor:
     """The backward of dispatch: a plain sum of each token's rows."""
     with no_autocast(rows):
         summed: Tensor = backends.get(backend).combine_fwd(rows, positions, weights, valid)
         return summed
+
+
+_gather_sum = torch.library.custom_op("kmeans_route::gather_sum", _gather_sum_body, mutates_args=())
+_gather_sum_call = direct_in_backward(_gather_sum, _gather_sum_body)
 
 
 @_gather_sum.register_fake
@@ -104,8 +107,7 @@ def _(y_sorted: Tensor, weights: Tensor, positions: Tensor, *_args: Any) -> Tens
     return y_sorted.new_empty(positions.shape[0], y_sorted.shape[1])
 
 
-@torch.library.custom_op("kmeans_route::combine_bwd", mutates_args=())
-def _combine_bwd(
+def _combine_bwd_body(
     dy: Tensor,
     y_sorted: Tensor,
     weights: Tensor,
@@ -122,6 +124,10 @@ def _combine_bwd(
         return back
 
 
+_combine_bwd = torch.library.custom_op("kmeans_route::combine_bwd", _combine_bwd_body, mutates_args=())
+_combine_bwd_call = direct_in_backward(_combine_bwd, _combine_bwd_body)
+
+
 @_combine_bwd.register_fake
 def _(dy: Tensor, y_sorted: Tensor, weights: Tensor, *_args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_sorted, memory_format=torch.contiguous_format), torch.empty_like(
@@ -136,7 +142,7 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _combine_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    d_rows, d_weights = _combine_bwd(dy, *tensors, ctx.backend)
+    d_rows, d_weights = _combine_bwd_call(dy, *tensors, ctx.backend)
     return d_rows, d_weights, *(None,) * (len(tensors) - 1)
 
 

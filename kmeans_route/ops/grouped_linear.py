@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kmeans_route import backends
 from kmeans_route.backends.torch import zero_past_end_
-from kmeans_route.ops.schema import direct, no_autocast
+from kmeans_route.ops.schema import direct, direct_in_backward, no_autocast
 from kmeans_route.reference import grouped_linear_reference
 
 
@@ -58,8 +58,7 @@ def _(rows: Tensor, weight: Tensor, _offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("kmeans_route::grouped_linear_bwd", mutates_args=())
-def _grouped_linear_bwd(dy: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _grouped_linear_bwd_body(dy: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     with no_autocast(rows):
         dy = dy.contiguous()
         if _one_call(rows, weight):
@@ -73,6 +72,12 @@ def _grouped_linear_bwd(dy: Tensor, rows: Tensor, weight: Tensor, offsets: Tenso
         return zero_past_end_(d_rows, offsets), d_weight
 
 
+_grouped_linear_bwd = torch.library.custom_op(
+    "kmeans_route::grouped_linear_bwd", _grouped_linear_bwd_body, mutates_args=()
+)
+_grouped_linear_bwd_call = direct_in_backward(_grouped_linear_bwd, _grouped_linear_bwd_body)
+
+
 @_grouped_linear_bwd.register_fake
 def _(dy: Tensor, rows: Tensor, weight: Tensor, _offsets: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weight.new_empty(weight.shape)
@@ -83,7 +88,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_grouped_linear_bwd(dy, *ctx.saved_tensors), None
+    return *_grouped_linear_bwd_call(dy, *ctx.saved_tensors), None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_setup)

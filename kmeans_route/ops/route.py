@@ -13,7 +13,16 @@ from kmeans_route import backends
 from kmeans_route.backends.torch import directions_bwd
 from kmeans_route.checks import check_index_values
 from kmeans_route.ops.dispatch import dispatch
-from kmeans_route.ops.schema import OPTIONS, arguments, direct, looked_at, no_autocast, results, take
+from kmeans_route.ops.schema import (
+    OPTIONS,
+    arguments,
+    direct,
+    direct_in_backward,
+    looked_at,
+    no_autocast,
+    results,
+    take,
+)
 from kmeans_route.reference import NUM_MARGIN_BINS, compute_dtype
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, RoutingGrads, SavedRouting, Tokens, Wanted
 
@@ -132,9 +141,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     through_routing = any(each is not None for each in back)
     dx = d_directions = None
     if ctx.needs_input_grad[0] and (through_routing or d_x_sorted is not None):
-        dx = _route_bwd(x, directions, *saved, *back, d_x_sorted, positions, *ctx.options, ctx.backend)
+        dx = _route_bwd_call(x, directions, *saved, *back, d_x_sorted, positions, *ctx.options, ctx.backend)
     if ctx.needs_input_grad[1] and through_routing:
-        d_directions = _directions_bwd(x, directions, *saved, *back, *ctx.options)
+        d_directions = _directions_bwd_call(x, directions, *saved, *back, *ctx.options)
     return dx, d_directions, *(None,) * (ctx.num_inputs - 2)
 
 
@@ -173,6 +182,9 @@ _route_bwd = torch.library.custom_op(
 )
 
 
+_route_bwd_call = direct_in_backward(_route_bwd, _route_bwd_by_name)
+
+
 @_route_bwd.register_fake
 def _(x: Tensor, *_flat: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -191,6 +203,9 @@ _directions_bwd = torch.library.custom_op(
     mutates_args=(),
     schema=f"({BACK}, {arguments(RouteOptions)}) -> Tensor",
 )
+
+
+_directions_bwd_call = direct_in_backward(_directions_bwd, _directions_bwd_by_name)
 
 
 @_directions_bwd.register_fake

@@ -128,6 +128,14 @@ def looked_at(*tensors: Tensor) -> bool:
     return not PLAIN_TYPES.issuperset(map(type, tensors))
 
 
+def _batched() -> bool:
+    """Whether a transform maps over this call: of torch.func, or of autograd's `is_grads_batched`.
+
+    The mode of the latter is private to PyTorch; this is its only use, and a test holds it for each version claimed.
+    """
+    return backends.transformed() or bool(torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"))
+
+
 def direct(
     operator: Callable[..., Any], body: Callable[..., Any], setup: Any = None, backward: Any = None
 ) -> Callable[..., Any]:
@@ -153,6 +161,21 @@ def direct(
         if looked_at(*inputs[:2]):
             return operator(*inputs)
         return in_grad_mode(*inputs) if torch.is_grad_enabled() else body(*inputs)
+
+    return call
+
+
+def direct_in_backward(operator: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
+    """`direct` for what a backward calls: both take the operator's arguments.
+
+    A backward that is differentiated gets the operator, which says that it has no derivative, and one over batched
+    gradients too: it takes them one by one.
+    """
+
+    def call(x: Tensor, other: Tensor, *rest: Any) -> Any:
+        if torch.is_grad_enabled() or looked_at(x, other) or _batched():
+            return operator(x, other, *rest)
+        return body(x, other, *rest)
 
     return call
 
