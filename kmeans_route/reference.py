@@ -290,7 +290,7 @@ class State(NamedTuple):
 
 
 def balance_bias(
-    bias: Tensor, counts: Tensor, sigma: Tensor, margin_hist: Tensor | None, options: CommitOptions
+    bias: Tensor, counts: Tensor, sigma: Tensor | float, margin_hist: Tensor | None, options: CommitOptions
 ) -> Tensor:
     """The bias after one step of the balance rule, centred and clamped to [-2, 2]. (E,)."""
     num_experts = bias.shape[0]

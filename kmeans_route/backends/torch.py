@@ -13,16 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kmeans_route.backends import chunks
+from kmeans_route.backends.torch_statistics import (
+    MAX_NORM,
+    all_within,
+    count_experts,
+    margin_hist,
+    ordinary_unit_rows,
+    score_std,
+)
 from kmeans_route.backends.torch_statistics import accumulate as accumulate
 from kmeans_route.backends.torch_statistics import centroid_sums as centroid_sums
 from kmeans_route.backends.torch_statistics import commit as commit
 from kmeans_route.backends.torch_statistics import count_among as count_among
-from kmeans_route.backends.torch_statistics import count_experts, margin_hist, score_std
 from kmeans_route.backends.torch_topk import exact_topk
 from kmeans_route.backends.whitening import whitened as whitened
 from kmeans_route.reference import (
-    MAX_SQUARED_NORM,
-    MIN_CENTROID_NORM,
     MIN_COSINE_GATE,
     MIN_SQUARED_NORM,
     candidates_reference,
@@ -37,7 +42,7 @@ from kmeans_route.reference import (
 from kmeans_route.types import Dispatch, Routed, RouteInputs, RouteOptions, RoutingGrads, SavedRouting, Wanted
 
 NAME, PLAIN, FUSED = "torch", False, False
-MIN_NORM, MAX_NORM = MIN_SQUARED_NORM**0.5, MAX_SQUARED_NORM**0.5
+MIN_NORM = MIN_SQUARED_NORM**0.5
 FEW = 256  # elements up to which one call is quicker than several that are vectorised
 MANY = 1 << 15  # from which a product with ones sums short rows quicker than a sum
 
@@ -45,14 +50,6 @@ MANY = 1 << 15  # from which a product with ones sums short rows quicker than a 
 def _all_true(flags: Tensor) -> bool:
     """Whether a shortcut may be taken: known on CPU, never assumed where asking would stall the device."""
     return flags.is_cpu and bool(flags.all())
-
-
-def _all_within(norm: Tensor, low: float, high: float) -> bool:
-    """The same of norms that must lie in [low, high]; NaN does not."""
-    if not norm.is_cpu or not norm.numel():
-        return False
-    least, most = torch.aminmax(norm)
-    return least.item() >= low and most.item() <= high
 
 
 def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -85,7 +82,7 @@ def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[T
 
 def _validity(norm: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
     """Which tokens are valid, by their norms, and whether all are known to be."""
-    if mask is None and _all_within(norm, MIN_NORM, MAX_NORM):
+    if mask is None and all_within(norm, MIN_NORM, MAX_NORM):
         return torch.ones_like(norm, dtype=torch.bool), True
     valid = (norm >= MIN_NORM) & (norm <= MAX_NORM)
     if mask is not None:
@@ -96,10 +93,9 @@ def _validity(norm: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows of weight (E, D) in `dtype`; rows of ordinary length in two passes in place of five."""
     if weight.dtype == torch.float32 and dtype != torch.float64:
-        c = weight.detach()
-        norm = torch.linalg.vector_norm(c, dim=1, keepdim=True)
-        if _all_within(norm, MIN_CENTROID_NORM, MAX_NORM):
-            return torch.div(c, norm).to(dtype)
+        unit = ordinary_unit_rows(weight.detach())
+        if unit is not None:
+            return unit.to(dtype)
     return directions_reference(weight, dtype)
 
 

@@ -12,10 +12,36 @@ from torch import Tensor
 
 from kmeans_route import metrics
 from kmeans_route.backends import chunks
-from kmeans_route.reference import MARGIN_RANGE, NUM_MARGIN_BINS, State, commit_reference, compute_dtype, product
+from kmeans_route.reference import (
+    MARGIN_RANGE,
+    MAX_SQUARED_NORM,
+    MIN_CENTROID_NORM,
+    NUM_MARGIN_BINS,
+    State,
+    balance_bias,
+    commit_reference,
+    compute_dtype,
+    product,
+)
 from kmeans_route.types import CommitOptions, PendingStatistics, RouterState, Statistics
 
 BAG_BYTES = 8 << 20  # of partial centroid sums held at once
+FEW_PRODUCTS, MANY_PRODUCTS = 1 << 22, 1 << 27  # of a one-hot product that is quicker than bags: see there
+MAX_NORM = MAX_SQUARED_NORM**0.5
+
+
+def all_within(norm: Tensor, low: float, high: float) -> bool:
+    """Whether all norms are known to lie in [low, high]: never where asking would stall the device; NaN does not."""
+    if not norm.is_cpu or not norm.numel():
+        return False
+    least, most = torch.aminmax(norm)
+    return least.item() >= low and most.item() <= high
+
+
+def ordinary_unit_rows(rows: Tensor) -> Tensor | None:
+    """Unit rows of fp32 rows (E, D) that are all known to have a length that one may divide by; else None."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norm if all_within(norm, MIN_CENTROID_NORM, MAX_NORM) else None
 
 
 def _bincount_serves(ids: Tensor) -> bool:
@@ -68,34 +94,44 @@ def margin_hist(among: Tensor, valid: Tensor, top_k: int) -> Tensor:
 def centroid_sums(x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int) -> Tensor:
     """(1, E, D): sums of factor_t x_t over valid tokens, or of x_t without a factor."""
     sums = x.new_zeros(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
-    return _add_centroid_sums_(sums, x, indices, factor, valid)[None]
+    all_valid = valid.is_cpu and bool(valid.all())
+    return _add_centroid_sums_(sums, x, indices, factor, valid, all_valid=all_valid)[None]
 
 
-def _add_centroid_sums_(sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor) -> Tensor:
+def _add_centroid_sums_(
+    sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, *, all_valid: bool
+) -> Tensor:
     """sums (E, D) += sum of factor_t x_t over valid t with e in sel_t, in a fixed order."""
     factor = (valid if factor is None else factor).to(sums.dtype)
-    if x.device.type == "cpu":
-        return _add_sums_by_bags_(sums, x, indices, factor, valid)
-    factor = torch.where(valid, factor, 0.0)
+    if x.is_cpu and not _product_serves(x.shape[0], indices.shape[1], *sums.shape):
+        return _add_sums_by_bags_(sums, x, indices, factor, valid, all_valid=all_valid)
+    factor = factor if all_valid else torch.where(valid, factor, 0.0)
     member = factor.new_zeros(x.shape[0], sums.shape[0])
     member.scatter_(1, indices, factor[:, None].expand_as(indices))
     for c in chunks.of(x):
-        clean = x[c].masked_fill(~valid[c][:, None], 0.0)
+        clean = x[c] if all_valid else x[c].masked_fill(~valid[c][:, None], 0.0)
         sums += product(member[c].T, clean.to(sums.dtype))
     return sums
 
 
-def _add_sums_by_bags_(sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor, valid: Tensor) -> Tensor:
+def _product_serves(num_tokens: int, top_k: int, num_experts: int, hidden_size: int) -> bool:
+    """Whether a CPU is quicker with a one-hot product of E / K times the arithmetic than with bags and their sort."""
+    products = num_tokens * num_experts * hidden_size
+    return products <= FEW_PRODUCTS or (products <= MANY_PRODUCTS and num_experts <= 8 * top_k)
+
+
+def _add_sums_by_bags_(
+    sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor, valid: Tensor, *, all_valid: bool
+) -> Tensor:
     """The sums on CPU: one bag for each (chunk of tokens, expert), then the chunks in order.
 
-    A one-hot product does E / K times the arithmetic: 1.4 to 3 times the time at the benchmarked shapes. A chunk of
-    512 tokens stays in cache while its bags are read; a token that is not valid is in no bag, so its NaN meets nothing.
+    A one-hot product takes 1.4 to 3 times the time at the benchmarked shapes. A chunk of 512 tokens stays in cache
+    while its bags are read; a token that is not valid is in no bag, so its NaN meets nothing.
     """
     (num_tokens, top_k), (num_experts, hidden_size) = indices.shape, sums.shape
     chunk = max(512, 32 * num_experts // top_k)
     together = max(1, BAG_BYTES // (num_experts * hidden_size * sums.element_size()))
     together = together if x.dtype == sums.dtype else 1
-    all_valid = bool(valid.all())
     for start in range(0, num_tokens, chunk * together):
         span = slice(start, min(start + chunk * together, num_tokens))
         rows = span.stop - span.start
@@ -131,29 +167,92 @@ def accumulate(
     pending: PendingStatistics,
 ) -> None:
     """Add a batch to what is pending, in place. partials: its centroid sums (S, E, D); None: taken from x here."""
+    num_valid: Tensor | int = valid.sum()
+    num_valid = int(num_valid) if valid.is_cpu else num_valid
+    all_valid = isinstance(num_valid, int) and num_valid == valid.shape[0]
     if pending.sums.numel() and partials is not None:
         pending.sums.add_(partials.sum(0))
     elif pending.sums.numel():
-        _add_centroid_sums_(pending.sums, x, indices, factor, valid)
+        _add_centroid_sums_(pending.sums, x, indices, factor, valid, all_valid=all_valid)
     pending.counts.add_(batch.counts)
     pending.std_sum.add_(batch.score_std.sum())
-    pending.num_tokens.add_(valid.sum())
-    pending.num_dropped.add_(batch.num_dropped)
+    pending.num_tokens.add_(num_valid)
+    if not all_valid:
+        pending.num_dropped.add_(batch.num_dropped)
     if pending.margin_hist.numel() and batch.margin_hist is not None:
         pending.margin_hist.add_(batch.margin_hist)
 
 
 def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, options: CommitOptions) -> None:
     """Fold what is pending into the state and empty it, in place; with a true `skip` () bool both stay as they are."""
+    if pending.counts.is_cpu:
+        if skip is None or not bool(skip):
+            _commit_on_host(state, pending, options)
+        return
     go = pending.num_tokens > 0 if skip is None else (pending.num_tokens > 0) & ~skip
     old = State(*(getattr(state, name) for name in State._fields))
-    num_tokens = pending.num_tokens * go
-    new = commit_reference(old, pending.sums, pending.counts, pending.std_sum, num_tokens, pending.margin_hist, options)
+    new = _next_by_definition(old, pending, pending.num_tokens * go, options)
     state.turn.copy_(torch.where(go, metrics.centroid_turn(old.weight, new.weight), state.turn))
-    for buffer, value in zip(old, new, strict=True):
-        if buffer is not None and value is not None:
-            buffer.copy_(value)
+    _write_(old, new)
     state.dropped_total.add_(pending.num_dropped if skip is None else pending.num_dropped * ~skip)
     state.tokens_per_expert.copy_(torch.where(go, pending.counts, state.tokens_per_expert))
     for each in pending:
         each.zero_() if skip is None else each.masked_fill_(~skip, 0)
+
+
+def _commit_on_host(state: RouterState, pending: PendingStatistics, options: CommitOptions) -> None:
+    """The same where looking at a value costs nothing."""
+    if int(pending.num_tokens):
+        old = State(*(getattr(state, name) for name in State._fields))
+        new = _next_of_ordinary(old, pending, options)
+        if new is None:
+            new = _next_by_definition(old, pending, pending.num_tokens, options)
+        before = ordinary_unit_rows(old.weight)
+        if before is None or options.directions != "centroids":
+            state.turn.copy_(metrics.centroid_turn(old.weight, new.weight))
+        else:
+            torch.linalg.vector_norm(torch.stack([before - new.weight, before + new.weight]), dim=2, out=state.turn)
+        _write_(old, new)
+        state.tokens_per_expert.copy_(pending.counts)
+    state.dropped_total.add_(pending.num_dropped)
+    for each in pending:
+        each.zero_()
+
+
+def _next_by_definition(old: State, pending: PendingStatistics, num_tokens: Tensor, options: CommitOptions) -> State:
+    return commit_reference(
+        old, pending.sums, pending.counts, pending.std_sum, num_tokens, pending.margin_hist, options
+    )
+
+
+def _next_of_ordinary(old: State, pending: PendingStatistics, options: CommitOptions) -> State | None:
+    """`commit_reference` on a CPU in half of its calls, scalars being the host's; None where it has to look closer: a
+    value is not finite, an expert has no centroid, or counters were lost."""
+    sigma, steps, counts = old.score_std.item(), int(old.steps), pending.counts
+    if not (math.isfinite(sigma) and math.isfinite(old.expert_bias.sum().item())) or steps == 0 < sigma:
+        return None
+    sd = pending.std_sum.item() / int(pending.num_tokens)
+    sigma = sd if sigma == 0 else 0.99 * sigma + 0.01 * sd
+    seen = None if old.tokens_seen is None else old.tokens_seen + counts
+    if seen is None:
+        share = counts.clamp_max(1) * (1 - min(options.decay, steps / (steps + 1)))
+    else:
+        share = counts / seen.clamp_min(1)
+    moved = old.centroids.lerp(pending.sums / counts.clamp_min(1)[:, None], share[:, None])
+    unit = ordinary_unit_rows(moved)
+    if unit is None:
+        return None
+    return State(
+        weight=unit if options.directions == "centroids" else old.weight,
+        centroids=moved,
+        expert_bias=balance_bias(old.expert_bias, counts, sigma, pending.margin_hist, options),
+        score_std=old.score_std.new_full((), sigma),
+        steps=old.steps + 1,
+        tokens_seen=seen,
+    )
+
+
+def _write_(old: State, new: State) -> None:
+    for buffer, value in zip(old, new, strict=True):
+        if buffer is not None and value is not None and buffer is not value:
+            buffer.copy_(value)
