@@ -27,7 +27,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("num_experts", "k"), [(2, 1), (3, 2), (16, 2), (60, 6), (64, 8), (128, 8), (256, 16), (513, 10), (1024, 8)]
 )
 def test_rounds_give_the_ids_of_a_stable_sort(num_experts: int, k: int, rounds: list[int]) -> None:
-    ranking = cosines(MIN_ROUNDS_SIZE // num_experts + 1, num_experts)
+    ranking = cosines(4 * MIN_ROUNDS_SIZE // num_experts + 1, num_experts)
     ids = exact_topk(ranking, k)
     assert torch.equal(ids, stable_topk(ranking, k))
     assert ids.is_contiguous()
