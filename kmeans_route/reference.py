@@ -297,7 +297,7 @@ def balance_bias(
     if options.balance == "none" or options.top_k == num_experts:
         return bias
     total = counts.sum()
-    load = counts.to(bias.dtype) * (num_experts / total.clamp_min(1).to(bias.dtype))  # E f_e, 1 when balanced
+    load = (counts * num_experts).to(bias.dtype) / total.clamp_min(1)  # E f_e, 1 when balanced
     if options.balance == "proportional":
         bias = bias + options.bias_rate * sigma * (1 - load).clamp(-1, 1)
     elif options.balance == "sign":  # of integers, so that an exactly balanced expert stays

@@ -25,6 +25,7 @@ from kmeans_route.backends.torch_statistics import accumulate as accumulate
 from kmeans_route.backends.torch_statistics import centroid_sums as centroid_sums
 from kmeans_route.backends.torch_statistics import commit as commit
 from kmeans_route.backends.torch_statistics import count_among as count_among
+from kmeans_route.backends.torch_statistics import count_pairs_ as count_pairs_
 from kmeans_route.backends.torch_topk import exact_topk
 from kmeans_route.backends.whitening import whitened as whitened
 from kmeans_route.reference import (
@@ -93,7 +94,7 @@ def _validity(norm: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows of weight (E, D) in `dtype`; rows of ordinary length in two passes in place of five."""
     if weight.dtype == torch.float32 and dtype != torch.float64:
-        unit = ordinary_unit_rows(weight.detach())
+        unit = ordinary_unit_rows(weight.detach() if weight.requires_grad else weight)
         if unit is not None:
             return unit.to(dtype)
     return directions_reference(weight, dtype)
@@ -220,15 +221,15 @@ def route_bwd(
     ds = ds_TK if sparse else _of_all_experts(ds_TK, ds_TE, saved, d_ED.shape[0])
     assert ds is not None
 
-    def rows(c: slice) -> Tensor:
-        return bags(d_ED, saved.indices[c], ds[c]) if sparse else product(ds[c], d_ED)
+    def rows(ds: Tensor, indices: Tensor) -> Tensor:
+        return bags(d_ED, indices, ds) if sparse else product(ds, d_ED)
 
     if x.dtype == ds.dtype:
-        dx = rows(slice(None)).addcmul_(x, along, value=-1)
+        dx = rows(ds, saved.indices).addcmul_(x, along, value=-1)
     else:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for c in chunks.of(x):
-            dx[c] = rows(c).addcmul_(x[c].to(ds.dtype), along[c], value=-1)
+            dx[c] = rows(ds[c], saved.indices[c]).addcmul_(x[c].to(ds.dtype), along[c], value=-1)
     dx = _zero_rows(dx, saved.valid)
     if d_x_sorted is not None:
         assert positions is not None

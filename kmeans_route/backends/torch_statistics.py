@@ -25,6 +25,7 @@ from kmeans_route.reference import (
 )
 from kmeans_route.types import CommitOptions, PendingStatistics, RouterState, Statistics
 
+PAIRS_FROM = 1024  # tokens of a batch of which one looks who was chosen with whom
 BAG_BYTES = 8 << 20  # of partial centroid sums held at once
 FEW_PRODUCTS, MANY_PRODUCTS = 1 << 22, 1 << 27  # of a one-hot product that is quicker than bags: see there
 MAX_NORM = MAX_SQUARED_NORM**0.5
@@ -69,7 +70,7 @@ def count_among(indices: Tensor, counts: Tensor, num_experts: int) -> Tensor:
 
 def score_std(scores: Tensor) -> Tensor:
     """Population standard deviation of each row, (T,); the mean is subtracted first: cosines share an offset."""
-    centered = scores - scores.mean(1, keepdim=True)
+    centered = torch.sub(scores, scores.sum(1, keepdim=True), alpha=1 / scores.shape[1])
     std: Tensor = torch.linalg.vector_norm(centered, dim=1).div_(math.sqrt(scores.shape[1]))
     return std
 
@@ -95,23 +96,31 @@ def centroid_sums(x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tens
     """(1, E, D): sums of factor_t x_t over valid tokens, or of x_t without a factor."""
     sums = x.new_zeros(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
     all_valid = valid.is_cpu and bool(valid.all())
-    return _add_centroid_sums_(sums, x, indices, factor, valid, all_valid=all_valid)[None]
+    _add_centroid_sums_(sums, x, indices, factor, valid, all_valid=all_valid)
+    return sums[None]
 
 
 def _add_centroid_sums_(
     sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, *, all_valid: bool
-) -> Tensor:
-    """sums (E, D) += sum of factor_t x_t over valid t with e in sel_t, in a fixed order."""
+) -> Tensor | None:
+    """sums (E, D) += sum of factor_t x_t over valid t with e in sel_t, in a fixed order.
+
+    Returns the factors as (T, E), 0 where e is not in sel_t or t is not valid, if they were made.
+    """
     factor = (valid if factor is None else factor).to(sums.dtype)
     if x.is_cpu and not _product_serves(x.shape[0], indices.shape[1], *sums.shape):
-        return _add_sums_by_bags_(sums, x, indices, factor, valid, all_valid=all_valid)
+        _add_sums_by_bags_(sums, x, indices, factor, valid, all_valid=all_valid)
+        return None
     factor = factor if all_valid else torch.where(valid, factor, 0.0)
     member = factor.new_zeros(x.shape[0], sums.shape[0])
     member.scatter_(1, indices, factor[:, None].expand_as(indices))
+    if all_valid and x.dtype == sums.dtype:
+        sums += product(member.T, x)
+        return member
     for c in chunks.of(x):
-        clean = x[c] if all_valid else x[c].masked_fill(~valid[c][:, None], 0.0)
+        clean = x[c].masked_fill(~valid[c][:, None], 0.0)
         sums += product(member[c].T, clean.to(sums.dtype))
-    return sums
+    return member
 
 
 def _product_serves(num_tokens: int, top_k: int, num_experts: int, hidden_size: int) -> bool:
@@ -122,7 +131,7 @@ def _product_serves(num_tokens: int, top_k: int, num_experts: int, hidden_size: 
 
 def _add_sums_by_bags_(
     sums: Tensor, x: Tensor, indices: Tensor, factor: Tensor, valid: Tensor, *, all_valid: bool
-) -> Tensor:
+) -> None:
     """The sums on CPU: one bag for each (chunk of tokens, expert), then the chunks in order.
 
     A one-hot product takes 1.4 to 3 times the time at the benchmarked shapes. A chunk of 512 tokens stays in cache
@@ -154,7 +163,21 @@ def _add_sums_by_bags_(
             per_sample_weights=factor[span].index_select(0, token),
         )
         sums += bags.view(-1, num_experts, hidden_size).sum(0)
-    return sums
+
+
+def count_pairs_(pairs: Tensor, indices: Tensor, counted: Tensor, member: Tensor | None = None) -> None:
+    """Add to pairs (E, E) fp32 how many of the first tokens chose both of two experts.
+
+    An (E, E) product over at most `PAIRS_FROM` tokens: sums of ones, so exact in any order. member: (T, E), above 0
+    where a token that counts has chosen an expert, if that is there already.
+    """
+    if member is None:
+        ids = indices[:PAIRS_FROM].clamp(0, pairs.shape[0] - 1)  # they are in range; scatter_ must not rest on that
+        ones = counted[:PAIRS_FROM, None].to(pairs.dtype).expand_as(ids)
+        chosen = pairs.new_zeros(ids.shape[0], pairs.shape[0]).scatter_(1, ids, ones)
+    else:
+        chosen = member[:PAIRS_FROM].sign()
+    pairs.addmm_(chosen.T, chosen)
 
 
 def accumulate(
@@ -165,15 +188,19 @@ def accumulate(
     partials: Tensor | None,
     batch: Statistics,
     pending: PendingStatistics,
+    pairs: Tensor | None,
 ) -> None:
     """Add a batch to what is pending, in place. partials: its centroid sums (S, E, D); None: taken from x here."""
     num_valid: Tensor | int = valid.sum()
     num_valid = int(num_valid) if valid.is_cpu else num_valid
     all_valid = isinstance(num_valid, int) and num_valid == valid.shape[0]
+    member = None
     if pending.sums.numel() and partials is not None:
         pending.sums.add_(partials.sum(0))
     elif pending.sums.numel():
-        _add_centroid_sums_(pending.sums, x, indices, factor, valid, all_valid=all_valid)
+        member = _add_centroid_sums_(pending.sums, x, indices, factor, valid, all_valid=all_valid)
+    if pairs is not None:
+        count_pairs_(pairs, indices, valid, member)
     pending.counts.add_(batch.counts)
     pending.std_sum.add_(batch.score_std.sum())
     pending.num_tokens.add_(num_valid)
@@ -205,13 +232,14 @@ def _commit_on_host(state: RouterState, pending: PendingStatistics, options: Com
     if int(pending.num_tokens):
         old = State(*(getattr(state, name) for name in State._fields))
         new = _next_of_ordinary(old, pending, options)
-        if new is None:
-            new = _next_by_definition(old, pending, pending.num_tokens, options)
-        before = ordinary_unit_rows(old.weight)
-        if before is None or options.directions != "centroids":
+        # Only these are known to have unit rows, if it was the commit that made them.
+        unit = None if new is None or options.directions != "centroids" else new.weight
+        new = _next_by_definition(old, pending, pending.num_tokens, options) if new is None else new
+        before = None if unit is None else ordinary_unit_rows(old.weight)
+        if unit is None or before is None:
             state.turn.copy_(metrics.centroid_turn(old.weight, new.weight))
         else:
-            torch.linalg.vector_norm(torch.stack([before - new.weight, before + new.weight]), dim=2, out=state.turn)
+            torch.linalg.vector_norm(torch.stack([before - unit, before + unit]), dim=2, out=state.turn)
         _write_(old, new)
         state.tokens_per_expert.copy_(pending.counts)
     state.dropped_total.add_(pending.num_dropped)
@@ -234,11 +262,12 @@ def _next_of_ordinary(old: State, pending: PendingStatistics, options: CommitOpt
     sd = pending.std_sum.item() / int(pending.num_tokens)
     sigma = sd if sigma == 0 else 0.99 * sigma + 0.01 * sd
     seen = None if old.tokens_seen is None else old.tokens_seen + counts
+    n = counts.to(old.centroids.dtype)
     if seen is None:
-        share = counts.clamp_max(1) * (1 - min(options.decay, steps / (steps + 1)))
+        share = n.clamp_max(1).mul_(1 - min(options.decay, steps / (steps + 1)))
     else:
-        share = counts / seen.clamp_min(1)
-    moved = old.centroids.lerp(pending.sums / counts.clamp_min(1)[:, None], share[:, None])
+        share = n / seen.clamp_min(1)
+    moved = old.centroids.lerp(pending.sums / n.clamp_min(1)[:, None], share[:, None])
     unit = ordinary_unit_rows(moved)
     if unit is None:
         return None

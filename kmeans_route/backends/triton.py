@@ -162,6 +162,7 @@ def accumulate(
     partials: Tensor | None,
     batch: Statistics,
     pending: PendingStatistics,
+    pairs: Tensor | None,
 ) -> None:
     """Add a batch to what is pending, in place: one launch, two where its centroid sums are still to be taken."""
     from kmeans_route.kernels.accumulate import accumulate as launch
@@ -169,6 +170,8 @@ def accumulate(
     if partials is None:
         partials = centroid_sums(x, indices, factor, valid, batch.counts.shape[0])
     launch(partials, batch.counts, batch.score_std, batch.num_dropped, batch.margin_hist, indices.shape[1], *pending)
+    if pairs is not None:
+        plain.count_pairs_(pairs, indices, valid)
 
 
 def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, options: CommitOptions) -> None:

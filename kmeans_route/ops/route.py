@@ -141,9 +141,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     through_routing = any(each is not None for each in back)
     dx = d_directions = None
     if ctx.needs_input_grad[0] and (through_routing or d_x_sorted is not None):
-        dx = _route_bwd_call(x, directions, *saved, *back, d_x_sorted, positions, *ctx.options, ctx.backend)
+        dx = _route_bwd_call(x, directions, SavedRouting(*saved), back, d_x_sorted, positions, ctx.options, ctx.backend)
     if ctx.needs_input_grad[1] and through_routing:
-        d_directions = _directions_bwd_call(x, directions, *saved, *back, *ctx.options)
+        d_directions = _directions_bwd_call(x, directions, SavedRouting(*saved), back, ctx.options)
     return dx, d_directions, *(None,) * (ctx.num_inputs - 2)
 
 
@@ -164,14 +164,25 @@ def split_back(flat: tuple[Any, ...]) -> tuple[Tensor, Tensor, SavedRouting, Rou
     return next(values), next(values), take(SavedRouting, values), take(RoutingGrads, values), list(values)
 
 
-def _route_bwd_by_name(*flat: Any) -> Tensor:
+def _route_bwd_body(
+    x: Tensor,
+    directions: Tensor,
+    saved: SavedRouting,
+    grads: RoutingGrads,
+    d_x_sorted: Tensor | None,
+    positions: Tensor | None,
+    options: RouteOptions,
+    name: str,
+) -> Tensor:
     """dx of the routing, plus, where d_x_sorted is given, of the dispatch."""
-    x, directions, saved, grads, (d_x_sorted, positions, *options, name) = split_back(flat)
     with no_autocast(x):
-        dx: Tensor = backends.get(name).route_bwd(
-            x, directions, saved, grads, d_x_sorted, positions, RouteOptions(*options)
-        )
+        dx: Tensor = backends.get(name).route_bwd(x, directions, saved, grads, d_x_sorted, positions, options)
         return dx
+
+
+def _route_bwd_by_name(*flat: Any) -> Tensor:
+    x, directions, saved, grads, (d_x_sorted, positions, *options, name) = split_back(flat)
+    return _route_bwd_body(x, directions, saved, grads, d_x_sorted, positions, RouteOptions(*options), name)
 
 
 _route_bwd = torch.library.custom_op(
@@ -182,7 +193,12 @@ _route_bwd = torch.library.custom_op(
 )
 
 
-_route_bwd_call = direct_in_backward(_route_bwd, _route_bwd_by_name)
+_route_bwd_call = direct_in_backward(
+    lambda x, directions, saved, grads, d_x_sorted, positions, options, name: _route_bwd(
+        x, directions, *saved, *grads, d_x_sorted, positions, *options, name
+    ),
+    _route_bwd_body,
+)
 
 
 @_route_bwd.register_fake
@@ -190,11 +206,17 @@ def _(x: Tensor, *_flat: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _directions_bwd_by_name(*flat: Any) -> Tensor:
+def _directions_bwd_body(
+    x: Tensor, directions: Tensor, saved: SavedRouting, grads: RoutingGrads, options: RouteOptions
+) -> Tensor:
     """The gradient of the directions (E, D), for those that are learned in part. The same on every backend."""
-    x, directions, saved, grads, options = split_back(flat)
     with no_autocast(x):
-        return directions_bwd(x, directions.shape[0], saved, grads, RouteOptions(*options))
+        return directions_bwd(x, directions.shape[0], saved, grads, options)
+
+
+def _directions_bwd_by_name(*flat: Any) -> Tensor:
+    x, directions, saved, grads, options = split_back(flat)
+    return _directions_bwd_body(x, directions, saved, grads, RouteOptions(*options))
 
 
 _directions_bwd = torch.library.custom_op(
@@ -205,7 +227,10 @@ _directions_bwd = torch.library.custom_op(
 )
 
 
-_directions_bwd_call = direct_in_backward(_directions_bwd, _directions_bwd_by_name)
+_directions_bwd_call = direct_in_backward(
+    lambda x, directions, saved, grads, options: _directions_bwd(x, directions, *saved, *grads, *options),
+    _directions_bwd_body,
+)
 
 
 @_directions_bwd.register_fake

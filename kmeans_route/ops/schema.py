@@ -166,7 +166,7 @@ def direct(
 
 
 def direct_in_backward(operator: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
-    """`direct` for what a backward calls: both take the operator's arguments.
+    """`direct` for what a backward calls: both take the same arguments.
 
     A backward that is differentiated gets the operator, which says that it has no derivative, and one over batched
     gradients too: it takes them one by one.

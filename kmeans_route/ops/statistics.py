@@ -11,8 +11,6 @@ from kmeans_route.ops.schema import arguments, direct, in_backward, no_autocast,
 from kmeans_route.reference import compute_dtype
 from kmeans_route.types import PendingStatistics, Statistics
 
-PAIRS_FROM = 1024  # tokens of a batch of which one looks who was chosen with whom
-
 
 def centroid_sums(
     x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int, backend: Any
@@ -48,14 +46,15 @@ def accumulate(
     partials: Tensor | None,
     batch: Statistics,
     pending: PendingStatistics,
+    pairs: Tensor | None,
     backend: Any,
 ) -> None:
     """Add a batch to what is pending, in place; nothing while a backward pass runs.
 
     factor: (T,) of each token in the centroid sums; None for 1. counted: (T,) bool, the tokens that count. partials:
-    the sums in parts (S, E, D); None: taken from x here.
+    the sums in parts (S, E, D); None: taken from x here. pairs: (E, E) fp32, where to count who was chosen with whom.
     """
-    _accumulate_call(x, indices, factor, counted, partials, batch, pending, backend)
+    _accumulate_call(x, indices, factor, counted, partials, batch, pending, pairs, backend)
 
 
 def _accumulate_body(x: Tensor, *rest: Any) -> None:
@@ -67,20 +66,28 @@ def _accumulate_body(x: Tensor, *rest: Any) -> None:
 def _accumulate_by_name(*flat: Any) -> None:
     values = iter(flat[5:])
     batch, pending = take(Statistics, values), take(PendingStatistics, values)
-    _accumulate_body(*flat[:5], batch, pending, backends.get(next(values)))
+    pairs, name = values
+    _accumulate_body(*flat[:5], batch, pending, pairs, backends.get(name))
 
 
 _PENDING = ", ".join(f"Tensor(a{i}!) {name}" for i, name in enumerate(PendingStatistics._fields))
 _accumulate = torch.library.custom_op(
     "kmeans_route::accumulate",
     _accumulate_by_name,
-    mutates_args=PendingStatistics._fields,
+    mutates_args=(*PendingStatistics._fields, "pairs"),
     schema=f"(Tensor x, Tensor indices, Tensor? factor, Tensor counted, Tensor? partials, "
-    f"{arguments(Statistics, 'batch_')}, {_PENDING}, str backend) -> ()",
+    f"{arguments(Statistics, 'batch_')}, {_PENDING}, Tensor(p!)? pairs, str backend) -> ()",
 )
 
 
-_accumulate_call = direct(lambda *given: _accumulate(*given[:5], *given[5], *given[6], given[7].NAME), _accumulate_body)
+def _accumulate_operator(*given: Any) -> None:
+    """Its inputs may require a gradient, for which the operator has no derivative."""
+    *tensors, batch, pending, pairs, backend = given
+    detached = (each if each is None else each.detach() for each in (*tensors, *batch))
+    _accumulate(*detached, *pending, pairs, backend.NAME)
+
+
+_accumulate_call = direct(_accumulate_operator, _accumulate_body)
 
 
 @_accumulate.register_fake
@@ -100,28 +107,5 @@ reservoir = direct(_reservoir, _reservoir_body)
 
 
 @_reservoir.register_fake
-def _(*_args: Any, **_kwargs: Any) -> None:
-    return None
-
-
-def _count_pairs_body(indices: Tensor, counted: Tensor, pairs: Tensor) -> None:
-    """Add to pairs (E, E) fp32 how many of the first tokens chose both of two experts; nothing in a backward pass.
-
-    An (E, E) product over at most `PAIRS_FROM` tokens: sums of ones, so exact in any order.
-    """
-    if in_backward():
-        return
-    ids = indices[:PAIRS_FROM].clamp(0, pairs.shape[0] - 1)  # they are in range; scatter_ must not rest on that
-    ones = counted[:PAIRS_FROM, None].to(pairs.dtype).expand_as(ids)
-    chosen = pairs.new_zeros(ids.shape[0], pairs.shape[0]).scatter_(1, ids, ones)
-    with no_autocast(pairs):
-        pairs.addmm_(chosen.T, chosen)
-
-
-_count_pairs = torch.library.custom_op("kmeans_route::count_pairs", _count_pairs_body, mutates_args=("pairs",))
-count_pairs = direct(_count_pairs, _count_pairs_body)
-
-
-@_count_pairs.register_fake
 def _(*_args: Any, **_kwargs: Any) -> None:
     return None

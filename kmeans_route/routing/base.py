@@ -54,10 +54,10 @@ def scalars(values: Mapping[str, Any], tokens_per_expert: Tensor) -> dict[str, f
     return {name: math.nan if name.startswith(OF_TOKENS) else float(value) for name, value in values.items()}
 
 
-def _undo_casts(buffers: dict[str, Tensor | None], own: dict[str, torch.dtype]) -> list[str]:
-    """Give buffers their own dtypes again; which had another, in words."""
+def _undo_casts(buffers: dict[str, Tensor | None], names: tuple[str, ...], dtype: torch.dtype) -> list[str]:
+    """Give buffers of these names their own dtype again; which had another, in words."""
     cast = []
-    for name, dtype in own.items():
+    for name in names:
         buffer = buffers[name]
         if buffer is not None and buffer.dtype != dtype:
             cast.append(f"{name} to {str(buffer.dtype).removeprefix('torch.')}")
@@ -329,8 +329,8 @@ class StatefulRouter(nn.Module):
 
     def _own_dtypes_again(self, *, tell: bool) -> None:
         """Undo a cast that has gone past the module: FSDP1's buffer_dtype, `.data` casts, a checkpoint cast whole."""
-        own = dict.fromkeys(self.FP32_STATE, torch.float32) | dict.fromkeys(self.INT64_STATE, torch.int64)
-        cast = _undo_casts(self._buffers, own)
+        cast = _undo_casts(self._buffers, self.FP32_STATE, torch.float32)
+        cast += _undo_casts(self._buffers, self.INT64_STATE, torch.int64)
         if cast and tell and not self._cast:
             self._cast = tuple(cast)
         # A compiled graph cannot tell, so that the next commit does.

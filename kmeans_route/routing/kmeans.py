@@ -306,22 +306,19 @@ class KMeansRouter(CentroidCommit):
         return given
 
     def _gather(self, tokens: Tokens, routed: Routed, partials: Tensor | None) -> None:
-        x, p, unit = tokens.x.detach(), self.pending, self.accumulate == "unit"
+        p, unit = self.pending, self.accumulate == "unit"
         assert routed.score_std is not None, "gathered routings have statistics"
         counted, loads = routed.valid, routed.tokens_per_expert
         if tokens.count_mask is not None and routed.counted is not None:
             counted, loads = counted & tokens.count_mask, routed.counted
-        batch = Statistics(loads, routed.score_std.detach(), routed.margin_hist, routed.num_dropped)
-        inv_norm = routed.inv_norm.detach()
+        batch = Statistics(loads, routed.score_std, routed.margin_hist, routed.num_dropped)
         ops.accumulate(
-            x, routed.indices, inv_norm if unit else None, counted, None if partials is None else partials.detach(),
-            batch, p.statistics, tokens.backend,
+            tokens.x, routed.indices, routed.inv_norm if unit else None, counted, partials, batch, p.statistics,
+            p.pairs if self.top_k > 1 else None, tokens.backend,
         )  # fmt: skip
-        if self.top_k > 1:
-            ops.count_pairs(routed.indices, counted, p.pairs)
         if p.hashes.numel():
-            factor = inv_norm if unit else counted.float()
-            ops.reservoir(x, factor, counted, self._reservoir_seed, p.hashes, p.rows)
+            factor = routed.inv_norm.detach() if unit else counted.float()
+            ops.reservoir(tokens.x.detach(), factor, counted, self._reservoir_seed, p.hashes, p.rows)
 
     def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(E, D): what hidden states of `dtype` are scored with, unit rows of `weight` with the learned offset."""

@@ -190,7 +190,7 @@ class LearnedRouter(StatefulRouter):
         none = p.std_sum.new_zeros(0)
         batch = Statistics(routing.tokens_per_expert, none, hist, p.num_dropped.new_zeros(()))
         ops.accumulate(
-            x.detach(), routing.indices, None, routing.valid, None, batch, p.statistics, backends.get("torch")
+            x.detach(), routing.indices, None, routing.valid, None, batch, p.statistics, None, backends.get("torch")
         )
 
     @torch.no_grad()
