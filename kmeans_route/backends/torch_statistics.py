@@ -18,7 +18,6 @@ from kmeans_route.reference import (
     MIN_CENTROID_NORM,
     NUM_MARGIN_BINS,
     State,
-    balance_bias,
     commit_reference,
     compute_dtype,
     product,
@@ -231,15 +230,8 @@ def _commit_on_host(state: RouterState, pending: PendingStatistics, options: Com
     """The same where looking at a value costs nothing."""
     if int(pending.num_tokens):
         old = State(*(getattr(state, name) for name in State._fields))
-        new = _next_of_ordinary(old, pending, options)
-        # Only these are known to have unit rows, if it was the commit that made them.
-        unit = None if new is None or options.directions != "centroids" else new.weight
-        new = _next_by_definition(old, pending, pending.num_tokens, options) if new is None else new
-        before = None if unit is None else ordinary_unit_rows(old.weight)
-        if unit is None or before is None:
-            state.turn.copy_(metrics.centroid_turn(old.weight, new.weight))
-        else:
-            torch.linalg.vector_norm(torch.stack([before - unit, before + unit]), dim=2, out=state.turn)
+        new = _next_by_definition(old, pending, pending.num_tokens, options)
+        state.turn.copy_(metrics.centroid_turn(old.weight, new.weight))
         _write_(old, new)
         state.tokens_per_expert.copy_(pending.counts)
     state.dropped_total.add_(pending.num_dropped)
@@ -250,34 +242,6 @@ def _commit_on_host(state: RouterState, pending: PendingStatistics, options: Com
 def _next_by_definition(old: State, pending: PendingStatistics, num_tokens: Tensor, options: CommitOptions) -> State:
     return commit_reference(
         old, pending.sums, pending.counts, pending.std_sum, num_tokens, pending.margin_hist, options
-    )
-
-
-def _next_of_ordinary(old: State, pending: PendingStatistics, options: CommitOptions) -> State | None:
-    """`commit_reference` on a CPU in half of its calls, scalars being the host's; None where it has to look closer: a
-    value is not finite, an expert has no centroid, or counters were lost."""
-    sigma, steps, counts = old.score_std.item(), int(old.steps), pending.counts
-    if not (math.isfinite(sigma) and math.isfinite(old.expert_bias.sum().item())) or steps == 0 < sigma:
-        return None
-    sd = pending.std_sum.item() / int(pending.num_tokens)
-    sigma = sd if sigma == 0 else 0.99 * sigma + 0.01 * sd
-    seen = None if old.tokens_seen is None else old.tokens_seen + counts
-    n = counts.to(old.centroids.dtype)
-    if seen is None:
-        share = n.clamp_max(1).mul_(1 - min(options.decay, steps / (steps + 1)))
-    else:
-        share = n / seen.clamp_min(1)
-    moved = old.centroids.lerp(pending.sums / n.clamp_min(1)[:, None], share[:, None])
-    unit = ordinary_unit_rows(moved)
-    if unit is None:
-        return None
-    return State(
-        weight=unit if options.directions == "centroids" else old.weight,
-        centroids=moved,
-        expert_bias=balance_bias(old.expert_bias, counts, sigma, pending.margin_hist, options),
-        score_std=old.score_std.new_full((), sigma),
-        steps=old.steps + 1,
-        tokens_seen=seen,
     )
 
 

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 import kmeans_route
-from benchmarks.harness.truth import assert_close_to_truth
-from kmeans_route import KMeansRouter, metrics
-from kmeans_route.backends import torch_statistics
-from kmeans_route.reference import State, commit_reference
+from kmeans_route import KMeansRouter
 from kmeans_route.routing.loading import FIRST_NORM
 from tests.helpers import oracle
 from tests.helpers.compare import assert_same_bits, generator, numpy
@@ -366,70 +363,3 @@ def test_state_changes_in_place() -> None:
         router.commit()
     assert {name: buffer.data_ptr() for name, buffer in router.named_buffers()} == addresses
     assert {name: value.data_ptr() for name, value in vars(router.pending).items() if value.numel()} == pending
-
-
-def ordinary(**options: Any) -> tuple[KMeansRouter, State]:
-    """A router that has averages of all experts and has gathered again, and its state."""
-    router = KMeansRouter(D, E, K, decay=0.6, **options)
-    for seed in range(3):
-        router(hidden_states(60, seed))
-        router.commit()
-    router(hidden_states(60, 3))
-    return router, State(*(getattr(router, name) for name in State._fields))
-
-
-@pytest.mark.parametrize("directions", ["centroids", "whitened"])
-@pytest.mark.parametrize("average", ["ema", "cumulative"])
-@pytest.mark.parametrize("balance", BALANCES)
-def test_the_commit_of_an_ordinary_state_is_the_definition(balance: str, average: str, directions: str) -> None:
-    """On a CPU it is not taken by way of `commit_reference`."""
-    router, state = ordinary(balance=balance, average=average, directions=directions)
-    pending, options = router.pending.statistics, router.commit_options
-    new = torch_statistics._next_of_ordinary(state, pending, options)
-    assert new is not None
-
-    def defined(dtype: torch.dtype) -> State:
-        held = (None if each is None or not each.is_floating_point() else each.to(dtype) for each in state)
-        old = State(*(own if cast is None else cast for own, cast in zip(state, held, strict=True)))
-        sums, std_sum = pending.sums.to(dtype), pending.std_sum.to(dtype)
-        hist = pending.margin_hist
-        return commit_reference(old, sums, pending.counts, std_sum, pending.num_tokens, hist, options)
-
-    truth, plain = defined(torch.float64), defined(torch.float32)
-    for field, value, exact, yardstick in zip(State._fields, new, truth, plain, strict=True):
-        if value is None or not value.is_floating_point():
-            assert value is exact or torch.equal(value, exact), field
-        else:
-            assert_close_to_truth(value, exact, yardstick, name=field)
-
-
-@pytest.mark.parametrize(("name", "value"), [
-    ("centroids", torch.nan), ("centroids", torch.inf), ("centroids", 0.0), ("expert_bias", torch.nan),
-    ("expert_bias", -torch.inf), ("score_std", torch.nan), ("steps", 0),
-])  # fmt: skip
-def test_the_commit_of_any_other_state_goes_by_the_definition(name: str, value: float) -> None:
-    router, state = ordinary()
-    buffer = getattr(state, name)
-    (buffer[1] if buffer.dim() else buffer).fill_(value)
-    router.pending.counts[1] = 0  # so that no average hides what its centroid is
-    router.pending.sums[1] = 0
-    pending, options = router.pending.statistics, router.commit_options
-    assert torch_statistics._next_of_ordinary(state, pending, options) is None
-    new = commit_reference(state, *pending[:4], pending.margin_hist, options)
-    want = State(*(None if each is None else each.clone() for each in new))
-    router.commit()
-    for field, exact in zip(State._fields, want, strict=True):
-        assert exact is None or torch.equal(getattr(router, field), exact), field
-
-
-@pytest.mark.parametrize("found", [False, True])
-def test_the_turn_is_that_of_the_definition(found: bool) -> None:
-    """A direction that has no centroid yet is as long as somebody has made it."""
-    router, state = ordinary()
-    before = state.weight.clone()
-    if not found:
-        router.pending.counts[1], router.pending.sums[1], state.centroids[1] = 0, 0, 0
-        state.weight[1] *= 3
-    router.commit()
-    want = metrics.centroid_turn(before.double(), router.weight.double())
-    assert_close_to_truth(router.centroid_turn, want, metrics.centroid_turn(before, router.weight))
