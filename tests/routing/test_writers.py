@@ -14,7 +14,8 @@ D, E, K, T = 16, 8, 2, 64
 
 
 def routes_by(router: KMeansRouter, x: Tensor) -> None:
-    want = kmeans_route.route(x, router.weight, K, router.expert_bias, backend=router.backend)
+    tau = router.options.tau
+    want = kmeans_route.route(x, router.weight, K, router.expert_bias, tau=tau, backend=router.backend)
     for got in (router.route(x), router.route_dispatch(x)[0], router(x)):
         assert_same_bits(got.indices, want.indices)
         assert_same_bits(got.weights, want.weights)

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 from kmeans_route import KMeansRouter, LearnedRouter, attach
+from kmeans_route.reference import whitened_reference
 from kmeans_route.routing.loading import FIRST_NORM
 from kmeans_route.types import RouterOutput
 from tests.helpers.compare import assert_same_bits, generator
@@ -30,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "default": {},
     "cumulative-quantile": {"average": "cumulative", "balance": "quantile", "gate": "sigmoid"},
     "normal-raw-sign": {"init": "normal", "accumulate": "raw", "balance": "sign"},
+    "centroids": {"directions": "centroids"},
     "kmeans++-reference": {"init": "kmeans++", "backend": "reference", "decay": 0.9, "return_scores": True},
     "learned-sign": {"kind": "sigmoid"},
     "learned-quantile": {"kind": "sigmoid", "balance": "quantile"},
@@ -274,8 +276,14 @@ class Calls(RuleBasedStateMachine):
         torch.testing.assert_close(router.centroids, torch.where(counts > 0, moved, before["centroids"]))
         assert_same_bits(router.centroids[counts[:, 0] == 0], before["centroids"][counts[:, 0] == 0])
         some = router.centroids.any(1)
-        torch.testing.assert_close(router.weight[some], nn.functional.normalize(router.centroids[some]))
         assert_same_bits(router.weight[~some], before["weight"][~some])
+        if router.commit_options.directions == "centroids":
+            torch.testing.assert_close(router.weight[some], nn.functional.normalize(router.centroids[some]))
+        elif counts.any():
+            want = whitened_reference(router.centroids.double(), before["weight"].double())
+            torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=2e-5)
+        else:
+            assert_same_bits(router.weight, before["weight"])
 
     # State
 
