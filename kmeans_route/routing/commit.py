@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kmeans_route import backends, metrics, reference
 from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
+from kmeans_route.ops.schema import no_autocast
 from kmeans_route.routing.base import StatefulRouter, called, scalars
 from kmeans_route.routing.loading import CentroidState
 from kmeans_route.routing.pending import Pending
@@ -34,7 +35,8 @@ def point(routers: Iterable[StatefulRouter]) -> None:
 def _point_at_once(routers: "list[CentroidCommit]", backend: Any) -> None:
     old = torch.stack([router.weight for router in routers])
     moved = torch.stack([router._moved for router in routers])[:, None, None]
-    new = torch.where(moved, backend.whitened(torch.stack([router.centroids for router in routers]), old), old)
+    with no_autocast(old):
+        new = torch.where(moved, backend.whitened(torch.stack([router.centroids for router in routers]), old), old)
     turns = metrics.centroid_turn(old, new).movedim(1, 0)
     for router, weight, turn in zip(routers, new, turns, strict=True):
         router.weight.copy_(weight)
@@ -143,6 +145,7 @@ def _parted(rows: Tensor, weight: Tensor) -> Tensor:
     """Rows (E, D), with a tenth of its direction in weight added to each that is a copy of an earlier one's direction:
     equal centroids would have equal scores for ever, and whitening keeps copies."""
     unit, other = (torch.nn.functional.normalize(each, dim=1) for each in (rows, weight))
-    copies = torch.tril(reference.product(unit, unit.T), diagonal=-1).amax(1) > 1 - 1e-6
+    with no_autocast(rows):
+        copies = torch.tril(reference.product(unit, unit.T), diagonal=-1).amax(1) > 1 - 1e-6
     aside = rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * other
     return torch.where(copies[:, None], aside, rows)
