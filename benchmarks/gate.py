@@ -17,6 +17,7 @@ Legend: T tokens, D hidden size, E experts, K top_k.
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -193,12 +194,13 @@ def row_launches(shape: Shape, dtype: torch.dtype, *, every_option: bool) -> lis
                     None if copies is None else ids, gate, 0.2, normalize, 1.0,
                 )  # fmt: skip
         route_bwd.route_bwd(x, d, ids, weights, inv_norm, valid, None, None, rows, ids, "softmax", 0.2, True, 1.0)
-        for balance in ("proportional", "sign", "quantile", "none") if every_option else ("proportional", "quantile"):
+        balances = ("proportional", "sign", "quantile", "none") if every_option else ("proportional", "quantile")
+        for balance, rule in itertools.product(balances, ("centroids", "whitened")):
             for seen, skip in ((None, None), (count, empty(dtype=torch.bool)))[: 1 + every_option]:
                 commit.commit(
                     weight, weight, empty(num_experts), scalar, number, seen, number, count, empty(2, num_experts),
                     weight, count, scalar, number, number, empty(num_experts, 1024, dtype=torch.int32), skip, top_k,
-                    0.999, balance, 0.05,
+                    0.999, balance, 0.05, rule,
                 )  # fmt: skip
         directions.directions(weight, dtype)
     return launches

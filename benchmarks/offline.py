@@ -144,15 +144,7 @@ def training_launches(
     """
     x, d, bias = _inputs(shape, num_tokens, dtype)
     (_, hidden_size), (num_experts, top_k) = x.shape, (shape.num_experts, shape.top_k)
-    fp32 = torch.float32
-    pending = {
-        "sums": x.new_empty(num_experts, hidden_size, dtype=fp32),
-        "counts": x.new_empty(num_experts, dtype=torch.int64),
-        "std_sum": x.new_empty((), dtype=fp32),
-        "num_tokens": x.new_empty((), dtype=torch.int64),
-        "num_dropped": x.new_empty((), dtype=torch.int64),
-    }
-    no_hist = x.new_empty(0, 1024, dtype=torch.int32)
+    pending, no_hist = _pending(shape), x.new_empty(0, 1024, dtype=torch.int32)
     parts: dict[str, list[Launch]] = {}
     with recorded() as parts["forward"]:
         r = route.route_fwd(
@@ -173,15 +165,34 @@ def training_launches(
             x, d, r.indices, r.selected, r.inv_norm, r.valid, r.weights, None, y_sorted if copies else None,
             sent.positions, "softmax", 0.05, True, 1.0,
         )  # fmt: skip
+    parts["commit"] = commit_launches(shape)
+    with recorded() as parts["directions"]:
+        directions.directions(torch.empty_like(pending["sums"]), dtype)
+    return parts
+
+
+def commit_launches(shape: ModelShape, rule: str = "centroids") -> list[Launch]:
+    """Those of one commit; rule: of its directions."""
+    pending = _pending(shape)
     weight, scalar, turn = torch.empty_like(pending["sums"]), pending["std_sum"], pending["sums"][:2]
-    with recorded() as parts["commit"]:
+    bias, no_hist = scalar.new_empty(shape.num_experts), scalar.new_empty(0, 1024, dtype=torch.int32)
+    with recorded() as launches:
         commit.commit(
             weight, weight, bias, scalar, pending["num_tokens"], None, pending["num_dropped"], pending["counts"], turn,
-            *pending.values(), no_hist, None, top_k, 0.999, "proportional", 0.05,
+            *pending.values(), no_hist, None, shape.top_k, 0.999, "proportional", 0.05, rule,
         )  # fmt: skip
-    with recorded() as parts["directions"]:
-        directions.directions(weight, dtype)
-    return parts
+    return launches
+
+
+def _pending(shape: ModelShape) -> dict[str, Tensor]:
+    number = torch.empty((), dtype=torch.int64, device="meta")
+    return {
+        "sums": torch.empty(shape.num_experts, shape.hidden_size, device="meta"),
+        "counts": number.new_empty(shape.num_experts),
+        "std_sum": torch.empty((), device="meta"),
+        "num_tokens": number,
+        "num_dropped": torch.empty_like(number),
+    }
 
 
 def _inputs(shape: ModelShape, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cells import Cell, Trial
-from benchmarks.offline import MODULES, Launch, eval_launches, recorded, training_launches
+from benchmarks.offline import MODULES, Launch, commit_launches, eval_launches, recorded, training_launches
 from kmeans_route.checks import check_route_options
 from kmeans_route.kernels import dispatch, route
 from kmeans_route.testing import ModelShape
@@ -30,6 +30,7 @@ def parts_of(cell: Cell) -> dict[str, list[Launch]]:
         ranks = dispatch.rank(r.indices, r.valid, cell.num_experts)
         dispatch.dispatch_fwd(x, r.indices, r.valid, cell.num_experts, ranks)
         dispatch.dispatch_fwd(x, r.indices, r.valid, cell.num_experts, None, r.inv_norm, want_sums=True)
+    pieces += commit_launches(shape, "whitened")
     training = training_launches(shape, cell.num_tokens, dtype)
     return {"eval": eval_launches(shape, cell.num_tokens, dtype), **training, "pieces": pieces}
 

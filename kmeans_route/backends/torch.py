@@ -15,6 +15,7 @@ from torch import Tensor
 from kmeans_route.backends import chunks
 from kmeans_route.backends.torch_statistics import (
     MAX_NORM,
+    all_true,
     all_within,
     count_experts,
     margin_hist,
@@ -46,11 +47,6 @@ NAME, PLAIN, FUSED = "torch", False, False
 MIN_NORM = MIN_SQUARED_NORM**0.5
 FEW = 256  # elements up to which one call is quicker than several that are vectorised
 MANY = 1 << 15  # from which a product with ones sums short rows quicker than a sum
-
-
-def _all_true(flags: Tensor) -> bool:
-    """Whether a shortcut may be taken: known on CPU, never assumed where asking would stall the device."""
-    return flags.is_cpu and bool(flags.all())
 
 
 def cosine_scores(x: Tensor, directions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -88,7 +84,7 @@ def _validity(norm: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
     valid = (norm >= MIN_NORM) & (norm <= MAX_NORM)
     if mask is not None:
         valid &= mask
-    return valid, _all_true(valid)
+    return valid, all_true(valid)
 
 
 def directions(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -277,7 +273,7 @@ def directions_bwd(
     """
     ds_TK, ds_TE = score_grads(saved, grads, options)
     ds = _of_all_experts(ds_TK, ds_TE, saved, num_experts) * saved.inv_norm[:, None]
-    if not _all_true(saved.valid):  # a factor 0 would leave the NaN of a bad row standing
+    if not all_true(saved.valid):  # a factor 0 would leave the NaN of a bad row standing
         bad = ~saved.valid[:, None]
         ds, x = ds.masked_fill(bad, 0.0), x.masked_fill(bad, 0.0)
     return product(ds.T, x.to(ds.dtype)).to(x.dtype)
@@ -285,13 +281,13 @@ def directions_bwd(
 
 def _zero_rows(rows: Tensor, valid: Tensor) -> Tensor:
     """Zero what is not valid in place: a factor 0 would leave the NaN of a bad row standing."""
-    return rows if _all_true(valid) else rows.masked_fill_(~valid[:, None], 0.0)
+    return rows if all_true(valid) else rows.masked_fill_(~valid[:, None], 0.0)
 
 
 def dispatch_fwd(x: Tensor, indices: Tensor, counts: Tensor, valid: Tensor, *, copies: bool) -> Dispatch:
     """Rows in expert order, by a stable sort; tokens that are not valid last."""
     num_experts = counts.shape[0]
-    all_valid = _all_true(valid)
+    all_valid = all_true(valid)
     key = indices if all_valid else torch.where(valid[:, None], indices, num_experts)
     small = torch.int16 if num_experts < 2**15 else torch.int64  # a radix sort reads fewer bytes
     order = key.flatten().to(small).sort(stable=True).indices
@@ -356,7 +352,7 @@ def combine_bwd(
         dot_of_row[c] = product(dy_c[:, None], y_sorted[c].to(dtype)[:, :, None]).flatten()  # 3x vecdot
         d_rows[c] = dy_c.mul_(weight_of_row[c][:, None])
     d_weights = dot_of_row[positions].to(weights.dtype)
-    if not _all_true(valid):
+    if not all_true(valid):
         zero_past_end_(d_rows, offsets)
         d_weights.masked_fill_(~valid[:, None], 0.0)
     return d_rows, d_weights

@@ -30,9 +30,19 @@ FEW_PRODUCTS, MANY_PRODUCTS = 1 << 22, 1 << 27  # of a one-hot product that is q
 MAX_NORM = MAX_SQUARED_NORM**0.5
 
 
+def at_hand(values: Tensor) -> bool:
+    """Whether looking at values stalls no device."""
+    return values.is_cpu
+
+
+def all_true(flags: Tensor) -> bool:
+    """Whether all are known to be true."""
+    return at_hand(flags) and bool(flags.all())
+
+
 def all_within(norm: Tensor, low: float, high: float) -> bool:
-    """Whether all norms are known to lie in [low, high]: never where asking would stall the device; NaN does not."""
-    if not norm.is_cpu or not norm.numel():
+    """The same of norms that must lie in [low, high]; NaN does not."""
+    if not at_hand(norm) or not norm.numel():
         return False
     least, most = torch.aminmax(norm)
     return least.item() >= low and most.item() <= high
@@ -94,8 +104,7 @@ def margin_hist(among: Tensor, valid: Tensor, top_k: int) -> Tensor:
 def centroid_sums(x: Tensor, indices: Tensor, factor: Tensor | None, valid: Tensor, num_experts: int) -> Tensor:
     """(1, E, D): sums of factor_t x_t over valid tokens, or of x_t without a factor."""
     sums = x.new_zeros(num_experts, x.shape[1], dtype=compute_dtype(x.dtype))
-    all_valid = valid.is_cpu and bool(valid.all())
-    _add_centroid_sums_(sums, x, indices, factor, valid, all_valid=all_valid)
+    _add_centroid_sums_(sums, x, indices, factor, valid, all_valid=all_true(valid))
     return sums[None]
 
 
@@ -117,7 +126,7 @@ def _add_centroid_sums_(
         sums += product(member.T, x)
         return member
     for c in chunks.of(x):
-        clean = x[c].masked_fill(~valid[c][:, None], 0.0)
+        clean = x[c] if all_valid else x[c].masked_fill(~valid[c][:, None], 0.0)
         sums += product(member[c].T, clean.to(sums.dtype))
     return member
 
@@ -190,10 +199,7 @@ def accumulate(
     pairs: Tensor | None,
 ) -> None:
     """Add a batch to what is pending, in place. partials: its centroid sums (S, E, D); None: taken from x here."""
-    num_valid: Tensor | int = valid.sum()
-    num_valid = int(num_valid) if valid.is_cpu else num_valid
-    all_valid = isinstance(num_valid, int) and num_valid == valid.shape[0]
-    member = None
+    all_valid, member = all_true(valid), None
     if pending.sums.numel() and partials is not None:
         pending.sums.add_(partials.sum(0))
     elif pending.sums.numel():
@@ -202,7 +208,7 @@ def accumulate(
         count_pairs_(pairs, indices, valid, member)
     pending.counts.add_(batch.counts)
     pending.std_sum.add_(batch.score_std.sum())
-    pending.num_tokens.add_(num_valid)
+    pending.num_tokens.add_(valid.shape[0] if all_valid else valid.sum())
     if not all_valid:
         pending.num_dropped.add_(batch.num_dropped)
     if pending.margin_hist.numel() and batch.margin_hist is not None:
@@ -211,7 +217,7 @@ def accumulate(
 
 def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, options: CommitOptions) -> None:
     """Fold what is pending into the state and empty it, in place; with a true `skip` () bool both stay as they are."""
-    if pending.counts.is_cpu:
+    if at_hand(pending.counts):
         if skip is None or not bool(skip):
             _commit_on_host(state, pending, options)
         return
@@ -227,7 +233,7 @@ def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, 
 
 
 def _commit_on_host(state: RouterState, pending: PendingStatistics, options: CommitOptions) -> None:
-    """The same where looking at a value costs nothing."""
+    """The same with branches in place of selections."""
     if int(pending.num_tokens):
         old = State(*(getattr(state, name) for name in State._fields))
         new = _next_by_definition(old, pending, pending.num_tokens, options)

@@ -210,7 +210,7 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
             "commits": _cell(facts.get("steps"), 0),
             "MaxVio": _cell(facts.get("max_vio"), 3),
             "dead": _cell(facts.get("dead_experts"), 0),
-            "effective": _cell(facts.get("effective_experts"), 1),
+            "eff. E": _cell(facts.get("effective_experts"), 1),
             "bias |max|": _cell(facts.get("bias_abs_max"), 4),
             "cosine": _cell(facts["direction_cosine"], 3),
             "spread": _cell(None if "load" in facts else facts.get("score_std"), 3),

@@ -18,7 +18,7 @@ from triton.runtime import driver
 from benchmarks.gpu import cells, checks, launches
 from benchmarks.gpu.ahead import Ahead, NoDevice
 from benchmarks.offline import TARGETS
-from kmeans_route import backends
+from kmeans_route import KMeansRouter, backends
 
 TARGET = TARGETS["sm_90"]
 CELL = cells.Cell("small", 40, 64, 16, 2)
@@ -73,6 +73,10 @@ def main() -> None:
         checks.routing_alone(p)
         checks.training_step(p)
         checks.pieces(p)
+        whitened = KMeansRouter(*p.shape[1:], backend="triton")
+        whitened.set_centroids(p.centroids)
+        whitened.route(p.x.detach(), gather=True)
+        whitened.commit()
         found |= {
             "planned": len(planned),
             "problems": ahead.problems,

@@ -83,24 +83,17 @@ def test_without_a_bias_the_choices_are_equal_and_a_plain_load_runs_them(model_t
     torch.testing.assert_close(plain(tokens).logits, export.model(tokens).logits, atol=1e-6, rtol=1e-5)
 
 
-def mean_of(comparisons: list[Any], name: str) -> float:
-    return sum(each.mean(name) for each in comparisons) / len(comparisons)
-
-
 @pytest.mark.parametrize("model_type", EXPORTED)
 def test_a_bias_goes_where_the_architecture_has_a_place(model_type: str) -> None:
-    model = swapped_model(model_type, steps=12)
-    export = export_vanilla(model, batches(), held_out=batches(1))
+    model = swapped_model(model_type, steps=1)
+    for draw, router in enumerate(routers_of(model)):  # biases of about the spread of scores: to lose them costs
+        bias = torch.randn(router.num_experts, generator=torch.Generator().manual_seed(draw))
+        router.expert_bias.copy_(0.1 * (bias - bias.mean()))
+    export, lost = (export_vanilla(model, batches(), held_out=batches(1), bias=bias) for bias in (None, "none"))
     slot = ROUTERS[type(next(iter(routers_of(model)))).original_class.__name__]
-    # Losing the bias is not to be better: in choices, and where it does not reach the gates in both together. Means
-    # over three draws: of exaone_moe six differed by -0.11 to +0.04 in gates.
-    models = [model, *(swapped_model(model_type, steps=12, first=1000 * draw) for draw in (1, 2))]
-    ours = [export_vanilla(each, batches(), held_out=batches(1)).comparison for each in models]
-    lost = [export_vanilla(each, batches(), held_out=batches(1), bias="none").comparison for each in models]
-    if slot.bias == "score":
-        assert mean_of(ours, "gate_error") <= mean_of(lost, "gate_error") + 0.01
-    assert mean_of(ours, "overlap") >= mean_of(lost, "overlap") - 0.01
-    assert export.comparison.mean("overlap") > 0.9
+    assert export.comparison.mean("overlap") > lost.comparison.mean("overlap") + 0.01
+    if slot.bias == "score":  # which does not reach the gates
+        assert export.comparison.mean("gate_error") < lost.comparison.mean("gate_error")
     for path, gate in export.gates.items():
         written = integration._bias_of(export.model, path, slot)
         given = gate.linear.bias if slot.bias == "logit" else gate.score_bias

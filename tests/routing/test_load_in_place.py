@@ -172,7 +172,7 @@ class ReadBacks(TorchDispatchMode):
 
 def test_an_ordinary_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the shortcuts on a CPU, which a device does not take."""
-    monkeypatch.setattr("kmeans_route.backends.torch._all_true", lambda flags: False)
+    monkeypatch.setattr("kmeans_route.backends.torch_statistics.at_hand", lambda values: False)
     router = trained(1)
     with ReadBacks() as reads:
         train(router, 1, 2)

@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
 from kmeans_route.lm.config import TrainConfig
+from kmeans_route.reference import WHITENING_EPS
 from tests.helpers.ranks import run_on_ranks
 from tests.training.many_ranks import Run, train
 
@@ -30,7 +31,9 @@ def run(rank: int, num_ranks: int, config: TrainConfig, check: bool) -> Run:
 def assert_equal_to_one_process(runs: list[Run]) -> None:
     first = runs[0]
     assert [r.unequal for r in runs] == [0] * len(runs)
-    assert max(first.worst.values()) < 1e-6, first.worst
+    # Whitening may enlarge what averages differ by, as far as the smallest eigenvalue that it lets be.
+    limits = dict.fromkeys(first.worst, 1e-6) | {"weight": 1e-6 / WHITENING_EPS**0.5}
+    assert all(worst < limits[name] for name, worst in first.worst.items()), first.worst
     assert first.near_ties <= 1e-4 * first.choices
     assert all(first.worst[name] == 0 for name in ("steps", "initialized", "dropped_total", "tokens_per_expert"))
     assert first.losses[-1] < first.losses[0]
