@@ -320,6 +320,7 @@ def _plan(
     batch = split_batch(c, num_splits, rows, num_experts, long=long)
     scores = rows * selected_experts(num_experts)
     warps = 2 if long and scores > 512 else 1  # of all tiles that it keeps, one warp's registers hold half
+    crowded = batch * scores >= BATCH_SCORES or (long and scores >= 512)  # more often would cost programs side by side
     return _Plan(block, num_splits, split_size, be, be // per_program, {
         "E": num_experts, "PRECISION": dot_precision(dtype, arch), "WAIT": waits_for_products(arch),
         "BT": c.BT, "BD": c.BD, "BE": be, "EB": per_program, **c.launch, **all_registers(c.num_warps, arch),
@@ -328,7 +329,7 @@ def _plan(
         "NG": n_group, "KG": topk_group, "NGP": power_of_2(n_group), "TOP2": group_score == "top2",
         "BT": block, "BE": selected_experts(num_experts), "ROW": be, "KP": power_of_2(top_k), "RT": rows,
         "BATCH": batch, "num_warps": warps, "num_stages": 1,  # more stages would copy splits through shared memory
-        **(all_registers(warps, arch) if batch * scores >= BATCH_SCORES or arch == "sm_100" else {}),
+        **(all_registers(warps, arch) if crowded or arch == "sm_100" else {}),
     })
 
 
