@@ -5,7 +5,7 @@ With this file on the Python path, in axolotl's YAML:
     plugins:
       - axolotl_plugin.KMeansPlugin
     kmeans_route:  # options of KMeansRouter; may be left out
-      tau: 0.2
+      balance: proportional
 """
 
 from typing import Any

@@ -51,7 +51,7 @@ config = TransformerConfig(
     moe_aux_loss_coeff=0.0,
 )
 layer = get_gpt_layer_local_spec(num_experts=8, normalization="RMSNorm")
-with_kmeans_router(layer.submodules.mlp, tau=0.2)
+with_kmeans_router(layer.submodules.mlp)
 model = GPTModel(config, layer, vocab_size=256, max_sequence_length=args.length).to(torch.cuda.current_device())
 model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
 # Megatron calls this after the last micro-batch of a step; the centroids are committed with it.

@@ -80,7 +80,7 @@ class StandardLibrary(BaseDataLoader):
 
 
 config = deepseek_v3_debugmodel()
-config.model_spec = kmeans_routing(config.model_spec, tau=0.2)  # attaches the routers once the optimizers are made
+config.model_spec = kmeans_routing(config.model_spec)  # attaches the routers once the optimizers are made
 config.tokenizer, config.dataloader = Bytes.Config(), StandardLibrary.Config()
 config.loss = CrossEntropyLoss.Config()
 config.training.steps, config.training.seq_len = args.steps, args.length

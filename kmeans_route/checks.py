@@ -18,8 +18,8 @@ GATES = ("softmax", "sigmoid", "cosine", "uniform")
 GROUP_SCORES = ("top2", "max")
 ACCUMULATES = ("unit", "raw")
 DEFAULT_TAU = 0.2
+"""Temperature of the gates with the centroids' own directions: the best of those tried (docs/quality-appendix.md)."""
 WHITENED_TAU = 0.1  # about one standard deviation of the scores of whitened directions
-"""Temperature of the gates: the winner of docs/quality.md."""
 FOREIGN = {
     "Proxy": "torch.fx.symbolic_trace sees no values; give torch.fx.Tracer an is_leaf_module that is true for this "
     "module, or use torch.export, in eval mode"
@@ -35,6 +35,11 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}: choose one of these")
+
+
+def default_directions(top_k: int) -> str:
+    """The rule that a router's directions follow where nobody names one."""
+    return "whitened" if isinstance(top_k, int) and top_k > 1 else "centroids"  # another type is refused later
 
 
 def check_module(name: str, value: object, remedy: str = "pass the model") -> None:

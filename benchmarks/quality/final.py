@@ -125,7 +125,7 @@ def front(records: Sequence[Record]) -> str:
             kept = [_share(runs.final(name, size)) for size in WHERE if size.endswith("K8")]
             rows.append([TITLES[name], *by_size, " / ".join(kept), mean_text(values(found, max_vio_trained), 2)])
     sizes = [size.removeprefix("D64-") for size in WHERE]
-    return markdown(["router", *sizes, "effective experts of E, K 8", "MaxVio"], rows)
+    return markdown(["router", *sizes, "effective", "MaxVio"], rows)
 
 
 def _with_seeds(runs: Sequence[Record], get: Measure) -> str:

@@ -97,6 +97,8 @@ def resumed(
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is of another version: {error}") from None
     stored = config.to_dict()
+    if "router_options" in given:
+        given = given | {"router_options": config.own_options | given["router_options"]}
     changed = [
         f"{name} (checkpoint {stored[name]}, asked {value})" for name, value in given.items() if stored[name] != value
     ]

@@ -139,8 +139,8 @@ class KMeansRouting(ModelConfigConverter):
     class Config(ModelConfigConverter.Config):
         """balance: "block" keeps the block's bias and its sign update; a rule of `KMeansRouter` takes its place.
 
-        options: fields of `KMeansTokenChoiceRouter.Config`. The gate is softmax over the chosen experts with tau 0.2
-        unless they say otherwise; groups, top_k and route_scale are those of the router that is replaced.
+        options: fields of `KMeansTokenChoiceRouter.Config`. The gate is softmax over the chosen experts unless
+        they say otherwise; groups, top_k and route_scale are those of the router that is replaced.
         """
 
         balance: str = "block"

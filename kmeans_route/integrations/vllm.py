@@ -6,6 +6,8 @@ vLLM's own for blocks of transformers, in `kmeans_route.integrations.vllm_model`
 is served.
 """
 
+import warnings
+
 from kmeans_route.integrations import require
 
 SUPPORTED = ">=0.32,<0.33"
@@ -28,7 +30,10 @@ def register() -> None:
     # Slow to import, and this module is imported by whoever looks for plugins.
     from vllm import ModelRegistry
 
-    import kmeans_route.integrations.transformers  # noqa: F401 - the model types of config.json
-
+    try:
+        import kmeans_route.integrations.transformers  # noqa: F401 - the model types of config.json
+    except ImportError as error:  # an engine that serves no K-Means model must start all the same
+        warnings.warn(f"kmeans_route serves nothing in this engine: {error}", stacklevel=2)
+        return
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(f"KMeans{architecture}", MODEL)

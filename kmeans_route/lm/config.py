@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
+from kmeans_route.checks import default_directions
+
 BALANCES: dict[str, tuple[str, ...]] = {
     "kmeans": ("proportional", "sign", "quantile", "none"),
     "softmax": ("aux", "sign", "quantile", "none"),
@@ -94,17 +96,30 @@ class TrainConfig:
             rules["sign"] = "loss-free sign"
             return f"{self.router}, {rules.get(self.balance, self.balance)}"
         tau = "" if self.tau is None else f", tau {self.tau:g}"
-        more = "".join(f", {name} {value}" for name, value in self.router_options.items())
+        named = {
+            name: value for name, value in self.router_options.items() if (name, value) not in self.own_options.items()
+        }
+        more = "".join(f", {name} {value}" for name, value in named.items())
         return f"K-Means, {rules.get(self.balance, self.balance)}{tau}{more}"
 
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The router's options that follow from others, where nobody names them."""
+        return {"directions": default_directions(self.top_k)} if self.router == "kmeans" else {}
+
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain JSON values."""
-        return asdict(self)
+        """The options as plain JSON values, with the directions of K-Means: a run keeps the rule that it began with."""
+        return asdict(self) | {"router_options": self.own_options | self.router_options}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`; names that this version does not know, or lacks, are a ValueError."""
+        """The inverse of `to_dict`; names that this version does not know, or lacks, are a ValueError.
+
+        K-Means without directions is of a time when they were those of the centroids.
+        """
         known = {known.name for known in fields(cls)}
         if set(values) != known:
             raise ValueError(f"options differ from this version's: {', '.join(sorted(set(values) ^ known))}")
+        if values["router"] == "kmeans":
+            values = values | {"router_options": {"directions": "centroids"} | values["router_options"]}
         return cls(**values)

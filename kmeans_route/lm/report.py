@@ -99,7 +99,7 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
         Picture(
             "directions",
             "Similarity of the experts' directions",
-            "Cosine between the centroids (K-Means) or router rows (learned) of every two experts in each layer, "
+            "Cosine between the directions (K-Means) or router rows (learned) of every two experts in each layer, "
             "experts of like directions side by side. The diagonal is each expert with itself. A dark red block on it "
             "is a group of experts that ask for the same tokens, so they act as one; K-Means experts that are always "
             "chosen together become such a block. Pale off the diagonal means that experts differ. The table's "

@@ -205,7 +205,7 @@ class Trainer:
         Raises:
             CheckpointError: it belongs to other options or another text, or its tensors do not fit.
         """
-        if TrainConfig.from_dict(checkpoint.config) != self.config:
+        if TrainConfig.from_dict(checkpoint.config).to_dict() != self.config.to_dict():
             raise CheckpointError("the checkpoint was made with other options: resume without changing them")
         if checkpoint.corpus.get("sha256") != self.corpus.sha256:
             raise CheckpointError(

@@ -19,6 +19,7 @@ from kmeans_route.checks import (
     check_option_names,
     check_range,
     check_route_options,
+    default_directions,
 )
 from kmeans_route.routing.base import called, option_names, seed_for
 from kmeans_route.routing.commit import CentroidCommit, point
@@ -127,8 +128,7 @@ class KMeansRouter(CentroidCommit):
         check_choice("accumulate", accumulate, ACCUMULATES)
         check_choice("balance", balance, BALANCES)
         check_choice("init", init, INITS)
-        if directions is None:
-            directions = "whitened" if isinstance(top_k, int) and top_k > 1 else "centroids"  # others are refused below
+        directions = default_directions(top_k) if directions is None else directions
         check_choice("directions", directions, DIRECTIONS)
         tau = {"centroids": DEFAULT_TAU, "whitened": WHITENED_TAU}[directions] if tau is None else tau
         check_range("decay", decay, 0.0, 1.0)

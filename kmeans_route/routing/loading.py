@@ -130,10 +130,13 @@ class CentroidState(StatefulRouter):
             self._write_weight()
         self._have_data()
 
+    @property
+    def _whitens(self) -> bool:
+        return self.commit_options.directions == "whitened"
+
     def _write_weight(self) -> None:
         """The directions of the centroids, as a commit writes them."""
-        whitened = self.commit_options.directions == "whitened"
-        rule = reference.whitened_reference if whitened else reference.unit_rows
+        rule = reference.whitened_reference if self._whitens else reference.unit_rows
         self.weight.copy_(rule(self.centroids, self.weight))
 
     def _take_weight_as_given(self, tokens_seen: int = reference.GIVEN_TOKENS) -> None:
@@ -202,7 +205,8 @@ class CentroidState(StatefulRouter):
     def _warn_of_part(self, got: str, taken: str) -> None:
         warnings.warn(
             f"{called(self)} must be loaded whole to go on with a run, got {got}: {taken}, as by set_centroids, "
-            "so that the next commits do not wipe them",
+            "so that the next commits do not wipe them"
+            + ("; whitening turns a gate's rows, which directions='centroids' keeps" if self._whitens else ""),
             stacklevel=2,
         )
 
@@ -212,8 +216,9 @@ class CentroidState(StatefulRouter):
         if given or not self._is_written_by(reference.unit_rows) or self._is_written_by(reference.whitened_reference):
             return
         warnings.warn(
-            f"{called(self)} must be loaded with the directions of its own to go on as before, got a weight that "
-            'directions="centroids" has written: the first commit will whiten it; name that rule to keep it',
+            f"{called(self)} must have the rule of the state that it loads, got whitened directions and a weight that "
+            "is the centroids' own: the first commit will whiten it, and tau differs too where nobody named it; pass "
+            "directions='centroids' to go on as before",
             stacklevel=2,
         )
 
@@ -266,7 +271,7 @@ class CentroidState(StatefulRouter):
             return
         if "weight" not in brought:
             self._write_weight()
-        elif self.commit_options.directions == "whitened":
+        elif self._whitens:
             self._warn_of_another_rule()
         counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
         if not counters <= brought:

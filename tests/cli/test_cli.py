@@ -253,7 +253,8 @@ def test_train_takes_any_option_of_the_router(text: Path, tmp_path: Path) -> Non
     options = ["--router-option", "gate=uniform", "--router-option", "detach_gates=true"]
     code, _ = invoke(*few, *options, "--out", tmp_path / "a")
     assert code == 0
-    assert load_checkpoint(tmp_path / "a").config["router_options"] == {"gate": "uniform", "detach_gates": True}
+    want = {"directions": "whitened", "gate": "uniform", "detach_gates": True}
+    assert load_checkpoint(tmp_path / "a").config["router_options"] == want
     code, _ = invoke("train", "--resume", "--out", tmp_path / "a", *options, "--json")
     assert code == 0
     for given, message in (

@@ -508,6 +508,13 @@ def test_a_pretrained_gate_becomes_the_first_centroids(model_type: str, tmp_path
             assert bool(router.initialized)
             assert int(router.steps) == 999
             assert not router.expert_bias.any()
+            assert (router.commit_options.directions, router.options.tau) == ("centroids", 0.2), "a gate's rows stay"
+        for entry in model.config.kmeans_route["routers"].values():
+            assert (entry["options"]["directions"], entry["options"]["tau"]) == ("centroids", 0.2)
+    named = tiny_model(model_type)
+    apply_kmeans_routing(named, directions="whitened")
+    named.load_state_dict(vanilla.state_dict())
+    assert {router.commit_options.directions for router in routers_of(named)} == {"whitened"}
     tokens = some_tokens()
     revert(before)
     assert_same_bits(before(tokens).logits, vanilla(tokens).logits)

@@ -191,10 +191,21 @@ def test_config_survives_json() -> None:
         TrainConfig.from_dict({**config.to_dict(), "extra": 1})
 
 
+def test_a_run_keeps_the_directions_that_it_began_with() -> None:
+    """Whatever the default is when it goes on; one that says nothing is of a time when it was the centroids'."""
+    said = TINY.to_dict()
+    assert said["router_options"] == {"directions": "whitened"}
+    again = TrainConfig.from_dict(said)
+    assert (again.to_dict(), again.label) == (said, TINY.label)
+    before = TrainConfig.from_dict(said | {"router_options": {}})
+    assert before.router_options == {"directions": "centroids"}
+    assert before.label == f"{TINY.label}, directions centroids"
+
+
 def test_labels_tell_runs_of_different_routers_apart() -> None:
     changes: list[dict] = [{"router_options": {"directions": rule}} for rule in ("centroids", "whitened")]
     changes += [{"tau": tau} for tau in (0.1, 0.2)]
-    assert len({TrainConfig(**change).label for change in [{}, *changes]}) == 5
+    assert len({TrainConfig(**change).label for change in [{}, *changes]}) == 4, "whitened is what {} has"
 
 
 def test_the_router_of_a_model_has_the_default_of_its_class() -> None:

@@ -304,7 +304,7 @@ def test_a_state_of_the_paper_s_rule_is_told_of(steps: int) -> None:
     state = committed(steps, directions="centroids").state_dict()
     router = KMeansRouter(D, E, K, name="layers.3")
     with pytest.warns(
-        UserWarning, match=r"router 'layers.3' must be .* got a weight that directions=\"centroids\" has"
+        UserWarning, match="router 'layers.3' must have the rule .* got whitened directions and a weight"
     ):
         router.load_state_dict(state)
     assert_same_bits(router.weight, state["weight"])

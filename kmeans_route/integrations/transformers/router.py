@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kmeans_route.checks import flatten_hidden_states
+from kmeans_route.checks import DEFAULT_TAU, WHITENED_TAU, flatten_hidden_states
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.types import RouteOptions
 
@@ -143,7 +143,8 @@ class TransformersRouter(KMeansRouter):
             device=original.get_parameter(contract.gate_key).device,
             **options,
         )
-        self.chosen_options["directions"] = self.commit_options.directions
+        self._named_options = {name for name, value in options.items() if value is not None}
+        self._follow(self.commit_options.directions)
         self.contract = contract
         self.masks: Masks | None = None
         self.handles: list[Any] = []
@@ -166,6 +167,19 @@ class TransformersRouter(KMeansRouter):
     def options(self, options: RouteOptions) -> None:
         self.chosen_options["tau"] = options.tau
         self._options = options
+
+    def _follow(self, directions: str) -> None:
+        """Go by another rule of directions from here on, with its tau; what was named stays."""
+        if "directions" not in self._named_options:
+            self.commit_options = self.commit_options._replace(directions=directions)
+            if "tau" not in self._named_options:
+                self.options = self.options._replace(tau=DEFAULT_TAU if directions == "centroids" else WHITENED_TAU)
+        self.chosen_options["directions"] = self.commit_options.directions
+
+    def _take_gate(self, gate: Tensor) -> None:
+        """A learned router's rows are the centroids, which whitening would turn."""
+        self.set_centroids(gate)
+        self._follow("centroids")
 
     @property
     def original(self) -> nn.Module:
@@ -210,7 +224,7 @@ class TransformersRouter(KMeansRouter):
         if self.weight.is_meta and not gate.is_meta and metadata.get("assign_to_params_buffers"):
             self.to_empty(device=gate.device)
         try:
-            self.set_centroids(gate)
+            self._take_gate(gate)
         except ValueError as error:
             error_msgs.append(f"{prefix}{self.contract.gate_key}: {error}")
             return
@@ -237,7 +251,7 @@ class TransformersRouter(KMeansRouter):
                     buffer.zero_()
             self._after_load(brought)
         elif "weight" in brought and not self._has_first_rows():
-            self.set_centroids(self.weight)
+            self._take_gate(self.weight)
         else:
             self.reset_parameters()
 
