@@ -186,7 +186,7 @@ def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
     figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of two directions", aspect=30)
     figure.suptitle("Similarity of the experts' directions (number: mean off the diagonal)", fontsize=FONT_SIZE + 1)
     figure.supxlabel(
-        "A square is two experts, like ones side by side. A dark red block: they ask for the same tokens.",
+        "A square is two experts. A block as dark as the diagonal: they ask for the same tokens.",
         fontsize=FONT_SIZE - 1,
     )
     return figure

@@ -100,7 +100,7 @@ def test_direction_similarity_names_layers_and_means() -> None:
     ]
     assert first.images[0].get_clim() == (-1, 1)
     assert first.get_ylabel() == "K-Means\nsign\n2 experts"
-    assert "A dark red block: they ask for the same tokens" in figure.get_supxlabel()
+    assert "A block as dark as the diagonal: they ask for the same tokens" in figure.get_supxlabel()
     assert "cosine" in figure.axes[-1].get_ylabel()
 
 

@@ -100,10 +100,10 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
             "directions",
             "Similarity of the experts' directions",
             "Cosine between the directions (K-Means) or router rows (learned) of every two experts in each layer, "
-            "experts of like directions side by side. The diagonal is each expert with itself. A dark red block on it "
-            "is a group of experts that ask for the same tokens, so they act as one; K-Means experts that are always "
-            "chosen together become such a block. Pale off the diagonal means that experts differ. The table's "
-            f"effective experts count them as one too.{of_seed}",
+            "experts of like directions side by side. The diagonal is each expert with itself. A block on it that is "
+            "as dark as the diagonal is a group of experts that ask for the same tokens, so they act as one; the "
+            "table's effective experts count them as one too. A panel of K-Means that is evenly red has none: its "
+            f"directions all hold the mean of the centroids, and differ in the rest.{of_seed}",
             viz.direction_similarity({label: run["layers"]["direction_cosine"] for label, run in first.items()}),
         ),
     ]

@@ -81,7 +81,10 @@ def test_demo_writes_a_report_that_needs_nothing_else(text: Path, tmp_path: Path
     captions = re.findall(r"</h2><figure><img[^>]+><figcaption>(.*?)</figcaption>", page)
     assert len(captions) == 4
     assert all(caption.endswith(".") for caption in captions)
-    assert "A dark red block on it is a group of experts that ask for the same tokens" in captions[3]
+    assert (
+        "A block on it that is as dark as the diagonal is a group of experts that ask for the same tokens"
+        in captions[3]
+    )
     embedded = [base64.b64decode(data) for data in re.findall(r"src='data:image/png;base64,([^']+)'", page)]
     assert len(embedded) == page.count("<img") == 4
     assert {path.read_bytes() for path in out.glob("*.png")} == set(embedded)
