@@ -42,6 +42,11 @@ def default_directions(top_k: int) -> str:
     return "whitened" if isinstance(top_k, int) and top_k > 1 else "centroids"  # another type is refused later
 
 
+def default_tau(directions: str) -> float:
+    """The temperature of the gates that suits a rule of directions."""
+    return WHITENED_TAU if directions == "whitened" else DEFAULT_TAU
+
+
 def check_module(name: str, value: object, remedy: str = "pass the model") -> None:
     """Raise TypeError unless `value` is a module."""
     if not isinstance(value, torch.nn.Module):

@@ -57,7 +57,9 @@ def calibrate(
         progress: a bar on a terminal where rich is installed; or a function that is called after each batch.
 
     Returns:
-        Comparison with the old routers. An expert to which the old router sent nothing keeps its direction.
+        Comparison with the old routers. An expert to which the old router sent nothing keeps its centroid. Means become
+        directions by the router's rule at once; kept rows do at its first commit, so keep them with
+        directions="centroids".
 
     Raises:
         ValueError, TypeError: models, batches or an option do not fit; the routers are then as before.

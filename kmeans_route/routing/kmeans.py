@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from kmeans_route import backends, ops, reference
 from kmeans_route.checks import (
     ACCUMULATES,
-    DEFAULT_TAU,
     MAX_FACTOR,
-    WHITENED_TAU,
     check_bias,
     check_choice,
     check_option_names,
     check_range,
     check_route_options,
     default_directions,
+    default_tau,
 )
 from kmeans_route.routing.base import called, option_names, seed_for
 from kmeans_route.routing.commit import CentroidCommit, point
@@ -130,7 +129,7 @@ class KMeansRouter(CentroidCommit):
         check_choice("init", init, INITS)
         directions = default_directions(top_k) if directions is None else directions
         check_choice("directions", directions, DIRECTIONS)
-        tau = {"centroids": DEFAULT_TAU, "whitened": WHITENED_TAU}[directions] if tau is None else tau
+        tau = default_tau(directions) if tau is None else tau
         check_range("decay", decay, 0.0, 1.0)
         bias_rate = BIAS_RATES[balance] if bias_rate is None else bias_rate
         check_range("bias_rate", bias_rate, 0.0, MAX_FACTOR)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kmeans_route.checks import DEFAULT_TAU, WHITENED_TAU, flatten_hidden_states
+from kmeans_route.checks import default_tau, flatten_hidden_states
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.types import RouteOptions
 
@@ -173,7 +173,7 @@ class TransformersRouter(KMeansRouter):
         if "directions" not in self._named_options:
             self.commit_options = self.commit_options._replace(directions=directions)
             if "tau" not in self._named_options:
-                self.options = self.options._replace(tau=DEFAULT_TAU if directions == "centroids" else WHITENED_TAU)
+                self.options = self.options._replace(tau=default_tau(directions))
         self.chosen_options["directions"] = self.commit_options.directions
 
     def _take_gate(self, gate: Tensor) -> None:
