@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends
-from kmeans_route.backends.reservoir import keep_smallest_hashes_
+from kmeans_route.backends.reservoir import keep_
 from kmeans_route.ops.schema import arguments, direct, in_backward, no_autocast, take
 from kmeans_route.reference import compute_dtype
 from kmeans_route.types import PendingStatistics, Statistics
@@ -99,7 +99,7 @@ def _reservoir_body(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashe
     """Keep the tokens of smallest hash; nothing while a backward pass runs."""
     if not in_backward():
         with no_autocast(x):
-            keep_smallest_hashes_(x, inv_norm, valid, seed, hashes, rows)
+            keep_(x, inv_norm, valid, seed, hashes, rows)
 
 
 _reservoir = torch.library.custom_op("kmeans_route::reservoir", _reservoir_body, mutates_args=("hashes", "rows"))

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmeans_route import metrics
-from kmeans_route.backends.reservoir import EMPTY_HASH, smallest
+from kmeans_route.backends.reservoir import EMPTY_HASH, kept
 from kmeans_route.reference import unit_rows
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.kmeans import KMeansRouter
@@ -197,7 +197,7 @@ def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, 
     places, num_ranks = hashes.numel(), dist.get_world_size(group)
     everyone = hashes.new_empty(num_ranks * places)
     dist.all_gather(list(everyone.view(num_ranks, places).unbind()), hashes, group=group)
-    chosen, source = smallest(everyone, places)  # of equal hashes that of the lowest rank
+    chosen, source = kept(everyone, places)  # of equal hashes that of the lowest rank
     mine = (source // places == dist.get_rank(group)) & (chosen != EMPTY_HASH)
     given = torch.where(mine[:, None], rows[source % places], 0.0)
     dist.all_reduce(given, group=group)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import KMeansRouter
-from kmeans_route.backends.reservoir import EMPTY_HASH, hash_rows, kmeans_pp
+from kmeans_route.backends.reservoir import CELL_BIT, EMPTY_HASH, hash_rows, kept, kmeans_pp
 from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
@@ -168,23 +168,76 @@ def test_forward_routes_by_gaussian_directions_until_the_commit() -> None:
 
 @pytest.mark.not_interpreted
 @pytest.mark.parametrize(("init", "places"), [("tokens", E), ("kmeans++", 16 * E)])
-def test_the_reservoir_keeps_the_smallest_hashes_and_no_more(init: str, places: int, backend: str) -> None:
+def test_each_place_keeps_the_smallest_of_its_cells_and_no_more(init: str, places: int, backend: str) -> None:
     router = KMeansRouter(D, E, K, init=init, backend=backend)
-    seen: set[int] = set()
-    for step, x in enumerate(hidden_states(2000).split(250)):
+    everything = hidden_states(2000)
+    for seen, x in enumerate(everything.split(250), 1):
         router(x)
-        kept = router.pending.hashes
-        assert kept.shape == (places,)
-        assert (kept[1:] > kept[:-1]).all(), "sorted and distinct"
-        assert int(kept[-1]) < EMPTY_HASH
+        kept_so_far = router.pending.hashes
+        assert kept_so_far.shape == (places,)
         assert router.pending.rows.shape == (places, D)
-        now = set(kept.tolist())
-        # A hash that fell out never comes back, and one that stays is smaller than all that fell out.
-        assert not step or max(now & seen, default=0) <= min(seen - now, default=EMPTY_HASH)
-        seen |= now
-    rows = tokens_of(router.pending.rows, hidden_states(2000))
+        hashes = hash_rows(everything[: 250 * seen], router._reservoir_seed)
+        place = (hashes >> CELL_BIT) % places
+        for number, found in enumerate(kept_so_far.tolist()):
+            mine = hashes[place == number]
+            assert not mine.numel() or found == int(mine.min())
+    rows = tokens_of(router.pending.rows, everything)
     assert None not in rows
     assert len(set(rows)) == places
+
+
+def slowly_kept(hashes: list[int], places: int) -> list[int]:
+    """`kept` as its docstring says it."""
+    cells: dict[int, list[int]] = {}
+    for value in sorted(set(hashes) - {EMPTY_HASH}):
+        cells.setdefault(value >> CELL_BIT, []).append(value)
+    queue = []  # (turn of its cell, turn among its place's cells of that turn, hash)
+    for turn in range(max(map(len, cells.values()), default=0)):
+        before = dict.fromkeys(range(places), 0)
+        for cell in sorted(cell for cell, values in cells.items() if len(values) > turn):
+            queue.append((turn, before[cell % places], cells[cell][turn]))
+            before[cell % places] += 1
+    result, rest = [EMPTY_HASH] * places, []
+    for turn, among, value in sorted(queue)[:places]:
+        if (turn, among) == (0, 0):
+            result[(value >> CELL_BIT) % places] = value
+        else:
+            rest.append(value)
+    for value in rest:
+        result[result.index(EMPTY_HASH)] = value
+    return result
+
+
+@pytest.mark.parametrize("num_cells", [1, 3, 40, 1000])
+def test_what_parts_keep_is_what_the_whole_keeps(num_cells: int) -> None:
+    gen = generator(num_cells)
+    for places in (1, 5, 16):
+        for size in (1, 4, 60, 400):
+            cells = torch.randint(2**32, (num_cells,), generator=gen)[torch.randint(num_cells, (size,), generator=gen)]
+            hashes = (cells << CELL_BIT) + torch.randint(50, (size,), generator=gen)
+            hashes[torch.rand(size, generator=gen) < 0.1] = EMPTY_HASH
+            want, stood = kept(hashes, places)
+            assert want.tolist() == slowly_kept(hashes.tolist(), places)
+            assert torch.equal(hashes[stood][want != EMPTY_HASH], want[want != EMPTY_HASH])
+            parts = [kept(part, places)[0] for part in hashes[torch.randperm(size, generator=gen)].split(37)]
+            assert torch.equal(kept(torch.cat(parts), places)[0], want)
+
+
+def rounded(x: Tensor, noise: float, seed: int) -> Tensor:
+    return x * (1 + noise * torch.randn(x.shape, generator=generator(seed)))
+
+
+@pytest.mark.parametrize("init", FROM_TOKENS)
+@pytest.mark.parametrize(("noise", "share"), [(1e-7, 1.0), (2e-6, 0.99), (2**-9, 0.9)], ids=["ulp", "order", "bf16"])
+def test_rounding_leaves_the_first_centroids_in_their_places(init: str, noise: float, share: float) -> None:
+    same = list[Tensor]()
+    for seed in range(4):
+        x = hidden_states(1500, seed, 64)
+        one, other = (KMeansRouter(64, 32, K, init=init, seed=seed) for _ in range(2))
+        one.initialize(x)
+        other.initialize(rounded(x, noise, seed))
+        same.append((one.centroids - other.centroids).norm(dim=1) < 0.05)
+    assert float(torch.cat(same).double().mean()) >= share
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -247,7 +300,7 @@ def test_kmeans_pp_draws_distinct_tokens_even_of_one_direction(num_found: int) -
     hashes = torch.full((64,), EMPTY_HASH)
     hashes[:num_found] = torch.arange(num_found)
     rows = torch.ones(64, D)  # no distance between any two: every odd is 0
-    chosen = kmeans_pp(hashes, rows, 8, generator(0))
+    chosen = kmeans_pp(hashes, rows, 8)
     assert len(set(chosen.tolist())) == 8
     assert int((hashes[chosen] != EMPTY_HASH).sum()) == min(8, num_found)
 
