@@ -327,6 +327,9 @@ def choices(name: str, router: Router, output: Any) -> tuple[Tensor, Tensor]:
 
 def reread(batches: Iterable[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
     """Batches to go by and to report on, as lists, since several passes are made over them."""
+    for name, one in (("batches", batches), ("held_out", held_out)):
+        if isinstance(one, Mapping):
+            raise TypeError(f"{name} must be a list of batches, got a single {type(one).__name__}: put it into a list")
     held = list(batches)
     reported = held if held_out is None else list(held_out)
     for name, one in (("batches", held), ("held_out", reported)):

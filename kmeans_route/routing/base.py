@@ -37,6 +37,9 @@ def called(router: "StatefulRouter") -> str:
     return f"router {name!r}" if name else f"a {type(router).__name__} without a name ({size})"
 
 
+COMMIT_REMEDY = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
+
+
 def option_names(router: "type[StatefulRouter]") -> set[str]:
     """What the constructor takes by name alone."""
     parameters = inspect.signature(router).parameters.values()
@@ -305,10 +308,9 @@ class StatefulRouter(nn.Module):
             self._warn_gathers_nothing("call kmeans_route.attach(model, optimizer)")
             return
         self._has_gathered = True
-        remedy = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
         if not (self._warned or self._commits_by_hand):
             self._warned = True
-            warnings.warn(f"{called(self)} trains but nothing commits its statistics: {remedy}", stacklevel=5)
+            warnings.warn(f"{called(self)} trains but nothing commits its statistics: {COMMIT_REMEDY}", stacklevel=5)
 
     def _warn_gathers_nothing(self, remedy: str) -> None:
         if not (self._has_gathered or self._warned):
@@ -365,12 +367,19 @@ class StatefulRouter(nn.Module):
             if old.device != device:
                 setattr(self, name, torch.zeros_like(old, device=device) if old.is_meta else old.detach().to(device))
 
+    def _when_to_save(self) -> str:
+        if self.attachment is None and not self._commits_by_hand:
+            return COMMIT_REMEDY
+        every = getattr(self.attachment, "every_n_steps", 1)
+        after = "an optimizer step" if every == 1 else f"a commit, every {every} optimizer steps"
+        return f"save right after {after}" + (", with attachment.state_dict()" if every > 1 else "")
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pending = self.pending.num_tokens
         if not pending.is_meta and int(pending):
             warnings.warn(
                 f"{called(self)} is saved with {int(pending)} tokens pending, which a state dict does not hold: "
-                "save right after an optimizer step",
+                f"{self._when_to_save()}",
                 stacklevel=2,
             )
         self._own_dtypes_again(tell=True)

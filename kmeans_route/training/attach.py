@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WIRES = ("fp32", "bf16")
 LEFT_OUT = ("left_of_sums", "left_of_chunk")
+COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of a model's parts."""
 
 
 class Attachment:
@@ -47,9 +49,13 @@ class Attachment:
         self._scope = CountingScope(self)
         for router in routers.values():
             router.bind(self._scope)
-        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers, [*routers])
+        learns = lambda: any(router.learns for router in self._learning())  # noqa: E731
+        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers, learns, [*routers])
         watch_steps(self._overdue)
         self.watch(model)
+
+    def __repr__(self) -> str:
+        return f"Attachment({', '.join(map(repr, self.routers)) or 'removed'}; {self._steps} steps)"
 
     def watch(self, module: nn.Module) -> None:
         """Take `module` too for a root, whose training mode and gradients as it is entered decide what counts.
@@ -82,6 +88,8 @@ class Attachment:
             self._overdue.forward()
         elif root.training:
             self._overdue.looked()
+        elif torch.is_grad_enabled():
+            self._overdue.in_eval(root)
 
     def _leave(self, _root: nn.Module, _args: Any, output: Any) -> None:
         counted = self._scope.leave()
@@ -200,7 +208,8 @@ class Attachment:
     def metrics(self, names: Collection[str] | None = None, max_keys: int | None = None) -> dict[str, float]:
         """Flat scalars of all routers, named `<router's name in the model>/<metric>`, as any logger takes them.
 
-        Of several routers also each metric's percentiles over them, `routers/<metric>_p90` and min, p10, p50, max.
+        Of several routers also each metric's lowest, median and highest value, `routers/<metric>_max` and _min, _p50;
+        of more than five its percentiles 10 and 90 too.
 
         Args:
             names: the metrics wanted, such as ["maxvio"]; None for all.
@@ -282,10 +291,16 @@ def attach(
             is raised, nothing changes.
     """
     check_module("model", model, "call attach(model, optimizer), in this order")
-    routers = {name or "router": m for name, m in model.named_modules() if isinstance(m, StatefulRouter)}
+    routers = {
+        name.replace(COMPILED, "") or "router": module
+        for name, module in model.named_modules()
+        if isinstance(module, StatefulRouter)
+    }
     if not routers:
         raise ValueError(
-            f"model must contain at least one router, got none in {type(model).__name__}: add a KMeansRouter or an MoE"
+            f"model must contain at least one router, got none in {type(model).__name__}: add a KMeansRouter or an "
+            "MoE; a framework's own model needs its adapter first, as apply_kmeans_routing(model) of "
+            "kmeans_route.integrations.transformers"
         )
     former = _attachments_of(routers, replace=replace)
     clocks = clocks_of(optimizer)

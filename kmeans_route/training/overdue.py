@@ -31,12 +31,15 @@ class Overdue:
       than half must have changed by their version counters, which are read without a sync.
     - More forwards than any step would have: for those who write past the version counters.
 
+    A fourth is that all forwards with gradients between two steps were in eval mode, where nothing counts.
+
     Code that torch.compile has made of a whole forward tells only of the first.
 
     Args:
         clocks: the optimizers whose steps commit, as `clocks_of` gives them.
         parameters: whose writes are watched, where the clocks have none of their own.
         gathers: whether any router would gather and learn.
+        learns: the same, in training mode.
         names: of the routers, to tell.
     """
 
@@ -45,10 +48,11 @@ class Overdue:
         clocks: Sequence[Any],
         parameters: Iterable[Tensor],
         gathers: Callable[[], bool],
+        learns: Callable[[], bool],
         names: Sequence[str] = (),
     ) -> None:
         # Weak: an optimizer that was rebuilt must be free to go, with its state.
-        self._clocks, self._gathers = [weakref.ref(clock) for clock in clocks], gathers
+        self._clocks, self._gathers, self._learns = [weakref.ref(clock) for clock in clocks], gathers, learns
         self._name = type(clocks[0]).__name__
         self._routers = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         trained = [p for p in parameters_of(clocks) or parameters if p.requires_grad and not p.is_inference()]
@@ -56,21 +60,33 @@ class Overdue:
         self._probes = self._parameters[:: -(-len(trained) // NUM_PROBES) or 1]
         self._same_parameters: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._most_forwards, self._most_updates = MOST_FORWARDS, MOST_UPDATES
-        self._told = self._told_of_reentrant = False
+        self._told = self._told_of_reentrant = self._told_of_eval = False
         self._forwards = self._updates = self._steps_of_another = 0
+        self._in_eval: str | None = None
         self.stepped()
 
     def stepped(self) -> None:
-        """The optimizer has stepped, or a commit was called: all is well."""
+        """The optimizer has stepped, or a commit was called: all is well, if a forward has counted."""
+        if self._in_eval is not None and not self._forwards and not self._told_of_eval and self._learns():
+            self._told_of_eval = True
+            warnings.warn(
+                f"{self._in_eval} must be in training mode for its routers to learn, got an optimizer step after "
+                "forwards in eval mode alone, which count nothing: call model.train(), or freeze() the routers",
+                stacklevel=5,
+            )
         self._most_forwards = max(self._most_forwards, TIMES_USUAL * self._forwards)
         self._most_updates = max(self._most_updates, TIMES_USUAL * self._updates, TIMES_USUAL * self._steps_of_another)
         self._forwards = self._updates = self._steps_of_another = 0
-        self._looked = False
+        self._looked, self._in_eval = False, None
         self._versions: list[int] = []
 
     def looked(self) -> None:
         """The root was entered in training mode without gradients."""
         self._looked = True
+
+    def in_eval(self, root: nn.Module) -> None:
+        """The root was entered in eval mode with gradients."""
+        self._in_eval = type(root).__name__
 
     def forward(self) -> None:
         """A forward that counts begins."""

@@ -7,6 +7,8 @@ import torch
 MAX_KEYS = 256
 """What the callbacks of frameworks give a logger at the most, unless told otherwise."""
 PERCENTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
+OF_FEW = ("min", "p50", "max")
+"""Of so few routers that all percentiles were more figures than they have."""
 
 
 def over_routers(
@@ -26,12 +28,13 @@ def over_routers(
     for values in wanted.values():
         for name, value in values.items():
             by_name.setdefault(name, []).append(value)
+    shares = {name: PERCENTILES[name] for name in OF_FEW} if len(wanted) <= len(PERCENTILES) else PERCENTILES
     over = {
         f"routers/{name}_{percentile}": float(
             torch.tensor(values, dtype=torch.float64, device="cpu").nanquantile(share)
         )
         for name, values in by_name.items()
-        for percentile, share in PERCENTILES.items()
+        for percentile, share in shares.items()
         if len(wanted) > 1
     }
     if max_keys is None or len(alone) + len(over) <= max_keys:

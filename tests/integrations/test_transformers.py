@@ -25,6 +25,7 @@ from kmeans_route.integrations import require  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402
     SUPPORTED,
     apply_kmeans_routing,
+    export_vanilla,
     load_kmeans_pretrained,
     revert,
 )
@@ -215,7 +216,9 @@ def test_a_filter_that_names_nothing_is_refused(layers: Any, message: str) -> No
 def test_models_without_a_known_router_are_refused_by_name() -> None:
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_dense(), "num_hidden_layers": 1}))
     types = re.escape(", ".join(MODEL_TYPES))
-    with pytest.raises(ValueError, match=rf"supported type \({types}\), got LlamaForCausalLM of type llama with none"):
+    with pytest.raises(
+        ValueError, match=rf"supported type \({types}\), got LlamaForCausalLM of type llama without a router: "
+    ):
         apply_kmeans_routing(dense)
     config = transformers.JetMoeConfig(**{**_dense(), "num_hidden_layers": 1, "kv_channels": 16})
     with pytest.raises(ValueError, match=r"of type jetmoe with JetMoeTopKGating at model\.layers\.0"):
@@ -223,6 +226,19 @@ def test_models_without_a_known_router_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match="got Linear"):
         apply_kmeans_routing(nn.Linear(2, 2))
     assert set(MODEL_TYPES) == set(TYPES)
+
+
+def test_misspelt_options_and_arguments_are_named() -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(
+        TypeError, match=r"apply_kmeans_routing must get options among .*tau, got 'tua': did you mean 't"
+    ):
+        apply_kmeans_routing(model, tua=0.2)
+    with pytest.raises(TypeError, match=r"cls must be a model class of transformers, got 'folder': call load_kmeans_"):
+        load_kmeans_pretrained("folder", type(model))
+    apply_kmeans_routing(model)
+    with pytest.raises(TypeError, match=r"batches must be a list of batches, got a single dict: put it into a list"):
+        export_vanilla(model, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
 
 
 def test_a_second_swap_says_what_is_swapped_and_what_is_left() -> None:

@@ -116,3 +116,12 @@ def test_every_logger_gets_the_metrics(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.gate/load_entropy" in seen[0]
     assert callback.attachment is None
     assert int(model.model.layers[0].mlp.gate.initialized)
+
+
+def test_the_callback_says_what_it_takes() -> None:
+    model = torch.nn.Linear(2, 2)
+    for metrics in (model, "maxvio"):
+        with pytest.raises(TypeError, match="metrics must be a list of names or None, got"):
+            KMeansRouterCallback(metrics)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="trainer must be a Trainer, got Linear: make the Trainer first"):
+        KMeansRouterCallback().add_to(model)

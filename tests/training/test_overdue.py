@@ -358,3 +358,45 @@ def test_a_commit_between_a_forward_and_its_backward_pass_is_no_reentrant_checkp
         loss.backward()
 
     assert said_in(train) == []
+
+
+def test_training_in_eval_mode_is_told_once() -> None:
+    model = make().eval()
+    optimizer = SGD(model.parameters(), 1e-2)
+    attach(model, optimizer)
+
+    def steps() -> None:
+        for _ in range(3):
+            backward(model)
+            optimizer.step()
+
+    (said,) = said_in(steps)
+    assert said == (
+        "MoE must be in training mode for its routers to learn, got an optimizer step after forwards in eval mode "
+        "alone, which count nothing: call model.train(), or freeze() the routers"
+    )
+    assert not said_in(steps)
+
+
+@pytest.mark.parametrize("how", ["validation between", "frozen", "without gradients"])
+def test_forwards_in_eval_mode_that_are_meant_are_not_told(how: str) -> None:
+    model = make()
+    optimizer = SGD(model.parameters(), 1e-2)
+    attach(model, optimizer)
+    if how == "frozen":
+        model.router.freeze()
+
+    def run() -> None:
+        for _ in range(3):
+            model.train(how == "validation between")
+            if how == "without gradients":
+                with torch.no_grad():
+                    model(batch())
+            else:
+                backward(model)
+            model.eval()
+            if how == "validation between":
+                model(batch())
+            optimizer.step()
+
+    assert not said_in(run)

@@ -30,6 +30,10 @@ def load_kmeans_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> An
     Raises:
         ValueError: config.json has no `kmeans_route` section, or one that does not fit the model or the weights.
     """
+    if not (isinstance(cls, type) and hasattr(cls, "from_pretrained")):
+        raise TypeError(
+            f"cls must be a model class of transformers, got {cls!r}: call load_kmeans_pretrained(cls, path)"
+        )
     config = kwargs.pop("config", None)
     if config is None:
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

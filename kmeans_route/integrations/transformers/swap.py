@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from kmeans_route.checks import check_option_names
 from kmeans_route.integrations.transformers.config import (
     MODEL_TYPES,
     KMeansConfig,
@@ -27,6 +28,8 @@ from kmeans_route.integrations.transformers.router import (
     router_class,
     zero_bad_rows,
 )
+from kmeans_route.routing.base import option_names
+from kmeans_route.routing.kmeans import KMeansRouter
 
 # 1: the model type in config.json was that of the architecture.
 SECTION_VERSION = 2
@@ -94,6 +97,7 @@ def apply_kmeans_routing(
     for option in DECIDED_BY_MODEL:
         if option in router_options:
             raise ValueError(f"router_options must not hold {option}, got {router_options[option]!r}: leave it out")
+    check_option_names("apply_kmeans_routing", router_options, option_names(KMeansRouter) - {*DECIDED_BY_MODEL})
     made = {}
     for path, old in _select(model, layers).items():
         contract = _contract(model, path, old)
@@ -144,8 +148,8 @@ def check_model(model: Any) -> None:
     """Raise TypeError unless this is a model of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model must be a PreTrainedModel, got {type(model).__name__}: pass the model inside, with PEFT "
-            "model.get_base_model()"
+            f"model must be a PreTrainedModel, got {type(model).__name__}: pass the model itself (of PEFT's, "
+            "model.get_base_model())"
         )
     for path, module in model.named_modules():
         if type(module).__name__ == "AutoEPMoELayer":  # DeepSpeed's; its router is learned, whatever stood there before
@@ -179,7 +183,7 @@ def _select(model: Any, layers: Layers) -> dict[str, nn.Module]:
     if not known:
         raise ValueError(
             f"model must be of a supported type ({', '.join(MODEL_TYPES)}), got {type(model).__name__} of type "
-            f"{model.config.model_type} with {_others(model)} for a router: use one of those"
+            f"{model.config.model_type} {_others(model)}: use one of those"
         )
     if layers is None:
         return known
@@ -212,7 +216,8 @@ def _some(names: list[str]) -> str:
 def _others(model: nn.Module) -> str:
     """What seems to be a router, and is of no known class."""
     found = [(path, type(module).__name__) for path, module in model.named_modules()]
-    return _some([f"{name} at {path}" for path, name in found if re.search(r"(Router|Gate|Gating)$", name)]) or "none"
+    alike = _some([f"{name} at {path}" for path, name in found if re.search(r"(Router|Gate|Gating)$", name)])
+    return f"with {alike} for a router" if alike else "without a router"
 
 
 def _layer_index(path: str) -> int | None:

@@ -1,6 +1,6 @@
 """A callback for the Trainer of transformers: commits with its optimizer, metrics to its loggers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback
@@ -32,14 +32,25 @@ class KMeansRouterCallback(TrainerCallback):
     """
 
     def __init__(
-        self, metrics: Sequence[str] | None = DEFAULT_METRICS, max_keys: int | None = MAX_KEYS, **attach_options: Any
+        self, metrics: Collection[str] | None = DEFAULT_METRICS, max_keys: int | None = MAX_KEYS, **attach_options: Any
     ) -> None:
+        if isinstance(metrics, str) or not isinstance(metrics, Collection | None):
+            raise TypeError(
+                f"metrics must be a list of names or None, got {type(metrics).__name__}: the callback takes no model, "
+                "it finds the Trainer's"
+            )
         self.metrics, self.max_keys, self.attach_options = metrics, max_keys, attach_options
         self.attachment: Attachment | None = None
         self._saved_form: tuple[PreTrainedModel, Any] | None = None
 
     def add_to(self, trainer: Any) -> "KMeansRouterCallback":
-        """Put this callback before all others of a Trainer."""
+        """Put this callback before all others of a Trainer, so that every logger gets the metrics.
+
+        Raises:
+            TypeError: no Trainer of transformers.
+        """
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(f"trainer must be a Trainer, got {type(trainer).__name__}: make the Trainer first")
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
