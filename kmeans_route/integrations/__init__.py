@@ -19,10 +19,10 @@ def require(distribution: str, supported: str, module: str | None = None, others
     distribution: its name in the package index. supported: versions by PEP 440, as ">=0.3,<0.4". module: what to
     import; None for the distribution's name. others: distributions of the same module, which will do.
     """
-    installed = [name for name in (distribution, *others) if _version(name)]
+    installed = [name for name in (distribution, *others) if version_of(name)]
     found = installed[0] if installed else distribution
     remedy = f'pip install "{found}{supported}"'
-    version = _version(found)
+    version = version_of(found)
     if version is None:
         raise ImportError(
             f"{distribution} must be installed for this adapter, got none: {remedy} (--no-deps keeps your torch)"
@@ -34,7 +34,8 @@ def require(distribution: str, supported: str, module: str | None = None, others
     return importlib.import_module(distribution if module is None else module)
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """What is installed of it; None where nothing is."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -2,10 +2,12 @@
 
 An example stands in docs/integrations.md.
 
-Tensor suffixes as in torchtitan's `models/common/moe.py`: B batch, L sequence, D hidden size, E experts, K top_k.
+Tensor suffixes as in torchtitan's `models/common/moe.py`: E experts. A router's input has no suffix: 0.3 hands it
+(batch, length, D), the main branch (tokens, D).
 """
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kmeans_route.checks import check_choice
-from kmeans_route.integrations import require
+from kmeans_route.integrations import require, version_of
 from kmeans_route.routing.kmeans import BALANCES, KMeansRouter
 from kmeans_route.training.attach import Attachment, attach
 
 SUPPORTED = ">=0.3,<0.4"
 TRIED = ("0.3.0",)
-require("torchtitan", SUPPORTED)
+# What is installed from the main branch calls itself 0.2.2. The release of that number has no such module.
+if version_of("torchtitan") != "0.2.2" or importlib.util.find_spec("torchtitan.protocols.sharding") is None:
+    require("torchtitan", SUPPORTED)
 
 import spmd_types as spmd  # noqa: E402
 from torchtitan.models.common.decoder_sharding import dense_param_placement  # noqa: E402
@@ -81,12 +85,12 @@ class KMeansTokenChoiceRouter(KMeansRouter, Module):
             )
 
     def forward(  # type: ignore[override]
-        self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
+        self, x: Tensor, expert_bias_E: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gates (B, L, K), expert ids (B, L, K) and cosines (B, L, E)."""
-        routing = self.route(x_BLD, expert_bias=expert_bias_E, gather=True)
+        """Gates (..., K), expert ids (..., K) and cosines (..., E) of x (..., D)."""
+        routing = self.route(x, expert_bias=expert_bias_E, gather=True)
         assert routing.scores is not None
-        by_token = x_BLD.shape[:-1]
+        by_token = x.shape[:-1]
         return (
             routing.weights.view(*by_token, -1),
             routing.indices.view(*by_token, -1),
@@ -122,8 +126,8 @@ def _sharding(gate: Any, states: list[str]) -> Any:
     out = gate.out_dst_shardings
     return ShardingConfig(
         state_shardings=dict.fromkeys(states, replicated),
-        in_src_shardings={"x_BLD": gate.in_src_shardings["input"], "expert_bias_E": replicated},
-        in_dst_shardings={"x_BLD": gate.in_dst_shardings["input"], "expert_bias_E": replicated},
+        in_src_shardings={"x": gate.in_src_shardings["input"], "expert_bias_E": replicated},
+        in_dst_shardings={"x": gate.in_dst_shardings["input"], "expert_bias_E": replicated},
         out_src_shardings=(out, out, out),
         local_map=LocalMapConfig(in_grad_placements=(gate.in_dst_shardings["input"], replicated)),
     )

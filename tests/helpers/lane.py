@@ -46,6 +46,9 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(name)
+        found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    source = json.loads(found.read_text("direct_url.json") or "{}")  # what pip keeps of an install from a repository
+    commit = source.get("vcs_info", {}).get("commit_id")
+    return f"{found.version} at {commit}" if commit else found.version

@@ -1,7 +1,12 @@
 """torchtitan: its debug-size DeepSeek-V3 with the flag, on the CPU."""
 
 import copy
+import importlib.metadata
+import importlib.util
+import inspect
+import runpy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("torchtitan.models.deepseek_v3", exc_type=ImportError)  # its models need a torch after 2.11
 pytest.importorskip("kmeans_route.integrations.torchtitan", exc_type=ImportError)
@@ -17,10 +22,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torchtitan.components.optimizer import default_adamw
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 from torchtitan.models.deepseek_v3 import model_registry
 
 from kmeans_route import KMeansRouter, route
+from kmeans_route.integrations import torchtitan as adapter
 from kmeans_route.integrations.torchtitan import KMeansRouting, KMeansTokenChoiceRouter, kmeans_routing
 from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits
@@ -28,6 +35,23 @@ from tests.helpers.examples import run_example
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*determinis")
 D, E, K = 256, 8, 3
+LENGTH = 32
+FLAT = "x_TD" in inspect.signature(TokenChoiceTopKRouter.forward).parameters
+"""torchtitan's main branch: a model takes the tokens of all rows as one dimension."""
+
+
+class PlainAttention(ScaledDotProductAttention):
+    """FlexAttention has no backward pass on the CPU. Flat tokens are rows of LENGTH here, in place of a mask."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ScaledDotProductAttention.Config):
+        pass
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if q.dim() == 4:
+            return super().forward(q, k, v, **options)
+        rows = [part.unflatten(0, (-1, LENGTH)) for part in (q, k, v)]
+        return super().forward(*rows, **options).flatten(0, 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,12 +64,19 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def debug_spec(num_layers: int) -> Any:
-    """The debug flavor with plain attention: FlexAttention has no backward pass on the CPU."""
+    """The debug flavor with plain attention."""
     spec = model_registry("debugmodel", attn_backend="flex")
     spec.model.layers = spec.model.layers[:num_layers]
     for layer in spec.model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+        layer.attention.inner_attention = PlainAttention.Config()
     return spec
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(rows * LENGTH, vocabulary), of either kind of model."""
+    if not FLAT:
+        return model(tokens).flatten(0, 1)
+    return model(tokens.flatten(), torch.arange(LENGTH).repeat(len(tokens)))
 
 
 def train(model: nn.Module, spec: Any, num_steps: int, micro_batches: int = 1) -> list[float]:
@@ -53,11 +84,11 @@ def train(model: nn.Module, spec: Any, num_steps: int, micro_batches: int = 1) -
     one = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "world_size"), 1)
     spec.post_optimizer_build_fn(optimizers, [model], ParallelDims(**one))
     torch.manual_seed(1)
-    tokens, losses = torch.randint(0, 2048, (2, 33)), []
+    tokens, losses = torch.randint(0, 2048, (2, LENGTH + 1)), []
     for _ in range(num_steps):
         total = 0.0
         for part in tokens.split(2 // micro_batches):
-            logits = model(part[:, :-1]).flatten(0, 1).float()
+            logits = logits_of(model, part[:, :-1]).float()
             loss = F.cross_entropy(logits, part[:, 1:].flatten()) / micro_batches
             loss.backward()
             total += float(loss)
@@ -93,7 +124,7 @@ def test_the_debug_model_trains_with_the_flag(num_layers: int, num_steps: int) -
     assert len(routers_of(model)) == num_layers - 1  # the first layer is dense
     for one in routers_of(model):
         assert int(one.steps) == num_steps - 1  # the first commit sets the centroids
-        assert int(one.tokens_per_expert.sum()) == 64 * K
+        assert int(one.tokens_per_expert.sum()) == 2 * LENGTH * K
         assert int(one.pending.num_tokens) == 0
         assert not one.expert_bias.any()  # the block has the bias
     assert model.layers["1"].moe.expert_bias_E.any()
@@ -148,12 +179,13 @@ def test_activation_checkpointing_counts_each_token_once() -> None:
         assert_same_bits(got.weight, want.weight, "weight")
 
 
-def test_the_blocks_bias_chooses_and_never_weighs() -> None:
+@pytest.mark.parametrize("lead", [(2, 5), (10,)], ids=["rows", "flat"])
+def test_the_blocks_bias_chooses_and_never_weighs(lead: tuple[int, ...]) -> None:
     one = router(tau=0.1, seed=4).eval()
-    x, bias = torch.randn(2, 5, D), torch.zeros(E)
+    x, bias = torch.randn(*lead, D), torch.zeros(E)
     bias[6] = 3.0
     weights, ids, scores = one(x, bias)
-    assert (weights.shape, ids.shape, scores.shape) == ((2, 5, K), (2, 5, K), (2, 5, E))
+    assert (weights.shape, ids.shape, scores.shape) == ((*lead, K), (*lead, K), (*lead, E))
     want = route(x, one.weight, K, bias, tau=0.1, return_scores=True)
     assert torch.equal(ids.view(-1, K), want.indices)
     assert (ids == 6).any(-1).all()
@@ -203,7 +235,7 @@ def test_a_rule_of_the_router_takes_the_place_of_the_blocks() -> None:
 def test_the_block_compiles_whole() -> None:
     model, _ = make()
     moe = model.layers["1"].moe.eval()
-    x = torch.randn(1, 16, D)
+    x = torch.randn(*(() if FLAT else (1,)), 16, D)
     want = moe(x)
     got = torch.compile(moe, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(got, want)
@@ -220,8 +252,8 @@ def test_every_buffer_and_input_has_a_layout(ep: bool) -> None:
     assert set(layouts.state_shardings) == {*one._buffers, "offset"}
     with pytest.raises(ValueError, match="learned_offset must be False under tensor parallelism, got True with tp=2"):
         one._distribute_states(SimpleNamespace(tp=2))
-    assert set(layouts.in_dst_shardings) == {"x_BLD", "expert_bias_E"}
-    assert layouts.in_dst_shardings["x_BLD"] == moe.router.gate.sharding_config.in_dst_shardings["input"]
+    assert set(layouts.in_dst_shardings) == {"x", "expert_bias_E"}
+    assert layouts.in_dst_shardings["x"] == moe.router.gate.sharding_config.in_dst_shardings["input"]
     assert len(layouts.out_src_shardings) == 3
     assert layouts.local_map is not None
 
@@ -255,3 +287,11 @@ def test_whitened_directions_train_through_the_converter() -> None:
         assert (one.commit_options.directions, one.options.tau) == ("whitened", 0.1)
         want = whitened_reference(one.centroids.double(), one.weight.double())
         torch.testing.assert_close(one.weight.double(), want, rtol=0, atol=1e-4)
+
+
+def test_main_is_taken_and_the_release_of_its_number_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.2.2")
+    assert runpy.run_path(adapter.__file__)["SUPPORTED"] == ">=0.3,<0.4"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"torchtitan must be a supported version, >=0\.3,<0\.4, got 0\.2\.2"):
+        runpy.run_path(adapter.__file__)
