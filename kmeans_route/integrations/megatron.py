@@ -3,6 +3,7 @@
 An example stands in docs/integrations.md.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from functools import partial
@@ -23,7 +24,8 @@ TRIED = ("0.16.0", "0.16.1", "0.17.0", "0.18.0", "0.19.2")
 require("megatron-core", SUPPORTED, "megatron.core")
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.transformer.moe.router_replay import RouterReplay  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -38,8 +40,8 @@ class KMeansTopKRouter(KMeansRouter):
     gate is an option here. Padding is routed as any token and left out of the statistics. Rows that are not finite get
     probability 0 but reach the experts: Megatron hands those the hidden states itself.
 
-    With moe_enable_routing_replay it has a `RouterReplay` of Megatron's, and records and replays as that is told to; a
-    row of ids that are out of range, or with one twice, is routed.
+    With moe_enable_routing_replay it has a `RouterReplay` of Megatron's, or of verl's where verl has put its own in
+    place, and records and replays as that is told to; a row of ids that are out of range, or with one twice, is routed.
 
     Args:
         config, pg_collection, is_mtp_layer: as Megatron passes them.
@@ -62,7 +64,7 @@ class KMeansTopKRouter(KMeansRouter):
         self.config = config
         self.layer_number: int | None = None
         self._base_name = self.name
-        self.router_replay = RouterReplay() if config.moe_enable_routing_replay else None
+        self.router_replay = _replay_of(config)
         if self.offset is not None:  # as Megatron's own router marks its rows: gradients are summed over the sequence
             self.offset.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -86,7 +88,7 @@ class KMeansTopKRouter(KMeansRouter):
         """
         counted = None if padding_mask is None else ~padding_mask.reshape(-1)
         routing = self.route(input, indices=self._given_ids(), count_mask=counted, gather=True)
-        if self.router_replay is not None and self.router_replay.router_replay_action is RouterReplayAction.RECORD:
+        if _action(self.router_replay) == "RECORD":
             self.router_replay.record_indices(routing.indices.detach())
         dtype = DTYPES.get(self.config.moe_router_dtype or "", input.dtype)
         by_expert = (routing.indices.shape[0], self.num_experts)
@@ -95,16 +97,39 @@ class KMeansTopKRouter(KMeansRouter):
         return probs.to(dtype), routing_map.scatter(1, routing.indices, True)
 
     def _given_ids(self) -> Tensor | None:
-        """What Megatron wants replayed; each recomputation takes the oldest ids that none has taken."""
-        replay = self.router_replay
-        if replay is None:
-            return None
-        action = replay.router_replay_action
-        if action is RouterReplayAction.REPLAY_FORWARD:
-            return usable_ids(self, replay.target_topk_idx)
-        if action is RouterReplayAction.REPLAY_BACKWARD:
-            return usable_ids(self, replay.replay_backward_list.pop(0))
+        """What is to be replayed; each recomputation takes the oldest ids that none has taken.
+
+        verl's handle has masks, too, and routes where it was given nothing: layers of multi-token prediction.
+        """
+        replay, action = self.router_replay, _action(self.router_replay)
+        masks = getattr(replay, "replay_backward_mask_list", None)
+        ids = mask = None
+        if action == "REPLAY_FORWARD":
+            ids, mask = replay.target_topk_idx, getattr(replay, "target_replay_mask", None)
+        elif action == "REPLAY_BACKWARD" and (masks is None or replay.replay_backward_list):
+            ids, mask = replay.replay_backward_list.pop(0), masks.pop(0) if masks else None
+        return None if ids is None else usable_ids(self, ids, None if mask is None else mask.bool())
+
+
+VERL = "verl.utils.megatron.router_replay_patch"
+
+
+def _replay_of(config: TransformerConfig) -> Any:
+    """verl's handle where verl has patched Megatron's router for its own, else Megatron's; None without replay.
+
+    Read in verl 0.9.1. Its patch reaches only TopKRouter, and its walk over a model takes handles of that class alone.
+    """
+    if not (config.moe_enable_routing_replay or getattr(config, "enable_routing_replay", False)):
         return None
+    if VERL in sys.modules and hasattr(TopKRouter, "_router_replay_patched"):
+        TopKRouter.register(KMeansTopKRouter)
+        return sys.modules[VERL].RouterReplay()
+    return RouterReplay()
+
+
+def _action(replay: Any) -> str | None:
+    """By name: verl's enumeration is another than Megatron's."""
+    return getattr(getattr(replay, "router_replay_action", None), "name", None)
 
 
 def with_kmeans_router(spec: Any, **options: Any) -> Any:

@@ -97,7 +97,7 @@ def replay(
         ids: (T, K) of each router, any integer dtype, as `Recording.ids` has them: a sequence in the order of
             `model.modules()`, one tensor (layers, T, K), or a dict by module path, whose other routers choose. A row
             with an id outside of [0, E), or with one twice, is routed as without replay. Of an array (T, layers, K),
-            as vLLM returns, pass `torch.from_numpy(array).movedim(1, 0)`.
+            as vLLM returns, pass `torch.from_numpy(array).movedim(1, 0)`, or its columns by path.
         mask: bool, (T,) or the leading shape of the hidden states; rows where it is false are routed as without
             replay.
         count: whether these forwards count in the statistics, with the experts that were used.

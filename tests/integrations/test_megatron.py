@@ -1,5 +1,8 @@
 """Megatron-Core's MoELayer with a K-Means router, on the CPU, where two functions of torch.cuda are patched."""
 
+import ast
+import importlib.util
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,11 +19,13 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kmeans_route import KMeansRouter, ops, route
-from kmeans_route.integrations.megatron import FinalizeModelGrads, KMeansTopKRouter, with_kmeans_router
+from kmeans_route.integrations.megatron import VERL, FinalizeModelGrads, KMeansTopKRouter, with_kmeans_router
 from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits
 from tests.helpers.examples import run_example
@@ -251,6 +256,91 @@ def test_megatrons_replay_gives_the_gradients_of_what_was_recorded(recompute: bo
     for one, other in zip(got, want, strict=True):
         assert_same_bits(one, other)
     RouterReplay.clear_global_router_replay_instances()
+
+
+@pytest.fixture
+def verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """verl's module of router replay with its patch applied, and two functions of the module that uses it.
+
+    Each from its file: verl itself imports ray.
+    """
+    found = importlib.util.find_spec("verl")
+    if found is None or found.origin is None:
+        pytest.skip("verl is not installed")
+    folder = Path(found.origin).parent / "utils" / "megatron"
+    spec = importlib.util.spec_from_file_location(VERL, folder / "router_replay_patch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    patch = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, VERL, patch)
+    spec.loader.exec_module(patch)
+    walk = ast.parse((folder / "router_replay_utils.py").read_text(encoding="utf-8"))
+    named = ("iter_model_routers", "set_model_router_replay_action")
+    walk.body = [part for part in walk.body if isinstance(part, ast.FunctionDef) and part.name in named]
+    names = vars(patch)
+    exec(compile(walk, "router_replay_utils.py", "exec"), names)
+
+    places: list[Any] = [TopKRouter, TransformerConfig, MoEAlltoAllTokenDispatcher]
+    before = [dict(vars(place)) for place in places]
+    patch.apply_router_replay_patch()
+    yield patch
+    for place, had in zip(places, before, strict=True):
+        for name, value in dict(vars(place)).items():
+            if name not in had:
+                delattr(place, name)
+            elif value is not had[name]:
+                setattr(place, name, had[name])
+    del TransformerConfig.__init__.__signature__  # it is written on Megatron's function itself
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.usefixtures("no_random_states")
+def test_verls_replay_reaches_the_routers(verl: Any, recompute: bool) -> None:
+    """As its engine does it: a forward that records, then of each micro-batch forward and backward with its ids."""
+    model = Chunk(config(enable_routing_replay=True), recompute)
+    for router in routers_of(model):
+        router.set_centroids(torch.randn(E, D))
+        router.freeze()
+    assert [number for number, _ in verl.iter_model_routers(model)] == [1, 2]
+    assert [handle for _, handle in verl.iter_model_routers(model)] == verl.RouterReplay.router_instances
+    parts = hidden(1).chunk(2)
+
+    def gradients(ids: list[list[Tensor]], mask: Tensor | None = None) -> list[Tensor]:
+        for place, part in enumerate(parts):
+            if ids:
+                verl.set_model_router_replay_action(model, verl.RouterReplayAction.REPLAY_FORWARD)
+                for (_, handle), given in zip(verl.iter_model_routers(model), ids[place], strict=True):
+                    handle.set_target_indices(given, replay_mask=mask)
+            loss = model(part.clone().requires_grad_()).square().mean()
+            if ids and recompute:
+                verl.set_model_router_replay_action(model, verl.RouterReplayAction.REPLAY_BACKWARD)
+            loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        verl.RouterReplay.clear_global_indices()
+        verl.RouterReplay.clear_global_router_replay_action()
+        return grads
+
+    def recorded() -> list[list[Tensor]]:
+        verl.RouterReplay.set_global_router_replay_action(verl.RouterReplayAction.RECORD)
+        seen = []
+        with torch.no_grad():
+            for part in parts:
+                model(part)
+                seen.append(verl.RouterReplay.get_recorded_data())
+        verl.RouterReplay.clear_global_router_replay_action()
+        return seen
+
+    ids, want = recorded(), gradients([])
+    assert [given.shape for given in ids[0]] == [(30, K)] * 2
+    for router in routers_of(model):
+        router.expert_bias.copy_(torch.linspace(-1, 1, E))
+    native = gradients([])
+    assert not all(torch.equal(a, b) for a, b in zip(native, want, strict=True))
+    for got, one in zip(gradients(ids), want, strict=True):
+        assert_same_bits(got, one)
+    for got, one in zip(gradients(ids, torch.zeros(30, dtype=torch.int64)), native, strict=True):
+        assert_same_bits(got, one)
 
 
 def test_groups_follow_megatrons_own_score() -> None:

@@ -161,14 +161,15 @@ def test_a_compiled_forward_is_recorded() -> None:
     assert all(torch.equal(got, ids) for got, ids in zip(seen.ids, want, strict=True))
 
 
-def test_layouts_of_others() -> None:
-    """An int16 array (tokens, layers, K), as vLLM returns; a dict names some layers, and the others choose."""
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.uint16])
+def test_layouts_of_others(dtype: type) -> None:
+    """An array (tokens, layers, K), as vLLM returns; a dict names some layers, and the others choose."""
     model = trained(Stack(backend="torch")).eval()
     ids = ids_of(moved(copy.deepcopy(model)), hidden())
-    array = np.stack([given.numpy() for given in ids], axis=1).astype(np.int16)
+    array = np.stack([given.numpy() for given in ids], axis=1).astype(dtype)
     with replay(model, torch.from_numpy(array).movedim(1, 0)):
         assert all(torch.equal(got, given) for got, given in zip(ids_of(model, hidden()), ids, strict=True))
-    with replay(model, {"layers.0.router": ids[0]}):
+    with replay(model, {"layers.0.router": torch.from_numpy(array)[:, 0]}):
         got = ids_of(model, hidden())
     assert torch.equal(got[0], ids[0])
     assert not torch.equal(got[1], ids[1])
