@@ -85,6 +85,8 @@ test-megatron-%: .venv-megatron-%/.installed
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy packaging triton pytest
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python megatron-core==$* \
 	  verl==$(VERL_VERSION) -e .
+# verl's wheel has a package named tests, too.
+	rm -r $(@D)/lib/python*/site-packages/tests
 	@touch $@
 
 # torchtitan's main branch, of which no release is: from its repository, so not among test-frameworks.

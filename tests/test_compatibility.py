@@ -103,6 +103,20 @@ def test_vllm_was_tried_in_an_environment_of_its_own() -> None:
         assert record["passed"] > 0
 
 
+def test_torchtitans_main_was_tried_at_the_commit_that_the_page_names() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.search(r"^TORCHTITAN_MAIN \?= \S+@(\w{40})$", makefile, re.MULTILINE)
+    assert found is not None
+    assert f"Commit {found[1][:7]} " in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    lane = ROOT / "benchmarks" / "results" / "tests-torchtitan-main.json"
+    record = json.loads(lane.read_text(encoding="utf-8"))
+    version, _, commit = record["versions"]["torchtitan"].partition(" at ")
+    assert version == "0.2.2"
+    assert commit in ("", found[1])  # none: installed from a snapshot of its files
+    assert (record["exit_code"], record["failures"]) == (0, [])
+    assert record["passed"] > 10
+
+
 @pytest.mark.parametrize("package", sorted(set(table()) - {"torch", "vllm"}))
 def test_versions_that_the_environment_does_not_bring_have_a_run(package: str) -> None:
     pins = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "frameworks.txt"))
