@@ -30,8 +30,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from vllm import LLM, EngineArgs, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+    RoutedExpertsCapturer,
+    bind_routed_experts_capturer,
+)
 
-from kmeans_route import attach, ops
+from kmeans_route import attach, ops, replay
 from kmeans_route.integrations.transformers import apply_kmeans_routing, load_kmeans_pretrained
 from kmeans_route.integrations.transformers.router import TransformersRouter
 from kmeans_route.integrations.vllm import ARCHITECTURES, register
@@ -186,6 +190,25 @@ def test_tokens_logits_and_choices_are_those_of_transformers(model_type: str, ex
         for key, buffer in router.named_buffers():
             assert_same_bits(buffer, before[name.removesuffix("centroids") + key])
         assert not router.tokens_per_expert.any()
+
+
+def test_what_vllm_captures_is_what_replay_takes(expected: Any, serve: Any) -> None:
+    """enable_return_routed_experts, by hand: the runner that returns the array needs Triton. Layer 0 is dense here."""
+    want = expected("glm4_moe")
+    llm, model = serve(want.path)
+    capturer = RoutedExpertsCapturer(LENGTH, llm.llm_engine.vllm_config)
+    bind_routed_experts_capturer(model, capturer)
+    ask(llm, want.tokens[:1, :LENGTH], new=1)
+    array = capturer.snapshot_routing_data(LENGTH).numpy()
+    paths = [path for path, module in model.named_modules() if isinstance(module, TransformersRouter)]
+    assert (str(array.dtype), array.shape[:2], len(paths)) == ("uint8", (LENGTH, 2), 1)
+    ids = torch.from_numpy(array)[:, 1]
+    assert ids.long().sort(-1).values.equal(want.chosen[0])
+    others = (ids + 1) % routers_of(model)[0].num_experts
+    seen = watch(model)
+    with replay(model, {paths[0]: others}):
+        ask(llm, want.tokens[:1, :LENGTH], new=1)
+    assert seen[0].equal(others.long().sort(-1).values)
 
 
 def test_directions_are_pinned_until_weights_are_loaded_again(
