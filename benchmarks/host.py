@@ -52,11 +52,16 @@ def plain_cases() -> dict[str, Callable[[], object]]:
     return {"route": lambda: route(x, weight, 2), "router": lambda: router(x), "frozen router": lambda: frozen(x)}
 
 
+WRITE_IDS = ("_route_select_kernel", "_route_fwd_kernel")
+"""Who writes the ids that others index with: selection, which older trees have in the second."""
+
+
 class _NoLaunch:
     """In place of a kernel. Ids that others index with are in range."""
 
     def __init__(self, kernel: Any, name: str) -> None:
-        self.ids = kernel.arg_names.index("ids_ptr") if name.startswith("_route") and "bwd" not in name else None
+        writes = name in WRITE_IDS and "ids_ptr" in kernel.arg_names
+        self.ids = kernel.arg_names.index("ids_ptr") if writes else None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.launch
