@@ -22,7 +22,7 @@ class Goal(NamedTuple):
 
 
 class Contest(ClockedContest):
-    """Several ways to do one thing, by the wall clock.
+    """Several ways to do one thing on a CPU, by the `method` of its `Clock`.
 
     Args:
         title, contestants, baselines: as of `ClockedContest`.

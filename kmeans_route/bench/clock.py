@@ -1,10 +1,14 @@
-"""Timing on one device: graph replay with a cold L2 between CUDA events; on a CPU the wall clock."""
+"""Timing on one device: graph replay with a cold L2 between CUDA events; on a CPU the wall clock, or thread time.
+
+With one thread PyTorch computes in the thread that calls, backward too, so the CPU time of this thread is all there is,
+and while other work has the core nothing is counted. Several threads wait for each other, so they need the wall clock.
+"""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ def nothing() -> None:
 
 
 class Clock:
-    """Times functions on one device: CUDA events around a replayed graph with a cold L2, or the wall clock on a CPU."""
+    """Times functions on one device: CUDA events around a replayed graph with a cold L2; on a CPU `method`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -34,6 +38,11 @@ class Clock:
     def l2_bytes(self) -> int:
         """Size of the device's L2; 0 where it is not known."""
         return getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) if self.on_gpu else 0
+
+    @property
+    def method(self) -> str:
+        """How a call is timed on a CPU: "thread time" with one thread, else "wall clock"."""
+        return "thread time" if torch.get_num_threads() == 1 else "wall clock"
 
     def scope(self) -> AbstractContextManager[Any]:
         """Where everything that is timed must run, the making of its inputs included."""
@@ -73,7 +82,7 @@ class Clock:
     def captured(self, run: Runner) -> tuple[Runner, str]:
         """A warm `run` as a graph, or itself and the reason why not."""
         if not self.on_gpu:
-            return run, "wall clock"
+            return run, self.method
         graph = torch.cuda.CUDAGraph()
         try:
             with self.no_sync():  # a failed capture leaves more behind than this does
@@ -90,11 +99,12 @@ class Clock:
         """Microseconds of each of `count` calls; on a GPU all are launched before the first is waited for."""
         times = []
         if self.flush is None:
+            now = thread_time if self.method == "thread time" else perf_counter
             for _ in range(count):
                 prepare()
-                start = perf_counter()
+                start = now()
                 run()
-                times.append(1e6 * (perf_counter() - start))
+                times.append(1e6 * (now() - start))
             return times
         event = partial(torch.cuda.Event, enable_timing=True)
         events = [(event(), event()) for _ in range(count)]

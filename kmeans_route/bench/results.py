@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def processor_name() -> str:
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
     """The command as results keep it: of a whole path the name alone, which says enough elsewhere."""
-    return " ".join([program, *(Path(each).name if Path(each).is_absolute() else each for each in arguments)])
+    kept = [Path(each).name if Path(each).is_absolute() else each for each in arguments]
+    return " ".join([program, shlex.join(kept)]).rstrip()
 
 
 def environment(command: str) -> dict[str, object]:
@@ -33,6 +35,7 @@ def environment(command: str) -> dict[str, object]:
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "load_average_1_min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -22,6 +22,16 @@ from kmeans_route.bench.problem import Problem
 from kmeans_route.checks import DEFAULT_TAU as TAU
 
 OURS = "kmeans_route"
+CONTESTANTS = {
+    OURS: "a K-Means router as this package runs it",
+    "eager": "the same router in plain PyTorch, an operation at a time",
+    "compiled reference": "its definition under torch.compile",
+    "learned": "a learned softmax router in plain PyTorch; in mode train with the auxiliary loss of Switch Transformer",
+    "learned, topk first": "the same function in another order of operations, in mode train",
+    "learned compiled": "the learned router under torch.compile",
+    "textbook": "a first reading of the paper: K-Means whose centroids move one expert after another, in a Python loop",
+}
+"""Contestant -> what it is."""
 RIVALS = ("eager", "compiled reference", "learned", "learned compiled", "textbook")
 QUICK_RIVALS = tuple(name for name in RIVALS if "compiled" not in name)
 """Those that need no compiler."""
@@ -36,9 +46,14 @@ class Entry(NamedTuple):
 
 
 def routing_contest(
-    title: str, problem: Problem, rivals: list[str], clock: Clock
+    title: str,
+    problem: Problem,
+    rivals: list[str],
+    clock: Clock,
+    told: Callable[[str], object] = lambda name: None,
 ) -> tuple[ClockedContest, dict[str, str]]:
-    """The contest, verified, and rival -> reason for those that cannot run.
+    """The contest, verified, and rival -> reason for those that cannot run. told: called with the name of each before
+    its first step, in which it may compile.
 
     A contestant that is wrong is an AssertionError that begins with its name; that this package cannot run, a
     RuntimeError.
@@ -46,6 +61,7 @@ def routing_contest(
     entries, skipped = {}, {}
     with clock.scope():
         for name, make in makers(problem, rivals).items():
+            told(name)
             try:
                 entries[name] = make()
                 entries[name].step()

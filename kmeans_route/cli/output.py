@@ -76,9 +76,12 @@ class Output:
         self.document({"error": message})
 
     def warn(self, message: str) -> None:
-        """A line on stderr about how far to trust what follows; none in JSON mode, whose document has the facts."""
-        if not self.json_mode:
-            self._stderr.print(escape(f"warning: {message}"), style="" if self.plain else "yellow", soft_wrap=True)
+        """A line on stderr about how far to trust what follows, in JSON mode too."""
+        self._stderr.print(escape(f"warning: {message}"), style="" if self.plain else "yellow", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line on stderr about what goes on, in JSON mode too."""
+        self._stderr.print(escape(text), soft_wrap=True, highlight=False)
 
     def complain(self, message: str) -> None:
         """An error that the command's own document tells too: a line on stderr."""

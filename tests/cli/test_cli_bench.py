@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,113 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else runs here, nothing is said of it."""
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
 
 
-def test_a_busy_machine_is_said_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_machine_is_said_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (1.2, 0.0, 0.0))
     assert invoke(*TINY, "--against", "learned", "--plain").stderr == "", "one thread has a core of its own"
     monkeypatch.setattr(os, "getloadavg", lambda: (3.5, 0.0, 0.0))
-    done = invoke(*TINY, "--against", "learned", "--plain")
-    assert done.stderr.startswith("warning: 2 cores have a load of 3.5 and this run wants 1: times come out longer")
-    assert invoke(*TINY, "--against", "learned", "--csv", "-").stdout.startswith("shape,")
-    assert invoke(*TINY, "--against", "learned", "--json").stderr == ""
+    for form in (["--plain"], ["--csv", "-"], ["--json"]):
+        done = invoke(*TINY, "--against", "learned", *form)
+        assert done.stderr.startswith("warning: 2 cores have a load of 3.5 and this run wants 1: its CPU time alone is")
+    (warning,) = json.loads(done.stdout)["warnings"]
+    assert done.stderr == f"warning: {warning}\n"
+
+
+def test_the_warning_names_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.5, 0.0, 0.0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (warning,) = command._warnings(CPU)
+        assert "take --threads 1, or set OMP_WAIT_POLICY=passive, or wait for a quiet machine" in warning
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        (warning,) = command._warnings(CPU)
+        assert "take --threads 1, or wait for a quiet machine" in warning
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_command_runs_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    rivals = ("--against", "learned", "--against", "eager")
+    first = json.loads(invoke(*TINY, *rivals, "--tokens", "7", "--json").stdout)["environment"]
+    words = first["command"].split()
+    assert words[:2] == ["kmeans-route", "bench"]
+    assert "--tokens" not in words, "no named shape takes them"
+    again = json.loads(invoke(*words[2:], "--json").stdout)["environment"]
+    assert again["command"] == first["command"]
+    assert again["num_threads"] == 1
+    assert again["omp_wait_policy"] == "passive"
+    given = command.parse_options(
+        ["olmoe", "8, 16,4,1"],
+        7,
+        ["learned compiled"],
+        mode="eval",
+        dtype="",
+        device="cpu",
+        repeats=2,
+        threads=3,
+        csv="f",
+    )
+    assert given.command == (
+        "kmeans-route bench --shape olmoe --shape '8, 16,4,1' --tokens 7 --against 'learned compiled' --mode eval "
+        "--dtype float32 --device cpu --repeats 2 --threads 3"
+    )
+
+
+def test_one_thread_is_timed_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it sleeps, or another process has the core, nothing is counted."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (asleep_us,) = Clock(CPU).samples_us(lambda: time.sleep(0.05))
+        torch.set_num_threads(2)
+        (waited_us,) = Clock(CPU).samples_us(lambda: time.sleep(0.05))
+    finally:
+        torch.set_num_threads(before)
+    assert asleep_us < 5e4 <= waited_us
+
+
+def facts_with(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> dict[str, Any]:
+    contest = routing_contest.ClockedContest(
+        Clock(CPU), "t", [Contestant(name, lambda: None) for name in ("kmeans_route", "learned")], ["kmeans_route"]
+    )
+    contest.verify(lambda: None)
+    contest.warm_up()
+    contest.times_ms = {"kmeans_route": list(ours), "learned": list(theirs)}
+    return command._rows(contest, Problem(BenchShape(8, 16, 4, 1)))["learned"]
+
+
+def test_rows_whose_quartiles_overlap_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    apart, not_apart = facts_with((1.0, 2.0, 3.0), (4.0, 5.0, 9.0)), facts_with((1.0, 2.0, 3.0), (1.0, 2.5, 90.0))
+    assert apart["told_apart"]
+    assert apart["ours_over_theirs"] == 0.4
+    assert not not_apart["told_apart"]
+    ours = {**apart, "told_apart": None, "ours_over_theirs": 1.0}
+    for row, cell in ((apart, "0.40"), (not_apart, "0.80~")):
+        facts = {"title": "t", "contestants": {"kmeans_route": ours, "learned": row}, "skipped": {}}
+        output = Output(plain=True)
+        command._show(facts, output)
+        command._explain([facts], output)
+        shown = capsys.readouterr().out
+        assert re.search(rf"^learned .* {cell} ", shown, re.M)
+        assert ("~: its quartiles and ours overlap" in shown) == cell.endswith("~")
+        assert "learned: a learned softmax router in plain PyTorch" in shown
+
+
+def test_compiling_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
+    done = invoke(*TINY, "--against", "learned compiled,learned", "--json")
+    assert done.stderr == "compiling learned compiled for 24,32,8,2: minutes where the machine is busy\n"
+    assert json.loads(done.stdout)["results"]
+
+
+def test_help_says_who_they_are() -> None:
+    said = " ".join(invoke("--help").stdout.split())
+    for name in routing_contest.RIVALS:
+        assert f"{name}: {routing_contest.CONTESTANTS[name]}." in said
 
 
 def test_against_takes_a_list() -> None:
@@ -86,8 +184,12 @@ def test_json_has_every_contestant_and_consistent_rates(mode: str, dtype: str) -
         assert row["q1_ms"] <= row["median_ms"] <= row["q3_ms"]
         assert row["repeats"] == 2
         assert row["ratio"] == pytest.approx(row["median_ms"] / ours["median_ms"])
+        assert row["ours_over_theirs"] == pytest.approx(1 / row["ratio"])
+        assert row["method"] == "thread time"
         assert row["tokens_per_s"] == pytest.approx(24 / (row["median_ms"] / 1e3))
         assert row["gb_per_s"] == pytest.approx(24 * 32 * size / (row["median_ms"] / 1e3) / 1e9)
+    assert set(document["fields"]) <= set(ours), "each field that is explained is there"
+    assert document["warnings"] == []
     assert document["environment"]["command"].startswith("kmeans-route bench --shape 24,32,8,2")
     assert "torch" in document["environment"]
 
@@ -97,7 +199,7 @@ def test_plain_is_a_table_without_decoration() -> None:
     assert done.exit_code == 0
     assert "\x1b" not in done.output
     assert not set(done.output) & set("│┃━─╭╰")
-    assert re.search(r"^contestant +median ms +quartiles ms +time / ours +tokens/s +GB/s of x$", done.stdout, re.M)
+    assert re.search(r"^contestant +median ms +quartiles ms +ours / theirs +tokens/s +GB/s of x$", done.stdout, re.M)
     assert re.search(r"^kmeans_route .* 1\.00 ", done.stdout, re.M)
     assert "24,32,8,2: T=24 D=32 E=8 K=2, float32 on cpu, eval (2 rounds, all results right)" in done.stdout
     assert "textbook" not in done.stdout
@@ -137,7 +239,7 @@ def test_a_wrong_rival_is_refused(output: list[str], monkeypatch: pytest.MonkeyP
     assert done.exit_code == 1
     assert "refused, a result is wrong, so no time is shown: learned: gates: error" in done.stderr
     assert "learned: gates: error" in done.stdout or output == ["--plain"]
-    for word in ('median_ms":', "time / ours", '"ratio"', "wall clock"):
+    for word in ('median_ms":', "quartiles ms", '"ratio": 1', '"thread time"'):
         assert word not in done.stdout
     if output == ["--json"]:
         assert [facts["correct"] for facts in json.loads(done.stdout)["results"]] == [False, False]
@@ -307,10 +409,10 @@ def test_progress_on_a_terminal_is_drawn_between_rounds_only(monkeypatch: pytest
 
     monkeypatch.setattr(routing_contest.ClockedContest, "round", watched_round)
     options = command.parse_options(
-        ["8,16,4,1"], 1, ["learned"], mode="eval", dtype="", device="cpu", repeats=2, csv=""
+        ["8,16,4,1"], 1, ["learned"], mode="eval", dtype="", device="cpu", repeats=2, threads=1, csv=""
     )
     assert command.bench(options, Output()) == 0
     monkeypatch.undo()
     assert "2/2" in stderr.getvalue()
-    assert "time / ours" in stdout.getvalue()
+    assert "ours / theirs" in stdout.getvalue()
     assert threads == [set(), set()]
