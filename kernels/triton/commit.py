@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kmeans_route.kernels.common import MARGIN_RANGE, MIN_CENTROID_NORM, NUM_MARGIN_BINS
+from kmeans_route.kernels.common import MARGIN_RANGE, MIN_CENTROID_NORM, NUM_MARGIN_BINS, as_mask
 from kmeans_route.kernels.configs import all_registers, architecture, padded_experts
 from kmeans_route.kernels.workspace import counters
 
@@ -128,7 +128,7 @@ def _commit_kernel(
     keep = num_tokens < 0
     if skip_ptr is not None:
         keep = tl.load(skip_ptr) != 0
-    go = (num_tokens > 0) & (keep == 0)
+    go = as_mask((num_tokens > 0) & (keep == 0))
     steps = tl.load(steps_ptr)
     scale = _finite(tl.load(score_std_ptr))
     lost = (steps == 0) & (scale > 0)  # see `reference.counters_kept`

@@ -26,6 +26,13 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def as_mask(condition):
+    """A comparison of scalars, to stand in the mask of a tile: itself, once compiled. Triton's interpreter gives it the
+    type of what was compared, makes integers of it as it spreads it, and from 3.9.0 on takes none as a mask."""
+    return tl.where(condition, True, False)
+
+
+@triton.jit
 def ordered(values):
     """fp32 values other than NaN as int32 in the same order, both zeros as one. Integers are reduced over a warp by one
     instruction."""

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kmeans_route.kernels import tune
-from kmeans_route.kernels.common import count_and_rank, publish_totals, rows_of
+from kmeans_route.kernels.common import as_mask, count_and_rank, publish_totals, rows_of
 from kmeans_route.kernels.configs import (
     Config,
     all_registers,
@@ -128,7 +128,7 @@ def _positions_kernel(
         tl.store(positions_ptr + slot, position.to(tl.int64), mask=inside)
         tl.store(token_of_row_ptr + position, token, mask=inside)
         counts = block_counts_ptr + block * (E + 2)
-        first += tl.load(counts + experts, mask=(experts < E) & (block < NB), other=0)
+        first += tl.load(counts + experts, mask=(experts < E) & as_mask(block < NB), other=0)
         tail += tl.load(counts + E, mask=block < NB, other=0)
 
 
@@ -161,7 +161,7 @@ def _dispatch_fwd_kernel(
         there = row < end
         token = tl.minimum(tl.maximum(token, 0), T - 1)  # a row that no position names holds anything
         x_row = x_ptr + token[:, None] * x_stride_t + column[None, :]
-        x = tl.load(x_row, mask=(there & (expert < num_experts))[:, None] & in_row[None, :], other=0.0)
+        x = tl.load(x_row, mask=(there & as_mask(expert < num_experts))[:, None] & in_row[None, :], other=0.0)
         if partials_ptr is not None:
             if inv_norm_ptr is not None:
                 sums += x.to(tl.float32) * tl.load(inv_norm_ptr + token, mask=there, other=0.0)[:, None]
@@ -174,7 +174,7 @@ def _dispatch_fwd_kernel(
         token = tl.load(token_of_row_ptr + row, mask=row < end, other=0)
     if partials_ptr is not None:
         where = (split * num_experts + expert).to(tl.int64) * D + column
-        tl.store(partials_ptr + where, tl.sum(sums, axis=0), mask=in_row & (expert < num_experts))
+        tl.store(partials_ptr + where, tl.sum(sums, axis=0), mask=in_row & as_mask(expert < num_experts))
 
 
 class Ranks(NamedTuple):

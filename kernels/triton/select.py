@@ -21,6 +21,7 @@ from kmeans_route.kernels.common import (
     NOT_A_CANDIDATE,
     NUM_MARGIN_BINS,
     TAKEN,
+    as_mask,
     at_expert,
     at_slot,
     finite_bias,
@@ -111,7 +112,7 @@ def _dots_of(dots_ptr, offsets, there, num_rows, num_splits, ROW: tl.constexpr, 
         for begin in range(0, num_splits, BATCH):
             for i in tl.static_range(BATCH):
                 split = dots_ptr + (begin + i) * num_rows * ROW
-                dots += tl.load(split + offsets, mask=there & (begin + i < num_splits), other=0.0)
+                dots += tl.load(split + offsets, mask=there & as_mask(begin + i < num_splits), other=0.0)
     return dots
 
 

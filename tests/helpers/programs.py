@@ -27,6 +27,10 @@ class OutOfBounds(Exception):
     """A load, store or atomic outside of every tensor of the launch."""
 
 
+class IntegerMask(Exception):
+    """A mask of integers, which the interpreter of Triton 3.9.0 refuses: `kernels.common.as_mask` keeps it of bools."""
+
+
 class OrderMatters(AssertionError):
     """Programs in another order left other bits."""
 
@@ -50,7 +54,7 @@ class _State:
         self.kernel = ""  # of the launch under way
         self.extents: tuple[Extent, ...] = ()  # of its tensors
         self.patched: frozenset[str] = frozenset()  # language modules that it has patched
-        self.error: OutOfBounds | None = None
+        self.error: OutOfBounds | IntegerMask | None = None
 
 
 _state = _State()
@@ -105,7 +109,10 @@ def _extents(tensors: dict[str, Tensor]) -> Iterator[Extent]:
 def _check(what: str, pointers: Any, mask: Any) -> None:
     if not _state.checked:
         return
-    on = pointers.data[np.broadcast_to(mask.data != 0, pointers.data.shape)]  # a mask may have come as integers
+    if mask.data.dtype != np.bool_:
+        _state.error = IntegerMask(f"{what} of {_state.kernel}: a mask of {mask.data.dtype}")
+        raise _state.error
+    on = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
     if not on.size:
         return
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)

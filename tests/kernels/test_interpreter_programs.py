@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kmeans_route.kernels.common import as_mask
 from tests.helpers import programs
 from tests.helpers.guards import ZONE, Guards
 
@@ -20,6 +21,22 @@ def _shift_kernel(x_ptr, y_ptr, N, LOAD: tl.constexpr, STORE: tl.constexpr, B: t
 @triton.jit
 def _count_kernel(count_ptr, AT: tl.constexpr):
     tl.atomic_add(count_ptr + AT, 1)
+
+
+@triton.jit
+def _first_blocks_kernel(x_ptr, N, AS_MASK: tl.constexpr, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    first = tl.program_id(0) < 1
+    tl.store(x_ptr + i, 1.0, mask=(i < N) & (as_mask(first) if AS_MASK else first))
+
+
+def test_masks_of_integers_are_refused() -> None:
+    """As by the interpreter of Triton 3.9.0."""
+    x = torch.zeros(13)
+    with pytest.raises(programs.IntegerMask, match="store of _first_blocks_kernel: a mask of int32"):
+        _first_blocks_kernel[(2,)](x, 13, AS_MASK=False, B=8)
+    _first_blocks_kernel[(2,)](x, 13, AS_MASK=True, B=8)
+    assert x.tolist() == [1.0] * 8 + [0.0] * 5
 
 
 @pytest.mark.parametrize(
