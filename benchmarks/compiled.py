@@ -22,6 +22,10 @@ from typing import Any
 
 import triton
 
+from benchmarks import needs
+
+needs.kernels()  # before any of those that import this imports them
+
 NVIDIA_INSTRUCTIONS = (
     "HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG.E.128", "STG.E.128", "LDG.E", "STG.E", "SHFL",
 )  # fmt: skip

@@ -168,6 +168,9 @@ def main() -> None:
     if args.worker:
         work(args.batches)
         return
+    from benchmarks import needs  # a worker is a file, and has no such package
+
+    needs.kernels()
     figures = compare(args.against, args.rounds, args.batches)
     for name, row in figures.items():
         print(f"{name:24} {row['before_us']:8.1f} us {row['now_us']:8.1f} us   {row['ratio']:.3f}")

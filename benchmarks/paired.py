@@ -1,26 +1,45 @@
-"""A training step of K-Means routing beside that of a learned softmax router without auxiliary loss, in alternation.
+"""K-Means routing beside a learned router, in alternation: a training step, or routing alone in eval.
 
-    python -m benchmarks.paired --threads 1 --rounds 21 [--malloc recycle]
+    python -m benchmarks.paired --threads 1 --rounds 21 [--malloc recycle] [--json FILE]
+    python -m benchmarks.paired --mode eval --threads 1 --shape 1024,1024,64,8 --shape 256,256,16,2
 
-Two contestants alone, so that each finds the memory that the other left; the ratio is the median over the rounds.
+In mode train the other is a softmax router without auxiliary loss, in plain PyTorch: two contestants alone, so that
+each finds the memory that the other left. In mode eval the modules route as in a model's eval: `KMeansRouter`, the same
+frozen, and `LearnedRouter` with softmax and with sigmoid. A ratio is the median over the rounds of K-Means' time over
+the other's in the same round: below 1 K-Means is faster. With one thread times are thread time.
 """
 
 import argparse
+import copy
+import os
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.harness import checks, steps
 from benchmarks.harness.contest import Contest
+from benchmarks.harness.results import write_results
 from benchmarks.harness.shapes import CPU_BENCH_SHAPES
-from kmeans_route.bench import baselines
+from kmeans_route import LearnedRouter
+from kmeans_route.bench import baselines, truth
+from kmeans_route.bench.contest import Contestant
 from kmeans_route.bench.memory import recycle_memory
 from kmeans_route.bench.problem import Problem
+from kmeans_route.bench.results import command_line
+from kmeans_route.testing import BenchShape, assert_same_selection
 
-OURS, LEARNED = "kmeans_route", "softmax, no aux"
+OURS, FROZEN, LEARNED = "kmeans_route", "kmeans_route, frozen", "softmax, no aux"
+KINDS = ("softmax", "sigmoid")
+EVAL_SHAPES = ("4096,2048,64,8", "1024,1024,64,8", "256,256,16,2", "64,64,8,2")
 
 
 def contest(problem: Problem) -> Contest:
-    """The two, verified."""
+    """The two of a training step, verified."""
     router = steps.make_kmeans_router(problem)
     learned = steps.learned_step(LEARNED, baselines.softmax_plain, problem)
     made = Contest(str(problem.shape), [steps.kmeans_step(problem, router, OURS), learned], baselines=[LEARNED])
@@ -33,21 +52,104 @@ def contest(problem: Problem) -> Contest:
     return made
 
 
-def main() -> None:
-    """The command."""
+def eval_contest(shape: BenchShape) -> Contest:
+    """The four of routing alone, verified; to be run with gradients off."""
+    problem = Problem(shape)
+    x, router = problem.x.detach(), steps.make_kmeans_router(problem).eval()
+    kmeans = {OURS: router, FROZEN: copy.deepcopy(router).freeze()}
+    learned = {kind: LearnedRouter(*shape[1:], kind=kind).eval() for kind in KINDS}
+    made = Contest(
+        str(shape), [Contestant(name, partial(each, x)) for name, each in (kmeans | learned).items()], list(KINDS)
+    )
+
+    def check() -> None:
+        scores, bias = truth.cosines(x, F.normalize(router.weight.double())), router.expert_bias.double()
+        off = truth.score_tolerance(shape.hidden_size, scores)
+        for each in kmeans.values():
+            out = each(x)
+            truth.check_selection(out.indices, out.weights, scores, router.options.tau, off, torch.float32, bias)
+        for kind, each in learned.items():
+            out, logits = each(x), x.double() @ each.weight.double().T
+            if kind == "softmax":
+                truth.check_learned(x, each.weight, out.weights, out.indices)
+            else:
+                off = 2e-7 * float(logits.abs().max())
+                assert_same_selection(out.indices, logits, tolerance=off, cap=checks.NEAR_TIE_CAP)
+                truth.assert_near(
+                    "gates", out.weights, F.normalize(logits.sigmoid().gather(1, out.indices), p=1, dim=1)
+                )
+
+    made.verify(check)
+    return made
+
+
+def shape_of(texts: Iterable[str]) -> dict[str, BenchShape]:
+    """T,D,E,K -> the shape."""
+    return {text: BenchShape(*map(int, text.split(","))) for text in texts}
+
+
+def record_of(found: Contest, name: str, shape: BenchShape, mode: str) -> dict[str, Any]:
+    """Times of each, and K-Means' time over each learned router's, by the rounds."""
+    times = found.times_ms
+    others = [each for each in times if each not in (OURS, FROZEN)]
+    ratios = {
+        f"{ours} / {other}": sorted(one / base for one, base in zip(times[ours], times[other], strict=True))
+        for ours in times
+        if ours not in others
+        for other in others
+    }
+    return {
+        "shape": name,
+        **shape._asdict(),
+        "mode": mode,
+        "method": found.clock.method,
+        "load_average_1_min": os.getloadavg()[0],
+        "times": {each: timing._asdict() for each, timing in found.timings().items()},
+        "paired_ratios": {each: quartiles(values) for each, values in ratios.items()},
+    }
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    q1, median, q3 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return {"median": float(median), "q1": float(q1), "q3": float(q3)}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    parser.add_argument("--shape", action="append", metavar="T,D,E,K", help="repeatable; default: those of the docs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--malloc", choices=("default", "recycle"), default="default")
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, device, versions and load there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """The command."""
+    options = arguments()
     torch.set_num_threads(options.threads)
     if options.malloc == "recycle":
         recycle_memory()
-    for name, shape in CPU_BENCH_SHAPES.items():
-        found = contest(Problem(shape))
-        found.run(options.rounds)
-        ours, learned = (found.timings()[one] for one in (OURS, LEARNED))
-        print(f"{name}: {ours.median_ms:.1f} over {learned.median_ms:.1f} ms, paired {ours.paired_ratio:.3f}")
+    shapes = CPU_BENCH_SHAPES if options.mode == "train" else shape_of(EVAL_SHAPES)
+    if options.shape:
+        shapes = shape_of(options.shape)
+    records: list[dict[str, object]] = []
+    for name, shape in shapes.items():
+        with torch.set_grad_enabled(options.mode == "train"):
+            found = contest(Problem(shape)) if options.mode == "train" else eval_contest(shape)
+            found.run(options.rounds)
+        record = record_of(found, name, shape, options.mode) | {"malloc": options.malloc}
+        records.append(record)
+        print(f"{name}: load {record['load_average_1_min']:.1f}, {record['method']}")
+        for each, ratio in record["paired_ratios"].items():
+            ours, other = (record["times"][one]["median_ms"] for one in each.split(" / "))
+            spread = f"quartiles {ratio['q1']:.2f} to {ratio['q3']:.2f}"
+            print(f"  {each}: {ours:.3f} over {other:.3f} ms, paired {ratio['median']:.3f}, {spread}", flush=True)
+    if options.json:
+        write_results(options.json, command_line("python -m benchmarks.paired", sys.argv[1:]), records)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ class Plan:
         end = {"kind": "end", "seconds": seconds, "left": left, "wrong": self.wrong, "exit_code": code, **facts}
         lines = [f"wrong: {name}" for name in self.wrong] + [f"left: {name}" for name in left]
         self.report.add(end, "\n".join(["", *lines, f"exit code {code} after {seconds} s"]))
-        print(f"\n{self.report.publish()}\nwritten to {self.report.path.stem}.jsonl, .json and .md", flush=True)
+        where = os.path.relpath(self.report.path)
+        print(f"\n{self.report.publish()}\nwritten to {where}, and .json and .md beside it", flush=True)
         return code
 
     def stop_at(self, limit_s: float, exit_now: Callable[[int], Any] = os._exit) -> threading.Timer:
