@@ -22,18 +22,24 @@ help:
 
 env: $(VENV)/.installed
 
-# torch first and pinned, so that no later requirement can pull another build of it.
-$(VENV)/.installed: pyproject.toml constraints.txt frameworks.txt
-	@echo "making the environment in $(VENV) (a few minutes the first time)"
+# What the commands need; the tests add theirs to the same environment. torch first and pinned, so that no later
+# requirement can pull another build of it.
+$(VENV)/.commands: pyproject.toml constraints.txt
+	@echo "making the environment of the commands in $(VENV) (a minute or two the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cli,viz,triton]"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.commands frameworks.txt
+	@echo "adding what the tests need to $(VENV) (a few minutes the first time)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r frameworks.txt
 	@touch $@
 
 ## make smoke       does it work here? Versions, checks, kernels in the interpreter, a tiny run that resumes: two minutes
 SMOKE_SIZES := --layers 2 --hidden 32 --heads 2 --expert-hidden 32 --seq-len 64 --batch 8 --eval-bytes 8192
-smoke: env
+smoke: $(VENV)/.commands
 	$(BIN)/kmeans-route info
 	TRITON_INTERPRET=1 $(BIN)/kmeans-route selftest
 	$(BIN)/kmeans-route train --steps 40 $(SMOKE_SIZES) --out build/smoke --overwrite
@@ -42,11 +48,11 @@ smoke: env
 	@echo "all of it works here; so short a run says nothing of quality. Next: make demo"
 
 ## make demo        train K-Means and two learned routers side by side, print the table, write the report
-demo: env
+demo: $(VENV)/.commands
 	$(BIN)/kmeans-route demo
 
 ## make demo-seeds  the same over seeds 0, 1, 2, 800 steps each, with means (40 minutes)
-demo-seeds: env
+demo-seeds: $(VENV)/.commands
 	$(BIN)/kmeans-route demo --seeds "$(SEEDS)" --steps 800 --out demo-report-seeds
 
 ## make test        the fast lane

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,7 +381,7 @@ def makefile() -> str:
 
 def test_the_commands_of_make_smoke_work(tmp_path: Path) -> None:
     sizes = re.search(r"^SMOKE_SIZES := (.*)", makefile(), re.M)
-    recipe = re.search(r"^smoke: env\n((?:\t.*\n)+)", makefile(), re.M)
+    recipe = re.search(r"^smoke: \$\(VENV\)/\.commands\n((?:\t.*\n)+)", makefile(), re.M)
     assert sizes
     assert recipe
     lines = re.findall(r"\$\(BIN\)/kmeans-route (.*)", recipe[1].replace("$(SMOKE_SIZES)", sizes[1]))
@@ -389,6 +390,19 @@ def test_the_commands_of_make_smoke_work(tmp_path: Path) -> None:
         code, _ = invoke(*line.replace("build/smoke", str(tmp_path / "smoke")).split(), "--json")
         assert code == 0, line
     assert load_checkpoint(tmp_path / "smoke").step == 60
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_commands_install_what_they_use_and_the_tests_the_rest(tmp_path: Path) -> None:
+    for target, rest in (("smoke", False), ("demo", False), ("demo-seeds", False), ("test", True), ("style", True)):
+        command = ["make", "--dry-run", f"VENV={tmp_path / 'absent'}", target]
+        root = Path(kmeans_route.__file__).parents[1]
+        said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+        installs = [line for line in said.splitlines() if "/pip install " in line]
+        assert installs[0].endswith("-c constraints.txt torch"), "first, so that nothing else chooses its build"
+        assert installs[1].endswith('-e ".[cli,viz,triton]"')
+        assert any(".[dev]" in line for line in installs) == rest
+        assert any("frameworks.txt" in line for line in installs) == rest
 
 
 def test_contributing_says_how_long_each_target_takes() -> None:
