@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import Tensor
 
+from kmeans_route import metrics
 from kmeans_route.install import install_line
 
 if TYPE_CHECKING:
@@ -153,20 +154,23 @@ def loss_curves(
 
 
 @large_print
-def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
+def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Collection[str] = ()) -> Figure:
     """Cosine between the directions of every two experts, routers down, layers across.
 
     Experts of like directions stand side by side, so that those which ask for the same tokens make a block.
 
     Args:
         similarities: router name -> (L, E, E) pairwise cosines in [-1, 1].
+        less_mean: the names of those whose cosines are of directions less the mean of all, as `differences_cosine`
+            gives them: what all directions share decides no choice, and hides what does.
 
     Returns:
-        The figure; above each matrix stands the mean off its diagonal.
+        The figure; above each matrix stands the mean off its diagonal, or for `less_mean`, whose mean is about
+        -1 / (E - 1) whatever they are, the mean over experts of the cosine with the nearest other one.
     """
     panels = _arrays(similarities, 3, "similarities")
     num_layers = max(panel.shape[0] for panel in panels.values())
-    figure = new_figure(1.2 + 1.85 * len(panels))
+    figure = new_figure(1.2 + 1.85 * len(panels) + 0.3 * sum(name in less_mean for name in panels))
     axes = figure.subplots(len(panels), num_layers, squeeze=False)
     for row, (name, panel) in enumerate(panels.items()):
         num_experts = panel.shape[1]
@@ -177,19 +181,47 @@ def direction_similarity(similarities: Mapping[str, Values]) -> Figure:
                 continue
             order = _by_likeness(panel[layer])
             axis.imshow(panel[layer][order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-            off_diagonal = (panel[layer].sum() - panel[layer].trace()) / max(1, num_experts * (num_experts - 1))
+            if name in less_mean:
+                number, what = float(nearest_cosine(panel[layer])), "\nnearest"
+            else:
+                off_diagonal = panel[layer].sum() - panel[layer].trace()
+                number, what = float(off_diagonal / max(1, num_experts * (num_experts - 1))), ":"
             # Adding 0 turns a rounded -0.0 into 0.0.
-            axis.set_title(f"layer {layer}: {round(float(off_diagonal), 2) + 0.0:+.2f}", fontsize=FONT_SIZE - 1)
+            axis.set_title(f"layer {layer}{what} {round(number, 2) + 0.0:+.2f}", fontsize=FONT_SIZE - 1)
             axis.set_xticks([])
             axis.set_yticks([])
-        axes[row, 0].set_ylabel(f"{name.replace(', ', chr(10))}\n{num_experts} experts")
+        size = f"{num_experts} experts"
+        told = [*name.split(", "), *([] if size in name else [size]), *(["less their mean"] * (name in less_mean))]
+        axes[row, 0].set_ylabel("\n".join(told))
     figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of two directions", aspect=30)
-    figure.suptitle("Similarity of the experts' directions (number: mean off the diagonal)", fontsize=FONT_SIZE + 1)
+    legend = "(number: mean off the diagonal)"
+    if any(name in less_mean for name in panels):
+        legend = "\n(number: mean off the diagonal; nearest: mean cosine with the expert most alike)"
+    figure.suptitle(f"Similarity of the experts' directions {legend}", fontsize=FONT_SIZE + 1)
     figure.supxlabel(
         "A square is two experts. A block as dark as the diagonal: they ask for the same tokens.",
         fontsize=FONT_SIZE - 1,
     )
     return figure
+
+
+def differences_cosine(weight_ED: Tensor) -> Tensor:
+    """(E, E) cosines between the directions of `weight_ED` less their mean: what tells the experts apart.
+
+    A part that all directions share raises all scores of a token alike, so it decides no choice. Whitened directions
+    hold a large one, the mean of the centroids.
+    """
+    rows_ED = torch.nn.functional.normalize(weight_ED, dim=-1)
+    return metrics.pairwise_cosine(rows_ED - rows_ED.mean(0))
+
+
+def nearest_cosine(cosine_EE: Tensor) -> Tensor:
+    """Mean over the experts of the largest cosine with another one; 0 for a single expert."""
+    if len(cosine_EE) == 1:
+        return cosine_EE.new_zeros(())
+    others_EE = cosine_EE.clone()
+    others_EE.fill_diagonal_(-torch.inf)
+    return others_EE.amax(1).mean()
 
 
 def _by_likeness(cosine_EE: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from kmeans_route import viz
+from kmeans_route import metrics, viz
 
 LOADS = {"K-Means": [[1.2, 0.8, 1.0], [0.9, 1.0, 1.1]], "softmax": torch.tensor([[1.5, 0.5, 1.0], [1.0, 1.0, 1.0]])}
 
@@ -102,6 +102,34 @@ def test_direction_similarity_names_layers_and_means() -> None:
     assert first.get_ylabel() == "K-Means\nsign\n2 experts"
     assert "A block as dark as the diagonal: they ask for the same tokens" in figure.get_supxlabel()
     assert "cosine" in figure.axes[-1].get_ylabel()
+
+
+def whitened_pair() -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions (8, 32) of which all hold a large common part: all apart, and pairs of copies."""
+    torch.manual_seed(0)
+    common = 5 * torch.nn.functional.normalize(torch.randn(1, 32))
+    apart = torch.linalg.qr(torch.randn(32, 8))[0].T
+    return common + apart, common + apart.roll(4, 0).repeat_interleave(2, 0)[:8]
+
+
+def test_what_all_directions_share_does_not_hide_what_tells_them_apart() -> None:
+    apart, copies = map(viz.differences_cosine, whitened_pair())
+    assert metrics.mean_pairwise_cosine(whitened_pair()[0]) > 0.9, "a panel of these would be red"
+    off_diagonal = ~torch.eye(8, dtype=torch.bool)
+    assert apart[off_diagonal].max() < 0.2
+    assert float(viz.nearest_cosine(apart)) < 0.2
+    assert float(viz.nearest_cosine(copies)) == pytest.approx(1)
+    assert viz.nearest_cosine(torch.ones(1, 1)) == 0
+    panel = torch.stack([apart, copies])
+    figure = drawn(viz.direction_similarity({"whitened": panel, "plain": panel}, less_mean=["whitened"]))
+    first, second, third, _ = panels(figure)
+    assert first.get_title().startswith("layer 0\nnearest -0.")
+    assert second.get_title() == "layer 1\nnearest +1.00"
+    assert third.get_title() == "layer 0: -0.14"
+    assert first.get_ylabel() == "whitened\n8 experts\nless their mean"
+    assert third.get_ylabel() == "plain\n8 experts"
+    assert "nearest: mean cosine with the expert most alike" in figure.get_suptitle()
+    assert "nearest" not in viz.direction_similarity({"plain": panel}).get_suptitle()
 
 
 def test_experts_of_like_directions_stand_side_by_side() -> None:

@@ -24,7 +24,8 @@ from kmeans_route.conversion.compare import Forward, Router, Seen, watch
 from kmeans_route.install import install_line
 from kmeans_route.lm.checkpoint import CheckpointError, exists, load_checkpoint
 from kmeans_route.lm.report import PAGE, write_picture
-from kmeans_route.reference import unit_rows
+from kmeans_route.reference import unit_rows, whitened_reference
+from kmeans_route.viz import differences_cosine, nearest_cosine
 
 BIAS_NAMES = ("expert_bias", "e_score_correction_bias")
 GATE_NAMES = ("router", "gate")
@@ -125,6 +126,9 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
             "direction_cosine": float(metrics.mean_pairwise_cosine(weight)),
             "weight": weight,
         }
+        if is_kmeans:
+            facts["directions"] = rule_of_directions(weight, state[prefix + "centroids"].float())
+        facts["nearest_cosine"] = float(nearest_cosine(_cosines(facts)))
         if bias is not None:
             facts |= {"bias": bias.float().tolist(), "bias_abs_max": float(bias.abs().max())}
         if is_kmeans:
@@ -139,6 +143,25 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
                 facts["tokens_seen"] = state[prefix + "tokens_seen"].tolist()
         routers[name or "router"] = facts
     return routers
+
+
+def rule_of_directions(weight: Tensor, centroids: Tensor) -> str:
+    """ "whitened" or "centroids": by which rule the weight (E, D) follows from the centroids, as a state does not say.
+
+    The one that it is nearer to; with neither data nor a difference that of the centroids.
+    """
+    if not (weight.isfinite().all() and centroids.isfinite().all()):
+        return "centroids"
+    plain = torch.linalg.vector_norm(weight - unit_rows(centroids, weight))
+    return (
+        "whitened" if torch.linalg.vector_norm(weight - whitened_reference(centroids, weight)) < plain else "centroids"
+    )
+
+
+def _cosines(facts: Facts) -> Tensor:
+    """(E, E) between the router's directions, of whitened ones less their mean."""
+    whitened = facts.get("directions") == "whitened"
+    return differences_cosine(facts["weight"]) if whitened else metrics.pairwise_cosine(facts["weight"])
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -212,7 +235,7 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
             "dead": _cell(facts.get("dead_experts"), 0),
             "eff. E": _cell(facts.get("effective_experts"), 1),
             "bias |max|": _cell(facts.get("bias_abs_max"), 4),
-            "cosine": _cell(facts["direction_cosine"], 3),
+            "nearest": _cell(facts["nearest_cosine"], 3),
             "spread": _cell(None if "load" in facts else facts.get("score_std"), 3),
             "lag": _cell(_mean(facts.get("lag_degrees")), 1),
             "drift": _cell(_mean(facts.get("drift_degrees")), 1),
@@ -232,16 +255,25 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
         for row in rows:
             row["router"] = row["router"].removeprefix(shared[0]).removesuffix(shared[1])
     output.table(title, list(rows[0]), [list(row.values()) for row in rows])
-    meaning = ["cosine: mean between directions"]
-    if all("load" in facts for facts in routers.values()):
-        meaning.insert(0, "MaxVio, dead, effective experts: on held-out text")
-        meaning.append("lag: degrees from a centroid to the mean of its tokens now")
-    else:
-        meaning.append("spread: of the scores")
-    output.note(f"{'; '.join([*meaning, 'drift: degrees since --against'])}; means over experts")
+    output.note(f"{'; '.join(_legend(routers, list(rows[0])))}; means over experts")
     for name, facts in routers.items():
         if not facts["finite"]:
             output.note(f"warning: {name} holds NaN or Inf")
+
+
+def _legend(routers: Mapping[str, Facts], columns: Sequence[str]) -> list[str]:
+    """What those columns mean that are shown and do not say it themselves."""
+    whitened = any(facts.get("directions") == "whitened" for facts in routers.values())
+    less = " (whitened directions less their mean)" if whitened else ""
+    meaning = {
+        "commits": "commits: after the one that set the centroids",
+        "MaxVio": "MaxVio, dead, eff. E (effective experts): on held-out text",
+        "nearest": f"nearest: cosine with the direction most alike{less}, near 1 two act as one",
+        "spread": "spread: of the scores",
+        "lag": "lag: degrees from a centroid to the mean of its tokens now",
+        "drift": "drift: degrees since --against",
+    }
+    return [text for column, text in meaning.items() if column in columns]
 
 
 def _shared_ends(names: list[str]) -> tuple[str, str]:
@@ -272,12 +304,14 @@ def _draw(routers: dict[str, Facts], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Facts]] = {}
     for facts in routers.values():
-        groups.setdefault(f"{facts['kind']}, {facts['experts']} experts", []).append(facts)
+        kind = f"kmeans, {facts['directions']}" if "directions" in facts else facts["kind"]
+        groups.setdefault(f"{kind}, {facts['experts']} experts", []).append(facts)
     finite = {label: group for label, group in groups.items() if all(facts["finite"] for facts in group)}
     figures = {}
     if finite:
-        cosines = {k: torch.stack([metrics.pairwise_cosine(f["weight"]) for f in group]) for k, group in finite.items()}
-        figures["directions"] = viz.direction_similarity(cosines)
+        cosines = {label: torch.stack([_cosines(facts) for facts in group]) for label, group in finite.items()}
+        whitened = [label for label, group in finite.items() if group[0].get("directions") == "whitened"]
+        figures["directions"] = viz.direction_similarity(cosines, less_mean=whitened)
     if all("load" in facts for facts in routers.values()):
         figures["load"] = viz.load_heatmap({label: [f["load"] for f in group] for label, group in groups.items()})
     for name, figure in figures.items():

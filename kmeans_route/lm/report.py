@@ -18,6 +18,7 @@ from kmeans_route.lm.results import (
     Run,
     conclusion,
     group_by_label,
+    is_whitened,
     quality_rows,
     quality_title,
     routing_rows,
@@ -72,6 +73,13 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
     loss = {
         label: [[record["loss_bits"] for record in run["history"]] for run in group] for label, group in groups.items()
     }
+    whitened = [label for label, run in first.items() if is_whitened(run["config"])]
+    less_mean = (
+        " Whitened directions all hold the mean of the centroids, which decides no choice, so the mean of all is taken "
+        "off first; above a panel of them stands how like an expert is to the one nearest to it. Pale off the diagonal "
+        "says that no two directions are alike; how often tokens choose two experts together, the table alone tells."
+    )
+    less_mean = less_mean if whitened else ""
     return [
         Picture(
             "load",
@@ -102,9 +110,10 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
             "Cosine between the directions (K-Means) or router rows (learned) of every two experts in each layer, "
             "experts of like directions side by side. The diagonal is each expert with itself. A block on it that is "
             "as dark as the diagonal is a group of experts that ask for the same tokens, so they act as one; the "
-            "table's effective experts count them as one too. A panel of K-Means that is evenly red has none: its "
-            f"directions all hold the mean of the centroids, and differ in the rest.{of_seed}",
-            viz.direction_similarity({label: run["layers"]["direction_cosine"] for label, run in first.items()}),
+            f"table's effective experts count them as one too.{less_mean}{of_seed}",
+            viz.direction_similarity(
+                {label: run["layers"]["direction_cosine"] for label, run in first.items()}, less_mean=whitened
+            ),
         ),
     ]
 

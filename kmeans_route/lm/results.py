@@ -2,7 +2,8 @@
 
 A run is a plain dict of JSON values, so that a report can be drawn again from the file:
 label, config, corpus, num_parameters, measures {key: number}, layers {load (L, E), max_vio (L,), coupling (L,),
-effective_experts (L,), direction_cosine (L, E, E)}, history (one record a step, see `Trainer.train_step`).
+effective_experts (L,), direction_cosine (L, E, E), of whitened directions less their mean}, history (one record a step,
+see `Trainer.train_step`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from kmeans_route import metrics
 from kmeans_route.lm.trainer import Evaluation, Trainer
+from kmeans_route.viz import differences_cosine
 
 Run = dict[str, Any]
 TAIL_STEPS = 100
@@ -56,6 +58,7 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
     max_vio_L = metrics.max_vio(counts_LE)
     tail = [statistics.fmean(record["max_vio"]) for record in trainer.history[-TAIL_STEPS:]]
     directions = [layer.router.weight.detach().float().cpu() for layer in trainer.model.moe_layers]
+    cosine = differences_cosine if is_whitened(trainer.config.to_dict()) else metrics.pairwise_cosine
     return {
         "label": trainer.config.label,
         "config": trainer.config.to_dict(),
@@ -77,10 +80,15 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
             "max_vio": max_vio_L.tolist(),
             "coupling": evaluation.coupling.tolist(),
             "effective_experts": evaluation.effective_experts.tolist(),
-            "direction_cosine": [metrics.pairwise_cosine(weight).tolist() for weight in directions],
+            "direction_cosine": [cosine(weight).tolist() for weight in directions],
         },
         "history": trainer.history,
     }
+
+
+def is_whitened(config: dict[str, Any]) -> bool:
+    """Whether the options of a run say that its directions are whitened."""
+    return bool(config["router_options"].get("directions") == "whitened")
 
 
 def group_by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -18,6 +18,7 @@ from kmeans_route.cli.trained import Trained
 from kmeans_route.lm.checkpoint import load_checkpoint, save_checkpoint
 from kmeans_route.lm.data import load_corpus
 from kmeans_route.lm.trainer import Trainer
+from kmeans_route.viz import differences_cosine, nearest_cosine
 from tests.helpers.commands import invoke, write_text
 
 SIZES = "--layers 2 --hidden 16 --heads 2 --experts 4 --expert-hidden 16 --seq-len 16 --batch 4 --eval-bytes 512"
@@ -223,6 +224,29 @@ def test_inspect_a_run(runs: Path, tmp_path: Path) -> None:
     assert code == 0
     assert {facts["kind"] for facts in document["routers"].values()} == {"learned"}
     assert all("lag_degrees" not in facts and "load" in facts for facts in document["routers"].values())
+
+
+def test_inspect_takes_from_whitened_directions_what_all_share(runs: Path, tmp_path: Path) -> None:
+    """The rule is told from the state; directions of plain centroids stay as they are."""
+    plain = ["--text", runs / "text", "--steps", 4, "--threads", 1, *SIZES.split(), "--router-option"]
+    assert invoke("train", *plain, "directions=centroids", "--out", tmp_path / "plain", "--json")[0] == 0
+    for folder, rule in ((runs / "kmeans", "whitened"), (tmp_path / "plain", "centroids")):
+        code, document = invoke("inspect", folder, "--json")
+        assert code == 0
+        for name, facts in document["routers"].items():
+            assert facts["directions"] == rule
+            weight = trainer_of(folder).model.get_submodule(name).weight
+            cosine = differences_cosine(weight) if rule == "whitened" else metrics.pairwise_cosine(weight)
+            assert facts["nearest_cosine"] == pytest.approx(float(nearest_cosine(cosine)), abs=1e-6)
+    code, said = invoke("inspect", runs / "kmeans", "--plain")
+    assert "nearest: cosine with the direction most alike (whitened directions less their mean), near 1" in said
+    assert "commits: after the one that set the centroids" in said
+    assert "drift" not in said, "no column, no legend"
+    code, said = invoke("inspect", tmp_path / "plain", "--against", tmp_path / "plain", "--plain")
+    assert "less their mean" not in said
+    assert "drift: degrees since --against" in said
+    code, said = invoke("inspect", runs / "softmax", "--plain")
+    assert "commits" not in said.partition("\n\n")[2], "learned routers make none"
 
 
 def test_lag_is_the_angle_to_the_tokens_of_now(runs: Path) -> None:
