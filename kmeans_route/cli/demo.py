@@ -55,8 +55,8 @@ def demo(base: TrainConfig, text: Sequence[Path], seeds: list[int], out: Path, o
         output.note(f"{asked} holds {places.held_by(asked)}: this one goes to {out}")
     start, corpus = time.monotonic(), load_corpus(text)
     output.note(
-        f"{len(CONTESTANTS)} routers, seeds {', '.join(map(str, seeds))}, {base.steps} steps of "
-        f"{base.batch * base.seq_len} bytes on {corpus.label}"
+        f"{len(CONTESTANTS)} routers, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {base.steps} steps of "
+        f"{base.batch * base.seq_len} bytes on {corpus.label}; on the way, the bits per byte of each"
     )
     runs: list[Run] = []
     for seed in seeds:
@@ -102,8 +102,9 @@ def race(configs: Sequence[TrainConfig], corpus: Corpus, out: Path, output: Outp
             random.Random(number).shuffle(shuffled)
             for trainer in shuffled:
                 trainer.train_step()
-            losses = " ".join(f"{trainer.history[-1]['loss_bits']:.2f}" for trainer in trainers)
-            update(number + 1, f"bits/byte {losses}")
+            # Names and figures alone, so that a progress line fits 80 columns.
+            losses = [f"{one.config.label.partition(',')[0]} {one.history[-1]['loss_bits']:.2f}" for one in trainers]
+            update(number + 1, ", ".join(losses))
             if request.signum:
                 break
     if request.signum and trainers[0].step < steps:

@@ -129,6 +129,8 @@ def train(
     output.note(
         f"{config.label}: {config.steps} steps of {config.batch * config.seq_len} bytes on {corpus.label}{where}"
     )
+    if checkpoint and checkpoint.step >= config.steps:
+        output.note(f"already at step {checkpoint.step} of {config.steps}: add --more-steps N to go on")
     result = train_run(config, corpus, output, out, checkpoint=checkpoint, save_every=save_every)
     facts, files = environment(), list[Path]()
     if find_spec("matplotlib") is not None:

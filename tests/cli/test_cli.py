@@ -104,8 +104,14 @@ def test_demo_writes_a_report_that_needs_nothing_else(text: Path, tmp_path: Path
 @pytest.mark.usefixtures("small_demo")
 def test_demo_tells_what_one_seed_can_tell_and_no_more(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    code, said = invoke("demo", "--text", text, "--steps", 6, "--out", out, "--threads", 1, "--plain")
+    arguments = ["demo", "--text", str(text), "--steps", "6", "--out", str(out), "--threads", "1", "--plain"]
+    result = CliRunner().invoke(commands.app, arguments)
+    code, said = result.exit_code, result.stdout
     assert code == 0
+    assert said.startswith("3 routers, seed 0, 6 steps of 64 bytes on ")
+    for line in result.stderr.splitlines():
+        assert re.fullmatch(r"seed 0: \d/6, K-Means \d.\d\d, softmax \d.\d\d, sigmoid \d.\d\d, .* left", line)
+    assert result.stderr.count("\n") == 6
     assert ESCAPE not in said
     assert not set(said) & set("│┃━─╭╰")
     can, cannot = said.split("What one seed cannot tell: quality.")
@@ -248,6 +254,12 @@ def test_train_saves_resumes_and_refuses(text: Path, tmp_path: Path) -> None:
     code, said = invoke("train", "--resume", "--out", out, "--json")
     assert code == 0
     assert said["measures"] == document["measures"]
+    code, said = invoke("train", "--resume", "--out", out, "--plain")
+    assert code == 0
+    assert "already at step 6 of 6: add --more-steps N to go on\n" in said
+    code, said = invoke("train", "--resume", "--more-steps", 1, "--out", out, "--plain")
+    assert code == 0
+    assert "already at" not in said
     code, _ = invoke(*arguments, "--overwrite", "--plain")
     assert code == 0
 
