@@ -86,7 +86,7 @@ def load_heatmap(loads: Mapping[str, Values], *, title: str = "Load of each expe
         axis.set_xticks(range(0, panel.shape[1], max(1, panel.shape[1] // 16)))
     axes[-1].set_xlabel("expert")
     extend = "max" if deviation > reach else "neither"
-    label = "load / fair share (1 = fair)"
+    label = "load / fair share\n(1 = fair)"
     figure.colorbar(axes[0].images[0], ax=list(axes), extend=extend, label=label, aspect=30)
     figure.suptitle(title, fontsize=FONT_SIZE + 2)
     return figure
@@ -193,7 +193,7 @@ def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Colle
         size = f"{num_experts} experts"
         told = [*name.split(", "), *([] if size in name else [size]), *(["less their mean"] * (name in less_mean))]
         axes[row, 0].set_ylabel("\n".join(told))
-    figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of two directions", aspect=30)
+    figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of\ntwo directions", aspect=30)
     legend = "(number: mean off the diagonal)"
     if any(name in less_mean for name in panels):
         legend = "\n(number: mean off the diagonal; nearest: mean cosine with the expert most alike)"

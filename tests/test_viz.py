@@ -32,8 +32,17 @@ def test_load_heatmap_shows_the_values_on_one_scale() -> None:
     assert first.get_title(loc="left") == "K-Means: mean MaxVio 0.15"
     assert first.get_ylabel() == "layer"
     assert second.get_xlabel() == "expert"
-    assert "fair share (1 = fair)" in figure.axes[-1].get_ylabel()
+    assert figure.axes[-1].get_ylabel() == "load / fair share\n(1 = fair)"
     assert "validation" in figure.get_suptitle()
+
+
+def test_labels_of_colour_bars_stay_off_the_edges() -> None:
+    """In the lowest figures that there are: one router of one layer."""
+    cosine = torch.eye(4)[None]
+    for figure in (viz.load_heatmap({"one": [[1.0, 1.2, 0.8]]}), viz.direction_similarity({"one": cosine})):
+        height = drawn(figure).bbox.height
+        label = figure.axes[-1].yaxis.label.get_window_extent()
+        assert 0.02 * height < label.y0 < label.y1 < 0.98 * height
 
 
 def test_load_heatmap_scale_ends_at_twice_the_fair_share() -> None:

@@ -168,7 +168,7 @@ def demo_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Train K-Means and two learned routers side by side, print the table, write the report."""
+    """Train K-Means and two learned routers side by side. Prints a table, writes a report."""
     with _speaking(json_mode, plain) as output:
         config = TrainConfig(steps=steps, threads=threads, eval_every=-(-steps // 4), eval_bytes=32768)
         demo(config, text or [], _seeds(seeds), out, output)
@@ -198,7 +198,7 @@ def info_command(json_mode: Json = False, plain: Plain = False) -> None:
 
 @app.command("selftest")
 def selftest_command(threads: Threads = TrainConfig.threads, json_mode: Json = False, plain: Plain = False) -> None:
-    """Check in seconds that routing here agrees with its fp64 definition; with TRITON_INTERPRET=1 the kernels too."""
+    """Check that routing here agrees with its fp64 definition. In seconds; with TRITON_INTERPRET=1 the kernels too."""
     torch.set_num_threads(threads)
     with _speaking(json_mode, plain) as output:
         raise typer.Exit(selftest(output))
@@ -234,7 +234,7 @@ def bench_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Time routing against other ways to do it, after checking that all are right.
+    """Check and time routing against other ways to do it. One that is wrong is not timed.
 
     The table's ours / theirs is the time of kmeans_route over that of the row: below 1 kmeans_route is faster. With
     --threads 1 times are CPU time of the thread, so other work on the machine disturbs them least.
@@ -257,7 +257,9 @@ def bench_command(
         raise typer.Exit(bench(options, output))
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of a run of kmeans-route train, or of save_pretrained.")]
+Source = Annotated[
+    Path, typer.Argument(help="Folder of a run of kmeans-route train, or of save_pretrained with its tokenizer.")
+]
 Made = Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 TheirText = Annotated[
@@ -300,7 +302,7 @@ def inspect_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Show a checkpoint's routers: experts, load, bias, drift, dead experts."""
+    """Show a checkpoint's routers: load, bias, drift, dead experts."""
     with _speaking(json_mode, plain) as output:
         inspect(checkpoint, out, output, text=text or [], against=against)
 
@@ -312,7 +314,7 @@ def watch_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Redraw the load of each expert as a run goes on, here and in loads.png; --json implies --once."""
+    """Redraw the load of each expert as a run goes on. Here and in loads.png; --json implies --once."""
     with _speaking(json_mode, plain) as output:
         watch(run, output, once=once or json_mode)
 
@@ -335,7 +337,7 @@ def convert_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Put K-Means routers in place of learned ones: a warm start, with agreement and loss."""
+    """Put K-Means routers in place of learned ones. A warm start, with agreement and loss."""
     with _speaking(json_mode, plain) as output:
         old = _opened(context, source, out, overwrite, text, "more_steps")
         new = old.with_kmeans(balance, tau, more_steps, None if start == "means" else "centroids")
@@ -376,7 +378,7 @@ def export_command(
     json_mode: Json = False,
     plain: Plain = False,
 ) -> None:
-    """Put ordinary gates in place of K-Means routers, with agreement, load and loss."""
+    """Put ordinary gates in place of K-Means routers. Tells agreement, load and loss."""
     with _speaking(json_mode, plain) as output:
         old = _opened(context, source, out, overwrite, text, "more_steps", "router", "balance")
         new = old.with_gates(router, balance, more_steps)

@@ -24,6 +24,7 @@ from kmeans_route.lm.results import (
     Run,
     conclusion,
     means,
+    not_yet_balanced,
     pair_times,
     quality_rows,
     quality_title,
@@ -64,6 +65,8 @@ def demo(base: TrainConfig, text: Sequence[Path], seeds: list[int], out: Path, o
     facts = environment()
     paths = write_report(runs, out, title="K-Means routing and two learned routers", environment=facts)
     time_s = time.monotonic() - start
+    if few := not_yet_balanced(runs[0]["config"]):
+        output.note(few)
     output.table("What this run can tell", *routing_rows(runs))
     output.table(quality_title(runs), *quality_rows(runs))
     for check in verdicts(runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import tempfile
 from pathlib import Path
@@ -45,7 +46,11 @@ def check_file(path: Path, option: str) -> None:
 
 def _refusal(option: str, kind: str, path: Path, error: OSError) -> str:
     why = (error.strerror or type(error).__name__).lower()
-    remedy = "name another place, or change its permissions"
+    if isinstance(error, FileExistsError):
+        why = "a file lies there"
+    remedy = {PermissionError: "name another place, or change its permissions"}.get(type(error), "name another place")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "name another place, or free some space"
     return f"{option} must be a {kind} that can be written, got {path} ({why}): {remedy}"
 
 

@@ -19,6 +19,7 @@ from kmeans_route.lm.checkpoint import CheckpointError, exists
 from kmeans_route.lm.data import load_corpus
 
 WINDOW, ROWS = 512, 4  # tokens of a window, windows of a batch
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -44,9 +45,12 @@ class Pretrained:
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds
+            # What it says of a folder without one is of no help.
+            files = [path for name in TOKENIZER_FILES for path in self.folder.glob(name)]
+            got = f"one that transformers cannot read ({first_line(error)})" if files else "none"
             raise CheckpointError(
-                f"{self.folder} must hold a tokenizer beside the model, got none ({first_line(error)}): write it there "
-                "with tokenizer.save_pretrained, or work from Python with batches of your own"
+                f"{self.folder} must hold a tokenizer beside the model, got {got}: write it there with "
+                "tokenizer.save_pretrained, or work from Python with batches of your own"
             ) from None
 
     def windows(self, num_bytes: int) -> tuple[list[Any], list[Any], dict[str, int]]:

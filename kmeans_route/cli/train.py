@@ -17,7 +17,7 @@ from kmeans_route.lm.checkpoint import Checkpoint, CheckpointError, load_checkpo
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import Corpus, load_corpus
 from kmeans_route.lm.report import write_report
-from kmeans_route.lm.results import Run, summarize, table_rows
+from kmeans_route.lm.results import Run, not_yet_balanced, summarize, table_rows
 from kmeans_route.lm.trainer import Trainer, run_steps, stop_on_signal
 
 
@@ -138,6 +138,8 @@ def train(
     output.table(f"{config.label}, seed {config.seed}", *table_rows([result]))
     max_vio = ", ".join(f"{value:.3f}" for value in result["layers"]["max_vio"])
     output.note(f"validation MaxVio by layer: {max_vio}")
+    if few := not_yet_balanced(result["config"]):
+        output.note(few)
     output.note(f"checkpoint: {out}" + (f"; report: {files[-1]}" if files else ""))
     output.document(
         {

@@ -19,6 +19,7 @@ from kmeans_route.lm.results import (
     conclusion,
     group_by_label,
     is_whitened,
+    not_yet_balanced,
     quality_rows,
     quality_title,
     routing_rows,
@@ -237,7 +238,8 @@ def _reading(runs: Sequence[Run]) -> str:
         )
     else:
         text += "Step times share the machine with whatever else ran."
-    return text + (" Numbers are mean ± standard deviation over the seeds." if several else "")
+    text += " Numbers are mean ± standard deviation over the seeds." if several else ""
+    return f"{text} {not_yet_balanced(runs[0]['config'])}".rstrip()
 
 
 def _checks(runs: Sequence[Run]) -> str:

@@ -21,6 +21,8 @@ from kmeans_route.viz import differences_cosine
 Run = dict[str, Any]
 TAIL_STEPS = 100
 """The training MaxVio is a mean over this many last steps."""
+FEW_TOKENS, FEW_STEPS = 100, 200
+"""Tokens an expert and commit, and steps, below which the balance rules have not come to rest: docs/api.md."""
 BITS_MARGIN = 0.05
 """Differences in bits per byte below this are not resolved by runs as short as the demo's."""
 
@@ -36,7 +38,7 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("bits_per_byte", "validation bits per byte", 3),
     Measure("perplexity", "validation perplexity per byte", 2),
-    Measure("max_vio_train", f"MaxVio, training, last {TAIL_STEPS} steps", 3),
+    Measure("max_vio_train", "MaxVio, training", 3),
     Measure("max_vio_validation", "MaxVio, validation, pooled", 3),
     Measure("load_std", "load deviation, validation", 4),
     Measure("dead_experts", "dead experts", 0),
@@ -86,6 +88,14 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
     }
 
 
+def not_yet_balanced(config: dict[str, Any]) -> str:
+    """A sentence on a run too small for its MaxVio to be that of a trained router; "" where it is large enough."""
+    tokens = config["batch"] * config["seq_len"] * config["top_k"] * config["commit_every"] // config["experts"]
+    small = [f"{tokens} tokens an expert and commit (about {FEW_TOKENS} are needed)"] if tokens < FEW_TOKENS else []
+    small += [f"{config['steps']} steps (some hundred are needed)"] if config["steps"] < FEW_STEPS else []
+    return f"So small a run says little of balance: {', '.join(small)}; see docs/api.md." if small else ""
+
+
 def is_whitened(config: dict[str, Any]) -> bool:
     """Whether the options of a run say that its directions are whitened."""
     return bool(config["router_options"].get("directions") == "whitened")
@@ -129,6 +139,8 @@ def table_rows(runs: Sequence[Run], keys: Sequence[str] = ()) -> tuple[list[str]
         label = measure.label
         if measure.key == "dead_experts":
             label += f" (of {runs[0]['config']['layers'] * runs[0]['config']['experts']})"
+        if measure.key == "max_vio_train":
+            label += f", last {min(TAIL_STEPS, runs[0]['config']['steps'])} steps"
         values = [[run["measures"][measure.key] for run in group] for group in groups.values()]
         rows.append([label, *(_cell(column, measure.digits) for column in values)])
     return ["measure", *groups], rows

@@ -189,13 +189,12 @@ class Trainer:
         return inputs, torch.stack(choices)
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next step depends on, and the history."""
+        """Everything that the next step depends on, and the history; nothing draws from torch's own generator."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
         tensors["random.sampler"] = self.sampler.generator.get_state()
-        tensors["random.torch"] = torch.get_rng_state()
         corpus = {**self.corpus.summary(), "paths": list(self.corpus.paths)}
         return Checkpoint(self.step, self.config.to_dict(), corpus, list(self.history), tensors)
 
@@ -222,7 +221,6 @@ class Trainer:
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
             self.sampler.generator.set_state(tensors["random.sampler"])
-            torch.set_rng_state(tensors["random.torch"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"the checkpoint's tensors do not fit its options: {error}") from error
         self.step, self.history = checkpoint.step, list(checkpoint.history)

@@ -129,6 +129,8 @@ def test_demo_tells_what_one_seed_can_tell_and_no_more(text: Path, tmp_path: Pat
     assert last.endswith("stands in docs/quality.md.")
     assert ". " not in last, "one sentence"
     page = (out / "report.html").read_text()
+    assert "So small a run says little of balance: 32 tokens an expert" in said
+    assert "So small a run says little of balance: 32 tokens an expert" in page
     assert "What one seed cannot tell" in page
     assert "class='no'" not in page
 
@@ -205,7 +207,11 @@ def test_demo_refusals(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def run_of(label: str, bits: float, max_vio: float) -> results.Run:
     measures = {measure.key: 0.0 for measure in results.MEASURES}
     measures |= {"bits_per_byte": bits, "max_vio_validation": max_vio}
-    return {"label": label, "measures": measures, "config": {"layers": 2, "experts": 4, "seed": int(100 * bits)}}
+    return {
+        "label": label,
+        "measures": measures,
+        "config": {"layers": 2, "experts": 4, "steps": 40, "seed": int(100 * bits)},
+    }
 
 
 def test_verdicts_can_pass_and_fail() -> None:
@@ -220,6 +226,18 @@ def test_verdicts_can_pass_and_fail() -> None:
     assert results.verdicts(one_seed) == []
 
 
+def test_small_runs_say_that_they_tell_little_of_balance() -> None:
+    smoke = TrainConfig(steps=60, hidden=32, batch=8, seq_len=64).to_dict()
+    assert results.not_yet_balanced(smoke) == (
+        "So small a run says little of balance: 64 tokens an expert and commit (about 100 are needed), 60 steps (some "
+        "hundred are needed); see docs/api.md."
+    )
+    assert "steps" not in results.not_yet_balanced({**smoke, "steps": 400})
+    assert "tokens" not in results.not_yet_balanced({**smoke, "commit_every": 2})
+    demo = TrainConfig(steps=demonstration.DEMO_STEPS).to_dict()
+    assert results.not_yet_balanced(demo) == ""
+
+
 def test_table_shows_mean_and_spread_over_seeds() -> None:
     runs = [run_of("K-Means", 2.0, 0.1), run_of("K-Means", 3.0, 0.3), run_of("softmax", 2.5, 0.5)]
     columns, rows = results.table_rows(runs)
@@ -227,6 +245,7 @@ def test_table_shows_mean_and_spread_over_seeds() -> None:
     cells = {row[0]: row[1:] for row in rows}
     assert cells["validation bits per byte"] == ["2.500 ± 0.707", "2.500"]
     assert cells["dead experts (of 8)"][0] == "0.0 ± 0.0"
+    assert "MaxVio, training, last 40 steps" in cells
     runs[0]["measures"]["coupling"] = float("nan")
     assert results.table_rows(runs)[1][7] == ["router-expert coupling", "n/a", "0.00"]
 
@@ -257,6 +276,7 @@ def test_train_saves_resumes_and_refuses(text: Path, tmp_path: Path) -> None:
     code, said = invoke("train", "--resume", "--out", out, "--plain")
     assert code == 0
     assert "already at step 6 of 6: add --more-steps N to go on\n" in said
+    assert "So small a run says little of balance: 32 tokens an expert and commit" in said
     code, said = invoke("train", "--resume", "--more-steps", 1, "--out", out, "--plain")
     assert code == 0
     assert "already at" not in said
@@ -541,6 +561,18 @@ def test_tables_of_the_commands_fit_80_columns(text: Path, tmp_path: Path, monke
         _, _, *lines = tables.pop()
         widest = max(lines, key=len)
         assert len(widest) <= 80, widest
+
+
+def test_the_help_tells_each_command_in_a_whole_line() -> None:
+    code, said = invoke("--help")
+    assert code == 0
+    commands_told = said.partition("Commands:\n")[2].splitlines()
+    assert len(commands_told) == len(commands.app.registered_commands)
+    for line in commands_told:
+        assert line.endswith("."), line
+        assert not line.endswith("..."), line
+    result = CliRunner().invoke(commands.app, ["inspct"])
+    assert (result.exit_code, "Did you mean 'inspect'?" in result.stderr) == (2, True)
 
 
 def test_version() -> None:

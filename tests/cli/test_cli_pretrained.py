@@ -129,8 +129,13 @@ def test_a_folder_without_tokenizer_says_so_and_shows_what_is_stored(folder: Pat
     for name, kind in (("learned", "learned"), ("kmeans", "kmeans")):
         code, seen = invoke("inspect", tmp_path / name, "--json")
         assert code == 0, seen
-        assert f"{tmp_path / name} {remedy}" in seen["no_loads"]
+        assert f"{tmp_path / name} {remedy}: write it there" in seen["no_loads"]
         assert "write it there with tokenizer.save_pretrained" in seen["no_loads"]
+        (tmp_path / name / "tokenizer.json").write_text("[]")
+        code, broken = invoke("inspect", tmp_path / name, "--json")
+        assert code == 0
+        assert "got one that transformers cannot read (" in broken["no_loads"]
+        (tmp_path / name / "tokenizer.json").unlink()
         facts = seen["routers"][NAMES[0]]
         assert "max_vio" not in facts
         assert (facts["kind"], facts["experts"]) == (kind, 8)

@@ -361,10 +361,8 @@ def test_resume_is_bit_for_bit(router: str, corpus: data.Corpus, tmp_path: Path)
     for _ in range(3):
         first.train_step()
     save_checkpoint(tmp_path / "run", first.checkpoint())
-    drawn = torch.rand(3)
     second = Trainer(config, corpus)
     second.restore(load_checkpoint(tmp_path / "run"))
-    assert torch.equal(torch.rand(3), drawn)
     assert_same_bits(all_state(first), all_state(second))
     for _ in range(3):
         second.train_step()
@@ -374,6 +372,18 @@ def test_resume_is_bit_for_bit(router: str, corpus: data.Corpus, tmp_path: Path)
     evaluations = [trainer.evaluate() for trainer in (straight, second)]
     assert evaluations[0].bits_per_byte == evaluations[1].bits_per_byte
     assert torch.equal(evaluations[0].tokens_per_expert, evaluations[1].tokens_per_expert)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_run_draws_nothing_from_the_global_generator(router: str, corpus: data.Corpus) -> None:
+    """So a checkpoint holds no state of it, which torch seeds anew in each process."""
+    before = torch.get_rng_state()
+    trainer = Trainer(replace(TINY, router=router, balance=""), corpus)
+    trainer.train_step()
+    trainer.restore(trainer.checkpoint())
+    trainer.evaluate()
+    assert torch.equal(before, torch.get_rng_state())
+    assert [name for name in trainer.checkpoint().tensors if name.startswith("random.")] == ["random.sampler"]
 
 
 @pytest.fixture
