@@ -170,7 +170,7 @@ def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Colle
     """
     panels = _arrays(similarities, 3, "similarities")
     num_layers = max(panel.shape[0] for panel in panels.values())
-    figure = new_figure(1.2 + 1.85 * len(panels) + 0.3 * sum(name in less_mean for name in panels))
+    figure = new_figure(1.2 + 1.85 * len(panels) + 0.5 * sum(name in less_mean for name in panels))
     axes = figure.subplots(len(panels), num_layers, squeeze=False)
     for row, (name, panel) in enumerate(panels.items()):
         num_experts = panel.shape[1]
@@ -194,14 +194,15 @@ def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Colle
         told = [*name.split(", "), *([] if size in name else [size]), *(["less their mean"] * (name in less_mean))]
         axes[row, 0].set_ylabel("\n".join(told))
     figure.colorbar(axes[0, 0].images[0], ax=axes.ravel().tolist(), label="cosine of\ntwo directions", aspect=30)
-    legend = "(number: mean off the diagonal)"
-    if any(name in less_mean for name in panels):
-        legend = "\n(number: mean off the diagonal; nearest: mean cosine with the expert most alike)"
-    figure.suptitle(f"Similarity of the experts' directions {legend}", fontsize=FONT_SIZE + 1)
-    figure.supxlabel(
-        "A square is two experts. A block as dark as the diagonal: they ask for the same tokens.",
-        fontsize=FONT_SIZE - 1,
-    )
+    parted = sum(name in less_mean for name in panels)
+    numbers = ["number: mean off the diagonal"] if parted < len(panels) else []
+    numbers += ["nearest: mean cosine with the expert most alike"] if parted else []
+    gap = "\n" if parted else " "
+    figure.suptitle(f"Similarity of the experts' directions{gap}({'; '.join(numbers)})", fontsize=FONT_SIZE + 1)
+    reading = "A square is two experts. A block as dark as the diagonal: they ask for the same tokens."
+    if parted:
+        reading += "\nPale: no two directions are alike. How often two are chosen together, effective experts tell."
+    figure.supxlabel(reading, fontsize=FONT_SIZE - 1)
     return figure
 
 

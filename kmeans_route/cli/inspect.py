@@ -128,7 +128,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
         }
         if is_kmeans:
             facts["directions"] = rule_of_directions(weight, state[prefix + "centroids"].float())
-        facts["nearest_cosine"] = float(nearest_cosine(_cosines(facts)))
+        facts["nearest_cosine"] = float(nearest_cosine(differences_cosine(weight)))
         if bias is not None:
             facts |= {"bias": bias.float().tolist(), "bias_abs_max": float(bias.abs().max())}
         if is_kmeans:
@@ -156,12 +156,6 @@ def rule_of_directions(weight: Tensor, centroids: Tensor) -> str:
     return (
         "whitened" if torch.linalg.vector_norm(weight - whitened_reference(centroids, weight)) < plain else "centroids"
     )
-
-
-def _cosines(facts: Facts) -> Tensor:
-    """(E, E) between the router's directions, of whitened ones less their mean."""
-    whitened = facts.get("directions") == "whitened"
-    return differences_cosine(facts["weight"]) if whitened else metrics.pairwise_cosine(facts["weight"])
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -255,20 +249,18 @@ def _table(routers: dict[str, Facts], path: Path, output: Output) -> None:
         for row in rows:
             row["router"] = row["router"].removeprefix(shared[0]).removesuffix(shared[1])
     output.table(title, list(rows[0]), [list(row.values()) for row in rows])
-    output.note(f"{'; '.join(_legend(routers, list(rows[0])))}; means over experts")
+    output.note(f"{'; '.join(_legend(list(rows[0])))}; means over experts")
     for name, facts in routers.items():
         if not facts["finite"]:
             output.note(f"warning: {name} holds NaN or Inf")
 
 
-def _legend(routers: Mapping[str, Facts], columns: Sequence[str]) -> list[str]:
+def _legend(columns: Sequence[str]) -> list[str]:
     """What those columns mean that are shown and do not say it themselves."""
-    whitened = any(facts.get("directions") == "whitened" for facts in routers.values())
-    less = " (whitened directions less their mean)" if whitened else ""
     meaning = {
         "commits": "commits: after the one that set the centroids",
         "MaxVio": "MaxVio, dead, eff. E (effective experts): on held-out text",
-        "nearest": f"nearest: cosine with the direction most alike{less}, near 1 two act as one",
+        "nearest": "nearest: cosine with the direction most alike, the mean of all taken off; near 1 two act as one",
         "spread": "spread: of the scores",
         "lag": "lag: degrees from a centroid to the mean of its tokens now",
         "drift": "drift: degrees since --against",
@@ -309,8 +301,13 @@ def _draw(routers: dict[str, Facts], out: Path) -> list[Path]:
     finite = {label: group for label, group in groups.items() if all(facts["finite"] for facts in group)}
     figures = {}
     if finite:
-        cosines = {label: torch.stack([_cosines(facts) for facts in group]) for label, group in finite.items()}
         whitened = [label for label, group in finite.items() if group[0].get("directions") == "whitened"]
+        cosines = {
+            label: torch.stack(
+                [(differences_cosine if label in whitened else metrics.pairwise_cosine)(f["weight"]) for f in group]
+            )
+            for label, group in finite.items()
+        }
         figures["directions"] = viz.direction_similarity(cosines, less_mean=whitened)
     if all("load" in facts for facts in routers.values()):
         figures["load"] = viz.load_heatmap({label: [f["load"] for f in group] for label, group in groups.items()})

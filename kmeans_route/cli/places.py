@@ -48,9 +48,11 @@ def _refusal(option: str, kind: str, path: Path, error: OSError) -> str:
     why = (error.strerror or type(error).__name__).lower()
     if isinstance(error, FileExistsError):
         why = "a file lies there"
-    remedy = {PermissionError: "name another place, or change its permissions"}.get(type(error), "name another place")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "name another place, or free some space"
+    remedy = "name another place"
+    if isinstance(error, PermissionError):
+        remedy += ", or change its permissions"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy += ", or free some space"
     return f"{option} must be a {kind} that can be written, got {path} ({why}): {remedy}"
 
 

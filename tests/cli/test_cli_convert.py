@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import save_file
 
-from kmeans_route import KMeansRouter, LearnedRouter, metrics
+from kmeans_route import KMeansRouter, LearnedRouter, metrics, viz
 from kmeans_route.cli import inspect, train
 from kmeans_route.cli.train import resumed
 from kmeans_route.cli.trained import Trained
@@ -226,24 +227,37 @@ def test_inspect_a_run(runs: Path, tmp_path: Path) -> None:
     assert all("lag_degrees" not in facts and "load" in facts for facts in document["routers"].values())
 
 
-def test_inspect_takes_from_whitened_directions_what_all_share(runs: Path, tmp_path: Path) -> None:
-    """The rule is told from the state; directions of plain centroids stay as they are."""
+def test_inspect_takes_off_what_all_directions_share(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the picture of whitened directions alone; the rule is told from the state."""
+    pytest.importorskip("matplotlib")
+    drawn: list[tuple[dict[str, torch.Tensor], list[str]]] = []
+
+    def draw(similarities: dict[str, torch.Tensor], *, less_mean: list[str]) -> Any:
+        drawn.append((similarities, less_mean))
+        return viz.new_figure(1.0)
+
+    monkeypatch.setattr(viz, "direction_similarity", draw)
     plain = ["--text", runs / "text", "--steps", 4, "--threads", 1, *SIZES.split(), "--router-option"]
     assert invoke("train", *plain, "directions=centroids", "--out", tmp_path / "plain", "--json")[0] == 0
     for folder, rule in ((runs / "kmeans", "whitened"), (tmp_path / "plain", "centroids")):
-        code, document = invoke("inspect", folder, "--json")
+        code, document = invoke("inspect", folder, "--out", tmp_path / rule, "--json")
         assert code == 0
-        for name, facts in document["routers"].items():
+        label = f"kmeans, {rule}, 4 experts"
+        similarities, less_mean = drawn.pop()
+        assert (list(similarities), less_mean) == ([label], [label] * (rule == "whitened"))
+        cosine = {"whitened": differences_cosine, "centroids": metrics.pairwise_cosine}[rule]
+        for layer, (name, facts) in enumerate(document["routers"].items()):
             assert facts["directions"] == rule
             weight = trainer_of(folder).model.get_submodule(name).weight
-            cosine = differences_cosine(weight) if rule == "whitened" else metrics.pairwise_cosine(weight)
-            assert facts["nearest_cosine"] == pytest.approx(float(nearest_cosine(cosine)), abs=1e-6)
+            torch.testing.assert_close(similarities[label][layer], cosine(weight))
+            assert facts["nearest_cosine"] == pytest.approx(float(nearest_cosine(differences_cosine(weight))), abs=1e-6)
     code, said = invoke("inspect", runs / "kmeans", "--plain")
-    assert "nearest: cosine with the direction most alike (whitened directions less their mean), near 1" in said
+    assert "nearest: cosine with the direction most alike, the mean of all taken off; near 1 two act as one" in said
     assert "commits: after the one that set the centroids" in said
     assert "drift" not in said, "no column, no legend"
     code, said = invoke("inspect", tmp_path / "plain", "--against", tmp_path / "plain", "--plain")
-    assert "less their mean" not in said
     assert "drift: degrees since --against" in said
     code, said = invoke("inspect", runs / "softmax", "--plain")
     assert "commits" not in said.partition("\n\n")[2], "learned routers make none"
