@@ -2,8 +2,9 @@
 
 Until its centroids have data, a router keeps R valid tokens, the same whatever the micro-batches, shards or order. A
 token goes by the cell of its direction, which rounding seldom changes, and each place of the reservoir takes its token
-from cells of its own, so that a token in another cell changes one place or two. Legend: T tokens, D hidden size,
-E experts, R places.
+from cells of its own, so that a token in another cell changes one place or two. A cell counts once, however many tokens
+lie in it: clusters so tight that no line parts them weigh no more than a single token far away. Legend: T tokens,
+D hidden size, E experts, R places.
 """
 
 import torch
@@ -13,9 +14,9 @@ from kmeans_route.backends import chunks
 
 EMPTY_HASH = torch.iinfo(torch.int64).max  # of a place that holds no token
 TOKENS_PER_EXPERT = 16
-LINES = 32
+LINES = 64
 """How many lines bound a cell: with more, cells are finer, and rounding moves more tokens to another."""
-CELL_BIT, SLOPE_BIT = 31, 15
+CELL_BIT, SLOPE_BIT = 39, 31
 """Where in a hash the bits of a cell begin, and below them those of a slope; then come bits of the row."""
 
 
@@ -97,6 +98,8 @@ def keep_(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor,
 
     A sample that depends on the set of tokens alone: not on micro-batches, shards or order. Equal rows count once.
     """
+    if x.shape[0] == 0:
+        return
     places = hashes.shape[0]
     new, token = kept(torch.where(valid, hash_rows(x, seed), EMPTY_HASH), places)
     merged, place = kept(torch.cat([hashes, new]), places)  # a token kept before stays the first of its equals
@@ -110,9 +113,9 @@ def kmeans_pp(hashes: Tensor, rows: Tensor, num_experts: int) -> Tensor:
     """Places (E,) of E tokens of the reservoir, each drawn with odds 1 - its largest cosine with those before.
 
     This is k-means++ (Arthur and Vassilvitskii 2007) on the unit sphere. Each draw is a race: a token arrives after an
-    exponential time, which its cell decides, over its odds. So a token that rounding moves leaves the others' draws as
-    they are. It runs on the host in fp64, so that every device and rank draws the same. With fewer than E tokens,
-    empty places follow.
+    exponential time, which its cell decides, over its odds, so that of a cell the token with the largest comes first. A
+    token that rounding moves leaves the others' draws as they are. It runs on the host in fp64, so that every device
+    and rank draws the same. With fewer than E tokens, empty places follow.
     """
     found = (hashes != EMPTY_HASH).cpu()
     unit = torch.nn.functional.normalize(rows.cpu().double(), dim=1)

@@ -96,7 +96,7 @@ def _(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _reservoir_body(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
-    """Keep the tokens of smallest hash; nothing while a backward pass runs."""
+    """Let the reservoir take its tokens of x; nothing while a backward pass runs."""
     if not in_backward():
         with no_autocast(x):
             keep_(x, inv_norm, valid, seed, hashes, rows)

@@ -40,6 +40,14 @@ def called(router: "StatefulRouter") -> str:
 COMMIT_REMEDY = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
 
 
+def _when_to_save(router: "StatefulRouter") -> str:
+    if router.attachment is None and not router._commits_by_hand:
+        return COMMIT_REMEDY
+    every = getattr(router.attachment, "every_n_steps", 1)
+    after = "an optimizer step" if every == 1 else f"a commit, every {every} optimizer steps"
+    return f"save right after {after}" + (", with attachment.state_dict()" if every > 1 else "")
+
+
 def option_names(router: "type[StatefulRouter]") -> set[str]:
     """What the constructor takes by name alone."""
     parameters = inspect.signature(router).parameters.values()
@@ -367,19 +375,12 @@ class StatefulRouter(nn.Module):
             if old.device != device:
                 setattr(self, name, torch.zeros_like(old, device=device) if old.is_meta else old.detach().to(device))
 
-    def _when_to_save(self) -> str:
-        if self.attachment is None and not self._commits_by_hand:
-            return COMMIT_REMEDY
-        every = getattr(self.attachment, "every_n_steps", 1)
-        after = "an optimizer step" if every == 1 else f"a commit, every {every} optimizer steps"
-        return f"save right after {after}" + (", with attachment.state_dict()" if every > 1 else "")
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pending = self.pending.num_tokens
         if not pending.is_meta and int(pending):
             warnings.warn(
                 f"{called(self)} is saved with {int(pending)} tokens pending, which a state dict does not hold: "
-                f"{self._when_to_save()}",
+                f"{_when_to_save(self)}",
                 stacklevel=2,
             )
         self._own_dtypes_again(tell=True)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 WIRES = ("fp32", "bf16")
 LEFT_OUT = ("left_of_sums", "left_of_chunk")
-COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of a model's parts."""
+COMPILED = "_orig_mod"
+"""What torch.compile puts between the names of a model's parts."""
 
 
 class Attachment:
@@ -49,13 +49,12 @@ class Attachment:
         self._scope = CountingScope(self)
         for router in routers.values():
             router.bind(self._scope)
-        learns = lambda: any(router.learns for router in self._learning())  # noqa: E731
-        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers, learns, [*routers])
+        self._overdue: Overdue | None = Overdue(clocks, model.parameters(), self._gathers, self._idle, [*routers])
         watch_steps(self._overdue)
         self.watch(model)
 
     def __repr__(self) -> str:
-        return f"Attachment({', '.join(map(repr, self.routers)) or 'removed'}; {self._steps} steps)"
+        return f"Attachment({', '.join(map(repr, self.routers))}; {self._steps} steps)"
 
     def watch(self, module: nn.Module) -> None:
         """Take `module` too for a root, whose training mode and gradients as it is entered decide what counts.
@@ -112,10 +111,16 @@ class Attachment:
     def _gathers(self) -> bool:
         return any(router.training and router.learns for router in self._learning())
 
+    def _idle(self) -> bool:
+        learning = [router for router in self._learning() if router.learns]
+        return bool(learning) and not any(int(router.pending.num_tokens) for router in learning)
+
     def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         clocks = [clock for ref in self._clocks if (clock := ref()) is not None]
         if num_running_steps(clocks) > 1:
             return  # a step inside a step: the outer one commits as it ends
+        if self._overdue is not None:
+            self._overdue.step_in_eval()
         if not ops.in_backward():
             self._scope.forget()
             self._make_up()
@@ -292,7 +297,7 @@ def attach(
     """
     check_module("model", model, "call attach(model, optimizer), in this order")
     routers = {
-        name.replace(COMPILED, "") or "router": module
+        ".".join(part for part in name.split(".") if part != COMPILED) or "router": module
         for name, module in model.named_modules()
         if isinstance(module, StatefulRouter)
     }

@@ -190,7 +190,7 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """The (16 E,) smallest hashes of all ranks, each once, and their rows (16 E, D): what one process would have kept.
+    """What is `kept` of the hashes (R,) of all ranks, and their rows (R, D): what one process would have kept.
 
     Rows travel once, whatever the number of ranks: each is given by the lowest rank that holds it, and all are summed.
     """

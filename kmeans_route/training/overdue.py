@@ -31,7 +31,7 @@ class Overdue:
       than half must have changed by their version counters, which are read without a sync.
     - More forwards than any step would have: for those who write past the version counters.
 
-    A fourth is that all forwards with gradients between two steps were in eval mode, where nothing counts.
+    A fourth is that the optimizer steps and every forward with gradients so far was in eval mode, where nothing counts.
 
     Code that torch.compile has made of a whole forward tells only of the first.
 
@@ -39,7 +39,7 @@ class Overdue:
         clocks: the optimizers whose steps commit, as `clocks_of` gives them.
         parameters: whose writes are watched, where the clocks have none of their own.
         gathers: whether any router would gather and learn.
-        learns: the same, in training mode.
+        idle: whether a router would learn in training mode, and none holds a token. Asked once at the most.
         names: of the routers, to tell.
     """
 
@@ -48,11 +48,11 @@ class Overdue:
         clocks: Sequence[Any],
         parameters: Iterable[Tensor],
         gathers: Callable[[], bool],
-        learns: Callable[[], bool],
+        idle: Callable[[], bool],
         names: Sequence[str] = (),
     ) -> None:
         # Weak: an optimizer that was rebuilt must be free to go, with its state.
-        self._clocks, self._gathers, self._learns = [weakref.ref(clock) for clock in clocks], gathers, learns
+        self._clocks, self._gathers, self._idle = [weakref.ref(clock) for clock in clocks], gathers, idle
         self._name = type(clocks[0]).__name__
         self._routers = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         trained = [p for p in parameters_of(clocks) or parameters if p.requires_grad and not p.is_inference()]
@@ -62,22 +62,15 @@ class Overdue:
         self._most_forwards, self._most_updates = MOST_FORWARDS, MOST_UPDATES
         self._told = self._told_of_reentrant = self._told_of_eval = False
         self._forwards = self._updates = self._steps_of_another = 0
-        self._in_eval: str | None = None
+        self._counted, self._in_eval = False, ""
         self.stepped()
 
     def stepped(self) -> None:
-        """The optimizer has stepped, or a commit was called: all is well, if a forward has counted."""
-        if self._in_eval is not None and not self._forwards and not self._told_of_eval and self._learns():
-            self._told_of_eval = True
-            warnings.warn(
-                f"{self._in_eval} must be in training mode for its routers to learn, got an optimizer step after "
-                "forwards in eval mode alone, which count nothing: call model.train(), or freeze() the routers",
-                stacklevel=5,
-            )
+        """The optimizer has stepped, or a commit was called: all is well."""
         self._most_forwards = max(self._most_forwards, TIMES_USUAL * self._forwards)
         self._most_updates = max(self._most_updates, TIMES_USUAL * self._updates, TIMES_USUAL * self._steps_of_another)
         self._forwards = self._updates = self._steps_of_another = 0
-        self._looked, self._in_eval = False, None
+        self._looked = False
         self._versions: list[int] = []
 
     def looked(self) -> None:
@@ -88,8 +81,21 @@ class Overdue:
         """The root was entered in eval mode with gradients."""
         self._in_eval = type(root).__name__
 
+    def step_in_eval(self) -> None:
+        """The optimizer has stepped: say once that no forward has counted, where all of them were in eval mode."""
+        if not self._in_eval or self._counted or self._told_of_eval:
+            return
+        self._told_of_eval = True
+        if self._idle():  # compiled forwards may have counted
+            warnings.warn(
+                f"{self._in_eval} must be in training mode for its routers to learn, got an optimizer step after "
+                "forwards in eval mode alone, which count nothing: call model.train(), or freeze() the routers",
+                stacklevel=4,
+            )
+
     def forward(self) -> None:
         """A forward that counts begins."""
+        self._counted = True
         self._forwards += 1
         if self._told:
             return

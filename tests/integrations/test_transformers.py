@@ -231,7 +231,7 @@ def test_models_without_a_known_router_are_refused_by_name() -> None:
 def test_misspelt_options_and_arguments_are_named() -> None:
     model = tiny_model("mixtral")
     with pytest.raises(
-        TypeError, match=r"apply_kmeans_routing must get options among .*tau, got 'tua': did you mean 't"
+        TypeError, match=r"apply_kmeans_routing must get options among .*, got 'tua': did you mean 'tau'"
     ):
         apply_kmeans_routing(model, tua=0.2)
     with pytest.raises(TypeError, match=r"cls must be a model class of transformers, got 'folder': call load_kmeans_"):

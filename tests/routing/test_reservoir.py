@@ -399,3 +399,31 @@ def test_given_centroids_are_refused_unless_each_is_a_direction() -> None:
         with pytest.raises(ValueError, match="weight must have a direction in every row"):
             router.set_centroids(weight)
     assert_same_bits(router.weight, before)
+
+
+@pytest.mark.parametrize("x", [torch.eye(512), torch.eye(512).repeat(2, 1), torch.eye(64)], ids=["512", "twice", "64"])
+def test_rows_that_no_line_parts_are_told_apart(x: Tensor) -> None:
+    x = torch.nn.functional.pad(x, (0, 512 - x.shape[1]))
+    assert hash_rows(x, 3).unique().numel() == x.unique(dim=0).shape[0]
+    both = []
+    for rows in (x, x.flip(0)):
+        router = KMeansRouter(512, 32, K)
+        router.initialize(rows)
+        both.append(router.centroids)
+    assert_same_bits(both[0], both[1])
+
+
+def test_outliers_do_not_take_the_first_centroids() -> None:
+    gen = generator(0)
+    centers, member = torch.randn(16, 64, generator=gen), torch.randint(16, (8000,), generator=gen)
+    x = centers[member] + 0.3 * torch.randn(8000, 64, generator=gen)
+    outlier = torch.rand(8000, generator=gen) < 0.02
+    x[outlier] = torch.randn(int(outlier.sum()), 64, generator=gen)
+    for init in FROM_TOKENS:
+        chosen = []
+        for seed in range(4):
+            router = KMeansRouter(64, 16, K, init=init, seed=seed)
+            router.initialize(x)
+            chosen += [bool(outlier[token]) for token in tokens_of(router.centroids, x) if token is not None]
+        assert len(chosen) == 64
+        assert np.mean(chosen) < 0.1  # 2% of the tokens; 64 draws of them
