@@ -300,7 +300,8 @@ def report(records: Sequence[Record]) -> str:
     for (size, steps), contestants in main.items():
         lines = [f"### {size}, {steps} steps", table(contestants, TABLE)]
         order = "Order of the contestants over equal seeds against that of the last step, Kendall's tau"
-        lines.append(f"{order}: {stability(contestants)}.")
+        if len(contestants) > 1:
+            lines.append(f"{order}: {stability(contestants)}.")
         lines.append("Routers and experts:\n\n" + table(contestants, GEOMETRY))
         parts.extend(line for line in lines if line)
     bases = groups(records, ["main", "rates"])
