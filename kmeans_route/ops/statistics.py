@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends
-from kmeans_route.backends.reservoir import keep_
+from kmeans_route.backends.reservoir import keep_smallest_hashes_
 from kmeans_route.ops.schema import arguments, direct, in_backward, no_autocast, take
 from kmeans_route.reference import compute_dtype
 from kmeans_route.types import PendingStatistics, Statistics
@@ -96,10 +96,10 @@ def _(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _reservoir_body(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
-    """Let the reservoir take its tokens of x; nothing while a backward pass runs."""
+    """Keep the tokens of smallest hash; nothing while a backward pass runs."""
     if not in_backward():
         with no_autocast(x):
-            keep_(x, inv_norm, valid, seed, hashes, rows)
+            keep_smallest_hashes_(x, inv_norm, valid, seed, hashes, rows)
 
 
 _reservoir = torch.library.custom_op("kmeans_route::reservoir", _reservoir_body, mutates_args=("hashes", "rows"))

@@ -87,10 +87,10 @@ class CentroidCommit(CentroidState):
             self.pending.clear_(skip)
 
     def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
-        """Centroids from the reservoir; where it has fewer than E tokens, Gaussian directions stay."""
+        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian directions stay."""
         chosen = torch.arange(self.num_experts, device=rows.device)
         if self.init == "kmeans++":
-            chosen = kmeans_pp(hashes, rows, self.num_experts)
+            chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
         found = hashes[chosen] != EMPTY_HASH
         self.centroids.copy_(torch.where(found[:, None], _parted(rows[chosen], self.weight), 0.0))
         if self.commit_options.directions == "centroids":

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmeans_route import metrics
-from kmeans_route.backends.reservoir import EMPTY_HASH, kept
+from kmeans_route.backends.reservoir import EMPTY_HASH, smallest
 from kmeans_route.reference import unit_rows
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.kmeans import KMeansRouter
@@ -190,14 +190,14 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """What is `kept` of the hashes (R,) of all ranks, and their rows (R, D): what one process would have kept.
+    """The (16 E,) smallest hashes of all ranks, each once, and their rows (16 E, D): what one process would have kept.
 
     Rows travel once, whatever the number of ranks: each is given by the lowest rank that holds it, and all are summed.
     """
     places, num_ranks = hashes.numel(), dist.get_world_size(group)
     everyone = hashes.new_empty(num_ranks * places)
     dist.all_gather(list(everyone.view(num_ranks, places).unbind()), hashes, group=group)
-    chosen, source = kept(everyone, places)  # of equal hashes that of the lowest rank
+    chosen, source = smallest(everyone, places)  # of equal hashes that of the lowest rank
     mine = (source // places == dist.get_rank(group)) & (chosen != EMPTY_HASH)
     given = torch.where(mine[:, None], rows[source % places], 0.0)
     dist.all_reduce(given, group=group)
