@@ -169,6 +169,32 @@ def mean_pairwise_cosine(weight: Tensor) -> Tensor:
     return off_diagonal / max(1, num_experts * (num_experts - 1))
 
 
+def differences_cosine(weight: Tensor) -> Tensor:
+    """Cosine between every two directions less the mean of all: what tells the experts apart.
+
+    A part that all directions share raises all scores of a token alike, so it decides no choice. Whitened directions
+    hold a large one, the mean of the centroids.
+
+    Returns:
+        (..., E, E) as `pairwise_cosine`. Its mean off the diagonal is about -1 / (E - 1) whatever the directions are.
+    """
+    d = _directions(weight, "weight")
+    return pairwise_cosine(d - d.mean(-2, keepdim=True))
+
+
+def nearest_cosine(cosine: Tensor) -> Tensor:
+    """Mean over the experts of the largest cosine with another one, of cosines (..., E, E).
+
+    Returns:
+        (...) in [-1, 1]; 0 for a single expert. Near 1 every expert has a like one.
+    """
+    if cosine.shape[-1] < 2:
+        return cosine.new_zeros(cosine.shape[:-2])
+    others = cosine.clone()
+    others.diagonal(dim1=-2, dim2=-1).fill_(-math.inf)
+    return others.amax(-1).mean(-1)
+
+
 def centroid_drift(before: Tensor, after: Tensor) -> Tensor:
     """Angle in radians that each centroid has turned: 2 atan2(||u - v||, ||u + v||), u and v its two directions.
 

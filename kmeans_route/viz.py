@@ -161,8 +161,8 @@ def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Colle
 
     Args:
         similarities: router name -> (L, E, E) pairwise cosines in [-1, 1].
-        less_mean: the names of those whose cosines are of directions less the mean of all, as `differences_cosine`
-            gives them: what all directions share decides no choice, and hides what does.
+        less_mean: the names of those whose cosines are of directions less the mean of all, as
+            `metrics.differences_cosine` gives them: what all directions share decides no choice, and hides what does.
 
     Returns:
         The figure; above each matrix stands the mean off its diagonal, or for `less_mean`, whose mean is about
@@ -182,7 +182,7 @@ def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Colle
             order = _by_likeness(panel[layer])
             axis.imshow(panel[layer][order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             if name in less_mean:
-                number, what = float(nearest_cosine(panel[layer])), "\nnearest"
+                number, what = float(metrics.nearest_cosine(panel[layer])), "\nnearest"
             else:
                 off_diagonal = panel[layer].sum() - panel[layer].trace()
                 number, what = float(off_diagonal / max(1, num_experts * (num_experts - 1))), ":"
@@ -204,25 +204,6 @@ def direction_similarity(similarities: Mapping[str, Values], *, less_mean: Colle
         reading += "\nPale: no two directions are alike. How often two are chosen together, effective experts tell."
     figure.supxlabel(reading, fontsize=FONT_SIZE - 1)
     return figure
-
-
-def differences_cosine(weight_ED: Tensor) -> Tensor:
-    """(E, E) cosines between the directions of `weight_ED` less their mean: what tells the experts apart.
-
-    A part that all directions share raises all scores of a token alike, so it decides no choice. Whitened directions
-    hold a large one, the mean of the centroids.
-    """
-    rows_ED = torch.nn.functional.normalize(weight_ED, dim=-1)
-    return metrics.pairwise_cosine(rows_ED - rows_ED.mean(0))
-
-
-def nearest_cosine(cosine_EE: Tensor) -> Tensor:
-    """Mean over the experts of the largest cosine with another one; 0 for a single expert."""
-    if len(cosine_EE) == 1:
-        return cosine_EE.new_zeros(())
-    others_EE = cosine_EE.clone()
-    others_EE.fill_diagonal_(-torch.inf)
-    return others_EE.amax(1).mean()
 
 
 def _by_likeness(cosine_EE: Tensor) -> Tensor:

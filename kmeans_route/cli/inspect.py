@@ -25,7 +25,6 @@ from kmeans_route.install import install_line
 from kmeans_route.lm.checkpoint import CheckpointError, exists, load_checkpoint
 from kmeans_route.lm.report import PAGE, write_picture
 from kmeans_route.reference import unit_rows, whitened_reference
-from kmeans_route.viz import differences_cosine, nearest_cosine
 
 BIAS_NAMES = ("expert_bias", "e_score_correction_bias")
 GATE_NAMES = ("router", "gate")
@@ -128,7 +127,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Facts]:
         }
         if is_kmeans:
             facts["directions"] = rule_of_directions(weight, state[prefix + "centroids"].float())
-        facts["nearest_cosine"] = float(nearest_cosine(differences_cosine(weight)))
+        facts["nearest_cosine"] = float(metrics.nearest_cosine(metrics.differences_cosine(weight)))
         if bias is not None:
             facts |= {"bias": bias.float().tolist(), "bias_abs_max": float(bias.abs().max())}
         if is_kmeans:
@@ -302,12 +301,10 @@ def _draw(routers: dict[str, Facts], out: Path) -> list[Path]:
     figures = {}
     if finite:
         whitened = [label for label, group in finite.items() if group[0].get("directions") == "whitened"]
-        cosines = {
-            label: torch.stack(
-                [(differences_cosine if label in whitened else metrics.pairwise_cosine)(f["weight"]) for f in group]
-            )
-            for label, group in finite.items()
-        }
+        cosines = {}
+        for label, group in finite.items():
+            cosine = metrics.differences_cosine if label in whitened else metrics.pairwise_cosine
+            cosines[label] = torch.stack([cosine(facts["weight"]) for facts in group])
         figures["directions"] = viz.direction_similarity(cosines, less_mean=whitened)
     if all("load" in facts for facts in routers.values()):
         figures["load"] = viz.load_heatmap({label: [f["load"] for f in group] for label, group in groups.items()})

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 from kmeans_route import metrics
 from kmeans_route.lm.trainer import Evaluation, Trainer
-from kmeans_route.viz import differences_cosine
 
 Run = dict[str, Any]
 TAIL_STEPS = 100
 """The training MaxVio is a mean over this many last steps."""
 FEW_TOKENS, FEW_STEPS = 100, 200
-"""Tokens an expert and commit, and steps, below which the balance rules have not come to rest: docs/api.md."""
+"""With fewer tokens an expert and commit the usual bias step leaves twice the imbalance of a smaller one (docs/api.md);
+in the first 200 steps the text makes loads uneven whatever the rule (docs/quality.md)."""
 BITS_MARGIN = 0.05
 """Differences in bits per byte below this are not resolved by runs as short as the demo's."""
 
@@ -60,7 +60,7 @@ def summarize(trainer: Trainer, evaluation: Evaluation) -> Run:
     max_vio_L = metrics.max_vio(counts_LE)
     tail = [statistics.fmean(record["max_vio"]) for record in trainer.history[-TAIL_STEPS:]]
     directions = [layer.router.weight.detach().float().cpu() for layer in trainer.model.moe_layers]
-    cosine = differences_cosine if is_whitened(trainer.config.to_dict()) else metrics.pairwise_cosine
+    cosine = metrics.differences_cosine if is_whitened(trainer.config.to_dict()) else metrics.pairwise_cosine
     return {
         "label": trainer.config.label,
         "config": trainer.config.to_dict(),

@@ -19,7 +19,6 @@ from kmeans_route.cli.trained import Trained
 from kmeans_route.lm.checkpoint import load_checkpoint, save_checkpoint
 from kmeans_route.lm.data import load_corpus
 from kmeans_route.lm.trainer import Trainer
-from kmeans_route.viz import differences_cosine, nearest_cosine
 from tests.helpers.commands import invoke, write_text
 
 SIZES = "--layers 2 --hidden 16 --heads 2 --experts 4 --expert-hidden 16 --seq-len 16 --batch 4 --eval-bytes 512"
@@ -247,12 +246,14 @@ def test_inspect_takes_off_what_all_directions_share(
         label = f"kmeans, {rule}, 4 experts"
         similarities, less_mean = drawn.pop()
         assert (list(similarities), less_mean) == ([label], [label] * (rule == "whitened"))
-        cosine = {"whitened": differences_cosine, "centroids": metrics.pairwise_cosine}[rule]
+        cosine = {"whitened": metrics.differences_cosine, "centroids": metrics.pairwise_cosine}[rule]
         for layer, (name, facts) in enumerate(document["routers"].items()):
             assert facts["directions"] == rule
             weight = trainer_of(folder).model.get_submodule(name).weight
             torch.testing.assert_close(similarities[label][layer], cosine(weight))
-            assert facts["nearest_cosine"] == pytest.approx(float(nearest_cosine(differences_cosine(weight))), abs=1e-6)
+            assert facts["nearest_cosine"] == pytest.approx(
+                float(metrics.nearest_cosine(metrics.differences_cosine(weight))), abs=1e-6
+            )
     code, said = invoke("inspect", runs / "kmeans", "--plain")
     assert "nearest: cosine with the direction most alike, the mean of all taken off; near 1 two act as one" in said
     assert "commits: after the one that set the centroids" in said

@@ -210,6 +210,20 @@ def test_shapes_are_checked() -> None:
         metrics.coupling(torch.zeros(3, 2), torch.zeros(3))
 
 
+def test_differences_and_nearest_take_layers_at_once() -> None:
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 5, 8, generator=gen) + 4
+    cosine = metrics.differences_cosine(weight)
+    unit = torch.nn.functional.normalize(weight.double(), dim=-1)
+    apart = torch.nn.functional.normalize(unit - unit.mean(1, keepdim=True), dim=-1)
+    want = apart @ apart.mT
+    torch.testing.assert_close(cosine.double(), want, rtol=0, atol=1e-5)
+    for layer, got in enumerate(metrics.nearest_cosine(cosine)):
+        rows = [max(float(want[layer, i, j]) for j in range(5) if j != i) for i in range(5)]
+        assert float(got) == pytest.approx(sum(rows) / 5, abs=1e-5)
+    assert metrics.nearest_cosine(torch.ones(2, 1, 1)).tolist() == [0, 0]
+
+
 def test_no_metric_asks_the_device() -> None:
     """Under fake tensors a host sync raises: this is what keeps the metrics off the routing path's back."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -219,6 +233,7 @@ def test_no_metric_asks_the_device() -> None:
         for metric in [metrics.load, *COUNT_METRICS]:
             metric(counts)
         metrics.mean_pairwise_cosine(weight)
+        metrics.nearest_cosine(metrics.differences_cosine(weight))
         metrics.effective_experts(torch.zeros(5, 2, dtype=torch.int64), 8)
         metrics.centroid_drift(weight, weight)
         metrics.coupling(torch.zeros(5, 2), torch.zeros(5, 2), torch.ones(5, 1, dtype=torch.bool))

@@ -460,15 +460,13 @@ def test_a_layer_learns(kind: str) -> None:
 
 
 def test_balancing_lowers_max_vio() -> None:
-    def max_vio(balance: str) -> float:
-        """Mean over three seeds of the first centroids."""
-        loads = torch.stack([learn(50, balance=balance, seed=seed)[2] for seed in range(3)]).double()
-        return float((loads.amax(1) / loads.mean(1) - 1).mean())
+    def max_vio(loads: Tensor) -> float:
+        return float(loads.max() / loads.double().mean() - 1)
 
-    free = max_vio("none")
-    assert free > 0.25, "the data is skewed enough for balancing to matter"
+    free = max_vio(learn(50, balance="none")[2])
+    assert free > 0.3, "the data is skewed enough for balancing to matter"
     for balance in ("proportional", "quantile"):
-        assert max_vio(balance) < 0.5 * free
+        assert max_vio(learn(50, balance=balance)[2]) < 0.5 * free
 
 
 @pytest.mark.parametrize("options", [{}, {"balance": "quantile", "init": "kmeans++"}, {"kind": "sigmoid"}], ids=str)

@@ -22,7 +22,6 @@ from kmeans_route import KMeansRouter, MoE, attach, expert_parallel, expert_para
 from tests.helpers.ranks import run_on_ranks
 
 D, I, K, TOKENS = 16, 8, 2, 48  # noqa: E741 (I is the intermediate size)
-MAX_NORM = 0.02  # of gradients
 SCENARIOS: dict[str, dict[str, Any]] = {
     # name: router, options of the layer; share of each rank's tokens; what is special about the forward. E is 6.
     # Compiling takes seconds, so only 2 ranks do it.
@@ -55,7 +54,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "details": {"details": True, "masked": True, "shares": "uneven"},
     "compiled": {"compiled": 2, "shares": "uneven"},
 }
-ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
+ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2}
 
 
 def tokens(num_tokens: int = TOKENS, seed: int = 0) -> Tensor:
@@ -278,13 +277,13 @@ def train(rank: int, num_ranks: int, how: str) -> dict[str, Tensor]:
         x = tokens(64, seed=step).chunk(num_ranks)[rank]
         (root(x) - x.roll(1, dims=1)).square().mean().backward()
         if how == "fsdp":
-            norm = whole(clip_grad_norm_(model.parameters(), MAX_NORM))
+            norm = whole(clip_grad_norm_(model.parameters(), 0.05))
         else:
             norms = [whole(get_total_norm([p.grad for p in group])) for group in groups]
             norm = torch.linalg.vector_norm(torch.stack(norms))
             for group in groups:
-                clip_grads_with_norm_(group, MAX_NORM, norm)
-        assert norm > MAX_NORM, "clipping changes the gradients"
+                clip_grads_with_norm_(group, 0.05, norm)
+        assert norm > 0.05, "clipping changes the gradients"
         optimizer.step()
         optimizer.zero_grad()
     attachment.remove()
