@@ -47,7 +47,7 @@ def wire_bytes(num_experts: int, hidden_size: int, num_ranks: int, *, wire: str 
     """Bytes that each rank sends for one router and commit, and receives as many, by a ring.
 
     An all-reduce sends 2 (R - 1) / R times its buffer, an all-to-all or all-gather half of that. The counts, E + 2
-    int64, are in it; the histograms of balance="quantile" and the first commit's reservoir are not.
+    int64, are in it; the histograms of balance="quantile" and the first commit's moments are not.
     """
     elements, counted = num_experts * hidden_size, 4 + 8 * (num_experts + 2)
     if shard:

@@ -102,7 +102,6 @@ _TRIES: dict[str, dict[str, dict[str, Any]]] = {
         **{f"K-Means, proportional {rate:g}, tau 0.2": {"bias_rate": rate} for rate in (0.015, 0.15)},
         **{f"{CENTROIDS}, decay {decay:g}": {"decay": decay} for decay in (0.99, 0.9999)},
         f"{CENTROIDS}, cumulative mean": _options(average="cumulative"),
-        f"{CENTROIDS}, kmeans++": _options(init="kmeans++"),
         f"{CENTROIDS}, raw sums": _options(accumulate="raw"),
         **{f"{CENTROIDS}, {gate} gate": _options(gate=gate) for gate in ("sigmoid", "cosine", "uniform")},
         f"{CENTROIDS}, detached gates": _options(detach_gates=True),

@@ -1,4 +1,5 @@
-"""What a training forward leaves for the commit: centroid sums, loads, spread, margins, and the token reservoir."""
+"""What a training forward leaves for the commit: centroid sums, loads, spread, margins, and the moments for
+first centroids."""
 
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends
-from kmeans_route.backends.reservoir import keep_smallest_hashes_
+from kmeans_route.backends.first import add_moments_
 from kmeans_route.ops.schema import arguments, direct, in_backward, no_autocast, take
 from kmeans_route.reference import compute_dtype
 from kmeans_route.types import PendingStatistics, Statistics
@@ -95,17 +96,17 @@ def _(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def _reservoir_body(x: Tensor, inv_norm: Tensor, valid: Tensor, seed: int, hashes: Tensor, rows: Tensor) -> None:
-    """Keep the tokens of smallest hash; nothing while a backward pass runs."""
+def _moments_body(x: Tensor, factor: Tensor, counted: Tensor, directions: Tensor, moments: Tensor) -> None:
+    """Add what the first centroids are drawn from; nothing while a backward pass runs."""
     if not in_backward():
         with no_autocast(x):
-            keep_smallest_hashes_(x, inv_norm, valid, seed, hashes, rows)
+            add_moments_(x, factor, counted, directions, moments)
 
 
-_reservoir = torch.library.custom_op("kmeans_route::reservoir", _reservoir_body, mutates_args=("hashes", "rows"))
-reservoir = direct(_reservoir, _reservoir_body)
+_moments = torch.library.custom_op("kmeans_route::first_moments", _moments_body, mutates_args=("moments",))
+first_moments = direct(_moments, _moments_body)
 
 
-@_reservoir.register_fake
+@_moments.register_fake
 def _(*_args: Any, **_kwargs: Any) -> None:
     return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kmeans_route import backends, metrics, reference
-from kmeans_route.backends.reservoir import EMPTY_HASH, kmeans_pp
+from kmeans_route.backends.first import first_centroids
 from kmeans_route.ops.schema import no_autocast
 from kmeans_route.routing.base import StatefulRouter, called, scalars
 from kmeans_route.routing.loading import CentroidState
@@ -61,8 +61,11 @@ class CentroidCommit(CentroidState):
         self._commit_step(skip, batch)
 
     def _commit_first_data(self, batch: Pending) -> None:
-        """Set the centroids from the reservoir and nothing else: steps, bias and sigma stay 0."""
-        self._set_from_reservoir(batch.hashes, batch.rows)
+        """Set the centroids from the moments and nothing else: steps, bias and sigma stay 0."""
+        with no_autocast(self.weight):
+            self.centroids.copy_(first_centroids(batch.moments, batch.num_tokens, self.weight))
+        if self.commit_options.directions == "centroids":
+            self.weight.copy_(reference.unit_rows(self.centroids, self.weight))
         self._moved.fill_(True)
         self.dropped_total.add_(batch.num_dropped)
         self.tokens_per_expert = batch.counts.clone()
@@ -85,16 +88,6 @@ class CentroidCommit(CentroidState):
         self._pinned = {}
         if batch is not self.pending:
             self.pending.clear_(skip)
-
-    def _set_from_reservoir(self, hashes: Tensor, rows: Tensor) -> None:
-        """Centroids from a sample sorted by hash; where it has fewer than E tokens, Gaussian directions stay."""
-        chosen = torch.arange(self.num_experts, device=rows.device)
-        if self.init == "kmeans++":
-            chosen = kmeans_pp(hashes, rows, self.num_experts, self._private_generator())
-        found = hashes[chosen] != EMPTY_HASH
-        self.centroids.copy_(torch.where(found[:, None], _parted(rows[chosen], self.weight), 0.0))
-        if self.commit_options.directions == "centroids":
-            self.weight.copy_(reference.unit_rows(self.centroids, self.weight))
 
     def commit(self, skip: Tensor | None = None) -> None:
         """See `StatefulRouter.commit`."""
@@ -139,13 +132,3 @@ class CentroidCommit(CentroidState):
             "dropped_total": self.dropped_total,
         }
         return scalars(values, counts)
-
-
-def _parted(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows (E, D), with a tenth of its direction in weight added to each that is a copy of an earlier one's direction:
-    equal centroids would have equal scores for ever, and whitening keeps copies."""
-    unit, other = (torch.nn.functional.normalize(each, dim=1) for each in (rows, weight))
-    with no_autocast(rows):
-        copies = torch.tril(reference.product(unit, unit.T), diagonal=-1).amax(1) > 1 - 1e-6
-    aside = rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * other
-    return torch.where(copies[:, None], aside, rows)

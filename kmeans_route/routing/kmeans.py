@@ -20,13 +20,13 @@ from kmeans_route.checks import (
     default_directions,
     default_tau,
 )
-from kmeans_route.routing.base import called, option_names, seed_for
+from kmeans_route.routing.base import called, option_names
 from kmeans_route.routing.commit import CentroidCommit, point
 from kmeans_route.types import CommitOptions, Dispatch, Replay, Routed, Routing, Statistics, Tokens, Wanted
 
 AVERAGES = ("ema", "cumulative")
 BALANCES = ("proportional", "sign", "quantile", "none")
-INITS = ("tokens", "kmeans++", "normal")
+INITS = ("tokens", "normal")
 DIRECTIONS = ("centroids", "whitened")
 BIAS_RATES = {"proportional": 0.05, "sign": 0.001, "quantile": 0.1, "none": 0.0}
 
@@ -62,9 +62,9 @@ class KMeansRouter(CentroidCommit):
         tau: temperature of the gates, at least 1e-6; None for 0.2 with directions="centroids", for 0.1 with "whitened",
             about one standard deviation of the scores.
         gate, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
-        init: how the first commit sets the centroids: "tokens" (E hidden states), "kmeans++" (on 16 E of them), or
-            "normal" (the first averages over Gaussian directions). Until then the tokens are kept: E or 16 E rows of D
-            fp32; for 58 layers of E = 256, D = 7168 that is 425 MB, or 6.8 GB.
+        init: how the first commit sets the centroids: "tokens" (drawn with the mean and covariance of the tokens so
+            far, see `backends.first`), or "normal" (the first averages over Gaussian directions). Until then (E + 2) D
+            fp64 are kept for "tokens"; for 58 layers of E = 256, D = 7168 that is 860 MB.
         detach_gates: stop the gradient from the gates to x.
         learned_offset: add a parameter `offset` (E, D), zero at first and trained through the gates, to the unit
             centroids: tokens are scored with unit rows of the sum, averages are gathered as ever. Weight decay pulls
@@ -146,7 +146,6 @@ class KMeansRouter(CentroidCommit):
         self.backend = backend
         self.replayed: Replay | None = None
         self._has_replayed = False
-        self._reservoir_seed = seed_for(seed, "reservoir")
         # The name, whether Triton is there, the number of experts; the device comes with x.
         backends.choose(backend, torch.device("cuda"), num_experts=num_experts)
         self._make_state(device, cumulative=average == "cumulative", learned_offset=learned_offset)
@@ -315,9 +314,9 @@ class KMeansRouter(CentroidCommit):
             tokens.x, routed.indices, routed.inv_norm if unit else None, counted, partials, batch, p.statistics,
             p.pairs if self.top_k > 1 else None, tokens.backend,
         )  # fmt: skip
-        if p.hashes.numel():
+        if p.moments.numel():
             factor = routed.inv_norm.detach() if unit else counted.float()
-            ops.reservoir(tokens.x.detach(), factor, counted, self._reservoir_seed, p.hashes, p.rows)
+            ops.first_moments(tokens.x.detach(), factor, counted, self.weight, p.moments)
 
     def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(E, D): what hidden states of `dtype` are scored with, unit rows of `weight` with the learned offset."""

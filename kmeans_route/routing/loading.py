@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from kmeans_route import reference
-from kmeans_route.backends.reservoir import TOKENS_PER_EXPERT
 from kmeans_route.routing.base import StatefulRouter, called
 from kmeans_route.routing.pending import Pending
 
@@ -91,11 +90,10 @@ class CentroidState(StatefulRouter):
         averages from nothing where centroids are zero.
         """
         self._awaits_data = awaits
-        places = {"tokens": 1, "kmeans++": TOKENS_PER_EXPERT, "normal": 0}[self.init] if awaits else 0
         self.pending = Pending(
             *(self.num_experts, self.hidden_size, self.weight.device),
             with_hist=self.want_hist,
-            places=places * self.num_experts,
+            with_moments=awaits and self.init == "tokens",
         )
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
 
@@ -152,9 +150,9 @@ class CentroidState(StatefulRouter):
             self.tokens_seen.fill_(tokens_seen)
 
     def _have_data(self) -> None:
-        """The centroids are set: the reservoir goes, and what else is pending stays."""
+        """The centroids are set: the moments go, and what else is pending stays."""
         self._awaits_data, self._pinned = False, {}
-        self.pending.drop_reservoir()
+        self.pending.drop_moments()
 
     def snapshot(self) -> dict[str, Any]:
         """All that gathering and committing change, and the options of routing, as they are now: for `restore`."""
@@ -244,7 +242,7 @@ class CentroidState(StatefulRouter):
         with torch.no_grad():
             self._complete(brought)
         awaits = not self.has_data
-        if bool(self.pending.hashes.numel()) != (awaits and self.init != "normal"):
+        if bool(self.pending.moments.numel()) != (awaits and self.init == "tokens"):
             self._await_data(awaits)
         else:
             self._awaits_data = awaits

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmeans_route.backends.reservoir import EMPTY_HASH
+from kmeans_route.backends.first import no_moments
 from kmeans_route.reference import NUM_MARGIN_BINS
 from kmeans_route.types import PendingStatistics
 
@@ -19,15 +19,14 @@ class Pending:
     counts: (E,) int64. std_sum: () fp32. num_tokens, num_dropped: () int64.
     margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
     pairs: (E, E) fp32, tokens of a sample that chose both of two experts; (0, 0) for learned routers.
-    hashes, rows: the token reservoir (R,), (R, D) until the centroids have data, else (0,), (0, D).
+    moments: (E + 2, D) fp64, see `backends.first`, until the centroids have data, else (0, D).
     """
 
-    FIELDS = (*PendingStatistics._fields, "pairs", "hashes", "rows")
+    FIELDS = (*PendingStatistics._fields, "pairs", "moments")
 
     def __init__(
-        self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, places: int = 0
+        self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, with_moments: bool = False
     ) -> None:
-        """places: R, of the reservoir."""
         sums_shape = (num_experts, hidden_size) if hidden_size else (0, 0)
         self.sums = torch.zeros(sums_shape, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
@@ -38,8 +37,8 @@ class Pending:
         self.margin_hist = torch.zeros(bins, dtype=torch.int32, device=device)
         by_pair = (num_experts, num_experts) if hidden_size else (0, 0)
         self.pairs = torch.zeros(by_pair, dtype=torch.float32, device=device)
-        self.hashes = torch.full((places,), EMPTY_HASH, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(places, hidden_size, dtype=torch.float32, device=device)
+        moments = no_moments(num_experts, hidden_size, device)
+        self.moments = moments if with_moments else moments[:0].clone()
 
     @property
     def statistics(self) -> PendingStatistics:
@@ -51,22 +50,17 @@ class Pending:
         for field in self.FIELDS:
             old: Tensor = getattr(self, field)
             if old.device != device:
-                empty = EMPTY_HASH if field == "hashes" else 0
-                setattr(self, field, torch.full_like(old, empty, device=device) if old.is_meta else old.to(device))
+                setattr(self, field, torch.zeros_like(old, device=device) if old.is_meta else old.to(device))
 
     def clear_(self, skip: Tensor | None = None) -> None:
         """Empty everything in place, or nothing where `skip` () bool is true."""
         for field in self.FIELDS:
             tensor: Tensor = getattr(self, field)
-            empty = EMPTY_HASH if field == "hashes" else 0
-            if skip is None:
-                tensor.fill_(empty)
-            else:
-                tensor.masked_fill_(~skip, empty)
+            tensor.zero_() if skip is None else tensor.masked_fill_(~skip, 0)
 
-    def drop_reservoir(self) -> None:
-        """Free the reservoir: the centroids have data."""
-        self.hashes, self.rows = self.hashes[:0].clone(), self.rows[:0].clone()
+    def drop_moments(self) -> None:
+        """Free them: the centroids have data."""
+        self.moments = self.moments[:0].clone()
 
 
 class CountingScope:

@@ -98,7 +98,7 @@ class Attachment:
             if self._forwards == self.overlap_after:
                 routers = self._learning()
                 for router in routers:
-                    router.before_commit()  # decides whether a reservoir is sent
+                    router.before_commit()  # decides whether moments are sent
                 self._exchange.start(routers)  # type: ignore[union-attr]
 
     def _overlaps(self) -> bool:

@@ -1,8 +1,8 @@
 """The exchange between ranks that see different tokens: all pending state of all layers, once per commit.
 
 Every rank ends up with the sums over all ranks, so every rank commits the same. It is one all-reduce a dtype (fp32
-sums; int64 counts; int32 histograms where a balance rule keeps them), all in flight at once. Only before the first
-centroids are there does more travel: the token reservoir, merged to the tokens that one process would have kept.
+sums; int64 counts; int32 histograms where a balance rule keeps them; fp64 moments until the first centroids are
+there), all in flight at once.
 
 Two options lay the sums of all layers end to end, cut them into one chunk a rank, and send each chunk to its owner,
 who adds the ranks' parts in fp32 and in a fixed order:
@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmeans_route import metrics
-from kmeans_route.backends.reservoir import EMPTY_HASH, smallest
 from kmeans_route.reference import unit_rows
 from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.routing.kmeans import KMeansRouter
 from kmeans_route.routing.pending import Pending
 
-COUNTED = ("std_sum", "counts", "num_tokens", "num_dropped", "margin_hist")
+COUNTED = ("std_sum", "counts", "num_tokens", "num_dropped", "margin_hist", "moments")
 WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -99,15 +98,12 @@ class Exchange:
         self.wait()
         if self._averaging:
             self._take_sums()
-        for pending in self._merged:
-            if pending.hashes.numel():
-                pending.hashes, pending.rows = merge_reservoirs(pending.hashes, pending.rows, self.group)
         self._has_tokens = [pending.num_tokens > 0 for _, pending in self._averaging]  # a commit empties them
         return self._merged
 
     def _take_sums(self) -> None:
-        # A router without centroids commits its reservoir and leaves the sums alone, and so what they leave out.
-        self._uses_sums = [not pending.hashes.numel() for _, pending in self._averaging]
+        # A router without centroids commits its moments and leaves the sums alone, and so what they leave out.
+        self._uses_sums = [not pending.moments.numel() for _, pending in self._averaging]
         chunk = self._received.float().sum(0)
         if self.shard:
             self._before = self._end_to_end([router.centroids for router, _ in self._averaging])
@@ -187,21 +183,6 @@ def _views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     sizes = [tensor.numel() for tensor in tensors]
     parts = torch.split(flat.view(-1)[: sum(sizes)], sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def merge_reservoirs(hashes: Tensor, rows: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """The (16 E,) smallest hashes of all ranks, each once, and their rows (16 E, D): what one process would have kept.
-
-    Rows travel once, whatever the number of ranks: each is given by the lowest rank that holds it, and all are summed.
-    """
-    places, num_ranks = hashes.numel(), dist.get_world_size(group)
-    everyone = hashes.new_empty(num_ranks * places)
-    dist.all_gather(list(everyone.view(num_ranks, places).unbind()), hashes, group=group)
-    chosen, source = smallest(everyone, places)  # of equal hashes that of the lowest rank
-    mine = (source // places == dist.get_rank(group)) & (chosen != EMPTY_HASH)
-    given = torch.where(mine[:, None], rows[source % places], 0.0)
-    dist.all_reduce(given, group=group)
-    return chosen, given
 
 
 def check_same_routers(routers: dict[str, StatefulRouter], options: str, group: Any) -> None:

@@ -448,8 +448,7 @@ def steps_in_a_layout(rank: int, layout: str) -> dict[str, Tensor]:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**sizes)
     cfg = config(**LAYOUTS[layout])
-    # Which tokens become the first centroids hangs on their last bits, which a split sum changes.
-    model = Chunk(cfg, learned_offset=True, init="normal")
+    model = Chunk(cfg, learned_offset=True)
     draw_experts(model)
     wrapped = DistributedDataParallel(cfg, DistributedDataParallelConfig(), model)
     finalize = FinalizeModelGrads(finalize_model_grads, [wrapped])

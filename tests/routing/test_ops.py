@@ -96,15 +96,13 @@ def sample_values(dtype: torch.dtype) -> dict[str, Any]:
         "seed": 3,
         "pairs": torch.zeros(E, E),
         "dtype": torch.bfloat16,
-        "hashes": torch.full((16 * E,), torch.iinfo(torch.int64).max),
+        "moments": torch.zeros(E + 2, D, dtype=torch.float64),
         "weight": torch.randn(E, 16, D, generator=gen).to(dtype),
     }
 
 
 def own_values(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """Values of arguments that mean something else in this operator than in the others."""
-    if name == "reservoir":
-        return {"rows": torch.zeros(16 * E, D)}
     if name == "route_dispatch":  # one operator on this backend alone
         return {"backend": "triton"}
     if name.startswith("grouped_linear"):  # rows past offsets[E] come out undefined: here there are none
@@ -391,7 +389,7 @@ def test_calls_past_the_dispatcher_equal_the_operators(backend: str, options: di
     assert "function.combineBackward" in nodes[0]
     assert "GeneratedBackwardFor" in nodes[1]
     routed = {"route_dispatch"} if backend == "triton" else {"route", "dispatch"}
-    assert seen.names >= routed | {"accumulate", "combine", "grouped_linear", "reservoir"}
+    assert seen.names >= routed | {"accumulate", "combine", "grouped_linear", "first_moments"}
     for direct, looked_at in zip(*results, strict=True):
         assert_same_bits(direct, looked_at)
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics
 LOW_OR_DOUBLE = [torch.bfloat16, torch.float16, torch.float64]
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quantile": {"balance": "quantile", "init": "kmeans++", "average": "cumulative"},
+    "quantile": {"balance": "quantile", "average": "cumulative"},
     "sign": {"balance": "sign", "init": "normal", "accumulate": "raw", "gate": "sigmoid", "return_scores": True},
     "groups": {"n_group": 3, "topk_group": 2, "normalize": False},
 }

@@ -270,7 +270,7 @@ def test_what_a_masked_row_holds_does_not_matter(backend: str) -> None:
     assert int(one.pending.num_dropped) == 0
 
 
-@pytest.mark.parametrize("init", ["tokens", "kmeans++", "normal"])
+@pytest.mark.parametrize("init", ["tokens", "normal"])
 def test_one_nan_among_ten_thousand_tokens(init: str) -> None:
     num_tokens, bad = 10_000, 4_321
     routers = [KMeansRouter(D, E, K, init=init) for _ in range(3)]
@@ -300,7 +300,7 @@ def test_one_nan_among_ten_thousand_tokens(init: str) -> None:
         assert_same_bits(nan.weight, masked.weight)
         assert nan.weight.isfinite().all()
         # Against the clean batch one token in 10,000 is missing, and nothing else.
-        assert float((nan.weight - clean.weight).abs().max()) < (1e-2 if step or init == "normal" else 2)
+        assert float((nan.weight - clean.weight).abs().max()) < 1e-2
 
 
 @pytest.mark.not_interpreted
@@ -362,7 +362,7 @@ def test_state_starts_as_seeded_gaussian_rows_of_one_length() -> None:
     torch.testing.assert_close(many.T @ many / 4096, torch.eye(8) / 8, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("init", ["tokens", "kmeans++", "normal"])
+@pytest.mark.parametrize("init", ["tokens", "normal"])
 def test_the_global_generator_is_never_touched(init: str) -> None:
     before = torch.get_rng_state()
     router = KMeansRouter(D, E, K, init=init)
@@ -506,7 +506,7 @@ def test_extra_repr_names_the_options() -> None:
             ValueError,
             "gate must be one of 'softmax', 'sigmoid', 'cosine', 'uniform', got 'relu'",
         ),
-        ({"init": "zeros"}, ValueError, r"init must be one of 'tokens', 'kmeans\+\+', 'normal', got 'zeros'"),
+        ({"init": "zeros"}, ValueError, r"init must be one of 'tokens', 'normal', got 'zeros'"),
         ({"group_score": "sum"}, ValueError, "group_score must be one of 'top2', 'max', got 'sum'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'torch', 'triton', got 'cuda'"),
         ({"n_group": 2}, ValueError, "n_group and topk_group must be given together"),

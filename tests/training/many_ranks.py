@@ -41,20 +41,19 @@ def routers_of(model: nn.Module) -> list[KMeansRouter]:
 
 
 class Seen:
-    """What each router of a rank's model saw and chose in the last forward."""
+    """What each router of a rank's model chose in the last forward."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.inputs: dict[nn.Module, Tensor] = {}
         self.indices: dict[nn.Module, Tensor] = {}
         for router in routers_of(model):
             router.observe(partial(self._note, router))
 
     def _note(self, router: nn.Module, tokens: Tokens, routing: Routing) -> None:
-        self.inputs[router], self.indices[router] = tokens.x.detach(), routing.indices
+        self.indices[router] = routing.indices
 
-    def of_all_ranks(self, seen: dict[nn.Module, Tensor]) -> list[Tensor]:
+    def of_all_ranks(self) -> list[Tensor]:
         """Layer by layer, the ranks' rows one below the other."""
-        return [torch.cat(all_ranks(tensor)) for tensor in seen.values()]
+        return [torch.cat(all_ranks(tensor)) for tensor in self.indices.values()]
 
 
 def all_ranks(tensor: Tensor) -> list[Tensor]:
@@ -82,19 +81,11 @@ class Witness:
         self.near_ties += int((own.sort(1).values != given.sort(1).values).any(1).sum())
         return args, {**kwargs, "indices": given}
 
-    def step(
-        self, before: dict[str, Tensor], windows: Tensor, inputs: list[Tensor], given: list[Tensor], ranks: nn.Module
-    ) -> None:
+    def step(self, before: dict[str, Tensor], windows: Tensor, given: list[Tensor], ranks: nn.Module) -> None:
         """From the ranks' state before their step: see the whole batch, commit, compare with their state after it."""
         self.model.load_state_dict(before)
         self.given = given
-        if all(router.initialized for router in self.routers):
-            next_byte_loss(self.model, windows)
-        else:
-            # The first centroids are chosen by all bits of the hidden states, whose last ones depend on how many rows
-            # a product has: so the routers alone, on the ranks' hidden states, without the hook.
-            for router, x, ids in zip(self.routers, inputs, given, strict=True):
-                router.forward(x, indices=ids)
+        next_byte_loss(self.model, windows)
         self.attachment.commit()
         for router, other in zip(self.routers, routers_of(ranks), strict=True):
             for name in STATE:
@@ -133,9 +124,9 @@ def train(rank: int, num_ranks: int, config: TrainConfig, text: list[Path], *, c
         if check:
             state = torch.cat([getattr(r, name).double().flatten() for r in routers_of(model) for name in STATE])
             unequal += any(not torch.equal(other, state) for other in all_ranks(state))
-            inputs, given = seen.of_all_ranks(seen.inputs), seen.of_all_ranks(seen.indices)
+            given = seen.of_all_ranks()
             if witness:
-                witness.step(before, windows, inputs, given, model)
+                witness.step(before, windows, given, model)
     attachment.remove()
     found = (witness.worst, witness.choices, witness.near_ties) if witness else ({}, 0, 0)
     return Run(losses, unequal, *found)

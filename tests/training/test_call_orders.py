@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cumulative-quantile": {"average": "cumulative", "balance": "quantile", "gate": "sigmoid"},
     "normal-raw-sign": {"init": "normal", "accumulate": "raw", "balance": "sign"},
     "centroids": {"directions": "centroids"},
-    "kmeans++-reference": {"init": "kmeans++", "backend": "reference", "decay": 0.9, "return_scores": True},
+    "reference": {"backend": "reference", "decay": 0.9, "return_scores": True},
     "learned-sign": {"kind": "sigmoid"},
     "learned-quantile": {"kind": "sigmoid", "balance": "quantile"},
 }
@@ -244,7 +244,7 @@ class Calls(RuleBasedStateMachine):
         if self.router.frozen or skip or (e.tokens == 0 and (e.dropped == 0 or waits)):
             assert_equal(held_by(self.router), before)
             for name, value in pending_of(self.router).items():
-                if value.numel():  # a commit that finds data lets the reservoir go
+                if value.numel():  # a commit that finds data lets the moments go
                     assert_same_bits(value, gathered[name], name)
             assert torch.equal(self.router.tokens_per_expert, loads)
             return

@@ -37,9 +37,7 @@ class Block(nn.Module):
 
     def __init__(self, recompute: bool, router: str, offset: bool) -> None:
         super().__init__()
-        # First centroids that are no tokens: a hidden state's last bits depend on how many rows a product has, and the
-        # choice of tokens on all bits. test_distributed.py shows it for equal bits.
-        options: dict[str, Any] = {"init": "normal", "learned_offset": offset} if router == "kmeans" else {}
+        options: dict[str, Any] = {"learned_offset": offset} if router == "kmeans" else {}
         self.recompute, self.moe = recompute, MoE(D, 8, E, K, router, **options)
 
     def forward(self, h: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""First data: the token reservoir, the first commit, initialize and set_centroids."""
+"""First data: the moments of tokens, the first commit, initialize and set_centroids."""
 
 from typing import Any
 
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from kmeans_route import KMeansRouter
-from kmeans_route.backends.reservoir import EMPTY_HASH, hash_rows, kmeans_pp
 from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
 D, E, K = 16, 6, 2
-FROM_TOKENS = ["tokens", "kmeans++"]
+INITS = ["tokens", "normal"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
 
 
@@ -27,12 +26,6 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x.double())
 
 
-def tokens_of(rows: Tensor, x: Tensor) -> list[int | None]:
-    """For each row the token whose direction it has, or None."""
-    cosine = unit(rows) @ unit(x).T
-    return [int(row.argmax()) if float(row.max()) > 1 - 1e-6 else None for row in cosine]
-
-
 def after_first_commit(parts: list[Tensor], **options: Any) -> KMeansRouter:
     router = KMeansRouter(D, E, K, **options)
     for x in parts:
@@ -41,28 +34,47 @@ def after_first_commit(parts: list[Tensor], **options: Any) -> KMeansRouter:
     return router
 
 
-@pytest.mark.parametrize("init", FROM_TOKENS)
-@pytest.mark.parametrize("num_tokens", [E, 20, 1000])
-def test_centroids_are_distinct_unit_hidden_states(num_tokens: int, init: str, backend: str) -> None:
+def drawn(u: Tensor, g: Tensor) -> Tensor:
+    """The definition, token by token, of u (n, D) and g (E, D)."""
+    mean = u.mean(0)
+    turned = [sum(((each @ (row - mean)) * (row - mean) for row in u), torch.zeros_like(mean)) for each in g]
+    spread = (u - mean).square().sum(1).mean().sqrt()
+    return torch.stack([mean + spread * v / v.norm() for v in turned])
+
+
+@pytest.mark.parametrize("accumulate", ["unit", "raw"])
+@pytest.mark.parametrize("num_tokens", [3, 20, 300])
+def test_first_centroids_are_those_of_the_definition(num_tokens: int, accumulate: str, backend: str) -> None:
     x = hidden_states(num_tokens)
-    router = after_first_commit([x], init=init, backend=backend)
-    found = tokens_of(router.centroids, x)
-    assert None not in found
-    assert len(set(found)) == E
+    g = KMeansRouter(D, E, K).weight.double()
+    router = after_first_commit([x], accumulate=accumulate, backend=backend)
+    want = drawn(unit(x) if accumulate == "unit" else x.double(), g)
+    torch.testing.assert_close(router.centroids.double(), want, rtol=0, atol=1e-5)
     torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(E), rtol=0, atol=1e-6)
     want = whitened_reference(router.centroids.double(), router.weight.double())
     torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
-    of_the_paper = after_first_commit([x], init=init, backend=backend, directions="centroids")
+    of_the_paper = after_first_commit([x], accumulate=accumulate, backend=backend, directions="centroids")
     assert_same_bits(of_the_paper.centroids, router.centroids)
     torch.testing.assert_close(of_the_paper.weight.double(), unit(router.centroids), rtol=0, atol=1e-6)
 
 
+def test_first_centroids_lie_as_far_from_the_mean_as_tokens() -> None:
+    x = hidden_states(700)
+    off_mean = unit(x) - unit(x).mean(0)
+    mine = after_first_commit([x]).centroids.double() - unit(x).mean(0)
+    spread = off_mean.square().sum(1).mean().sqrt()
+    torch.testing.assert_close(mine.norm(dim=1), spread.expand(E), rtol=1e-5, atol=0)
+    # Along the tokens' main axes: more of their variance than random directions have.
+    variance = off_mean.T @ off_mean / len(x)
+    along = ((mine @ variance) * mine).sum(1) / mine.square().sum(1)
+    assert float(along.mean()) > float(variance.trace()) / D
+
+
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("init", FROM_TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_neither_order_nor_split_matters(init: str, dtype: torch.dtype, backend: str) -> None:
+def test_neither_order_nor_split_matters(dtype: torch.dtype, backend: str) -> None:
     x = hidden_states(700).to(dtype)
-    want = after_first_commit([x], init=init, backend=backend).weight
+    want = after_first_commit([x], backend=backend).centroids
     shuffled = x[torch.randperm(700, generator=generator(1))]
     for parts in (
         [shuffled],
@@ -71,7 +83,19 @@ def test_neither_order_nor_split_matters(init: str, dtype: torch.dtype, backend:
         [x.flip(0)[:1], x.flip(0)[1:]],
         [x.view(7, 100, D)],
     ):
-        assert_same_bits(after_first_commit(parts, init=init, backend=backend).weight, want)
+        got = after_first_commit(parts, backend=backend).centroids
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-7)  # a rounding of fp32
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_rounding_of_tokens_moves_first_centroids_by_no_more(offset: float) -> None:
+    x = hidden_states(700) + offset
+    rounded = x.bfloat16().float()
+    off_mean, moved = unit(x) - unit(x).mean(0), unit(rounded) - unit(x)
+    one, other = (after_first_commit([each]).centroids.double() for each in (x, rounded))
+    # On average over many tokens, so by less than one token is.
+    assert float((one - other).norm(dim=1).max()) < float(moved.norm(dim=1).mean())
+    assert float(off_mean.norm(dim=1).mean()) > float(moved.norm(dim=1).mean()), "the premise"
 
 
 def test_normal_init_is_one_ordinary_step_in_any_order() -> None:
@@ -89,33 +113,21 @@ def test_normal_init_is_one_ordinary_step_in_any_order() -> None:
     assert float(want.score_std) > 0
 
 
-@pytest.mark.parametrize("init", FROM_TOKENS)
-def test_duplicates_do_not_fill_the_reservoir(init: str, backend: str) -> None:
-    x = hidden_states(E)
-    many = [x[:1].expand(500, D), x[torch.arange(300) % E], x[1:2].expand(400, D), x.repeat_interleave(50, 0)]
-    router = after_first_commit(many, init=init, backend=backend)
-    assert sorted(found for found in tokens_of(router.centroids, x) if found is not None) == list(range(E))
-
-
-@pytest.mark.parametrize("init", FROM_TOKENS)
 @pytest.mark.parametrize("num_distinct", [1, 2, E - 1])
-def test_fewer_tokens_than_experts_leave_gaussian_rows(num_distinct: int, init: str, backend: str) -> None:
+def test_few_distinct_tokens_give_directions_that_differ(num_distinct: int, backend: str) -> None:
     x = hidden_states(num_distinct)
-    gaussian = KMeansRouter(D, E, K).weight
     bad = torch.tensor([torch.nan, 0.0, torch.inf])[:, None].expand(3, D)
-    router = after_first_commit([torch.cat([bad, x, x])], init=init, backend=backend)
-    found = tokens_of(router.centroids, x)
-    assert sorted(token for token in found if token is not None) == list(range(num_distinct))
-    for e, token in enumerate(found):
-        if token is None:
-            assert_same_bits(router.weight[e], gaussian[e])
-            assert not router.centroids[e].any()
+    router = after_first_commit([torch.cat([bad, x, x])], backend=backend)
     assert bool(router.initialized)
+    assert int(router.dropped_total) == 3
+    cosine = unit(router.weight) @ unit(router.weight).T
+    assert float(torch.tril(cosine, diagonal=-1).max()) < 1 - 1e-4
+    clean = after_first_commit([x], backend=backend)
+    torch.testing.assert_close(router.centroids, clean.centroids, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("init", FROM_TOKENS)
-def test_the_initialising_commit_sets_nothing_else(init: str) -> None:
-    router = after_first_commit([hidden_states(300)], init=init, balance="quantile")
+def test_the_initialising_commit_sets_nothing_else() -> None:
+    router = after_first_commit([hidden_states(300)], balance="quantile")
     assert bool(router.initialized)
     for name in ("steps", "expert_bias", "score_std"):
         assert not getattr(router, name).any(), name
@@ -152,7 +164,7 @@ def test_first_data_waits_for_a_valid_token() -> None:
     x = hidden_states(100)
     router(x)
     router.commit()
-    assert None not in tokens_of(router.centroids, x)
+    assert_same_bits(router.centroids, after_first_commit([x]).centroids)
     assert int(router.dropped_total) == 50
 
 
@@ -166,93 +178,22 @@ def test_forward_routes_by_gaussian_directions_until_the_commit() -> None:
     assert not torch.equal(router(x).weights, before)
 
 
-@pytest.mark.not_interpreted
-@pytest.mark.parametrize(("init", "places"), [("tokens", E), ("kmeans++", 16 * E)])
-def test_the_reservoir_keeps_the_smallest_hashes_and_no_more(init: str, places: int, backend: str) -> None:
-    router = KMeansRouter(D, E, K, init=init, backend=backend)
-    seen: set[int] = set()
-    for step, x in enumerate(hidden_states(2000).split(250)):
-        router(x)
-        kept = router.pending.hashes
-        assert kept.shape == (places,)
-        assert (kept[1:] > kept[:-1]).all(), "sorted and distinct"
-        assert int(kept[-1]) < EMPTY_HASH
-        assert router.pending.rows.shape == (places, D)
-        now = set(kept.tolist())
-        # A hash that fell out never comes back, and one that stays is smaller than all that fell out.
-        assert not step or max(now & seen, default=0) <= min(seen - now, default=EMPTY_HASH)
-        seen |= now
-    rows = tokens_of(router.pending.rows, hidden_states(2000))
-    assert None not in rows
-    assert len(set(rows)) == places
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_hashes_tell_rows_apart_and_favour_none(dtype: torch.dtype) -> None:
-    # Rows of three values, of which half are long and half short: little for a hash to go by.
-    x = torch.randint(-1, 2, (40_000, D), generator=generator(0)).unique(dim=0)[:30_000]
-    x = (x * torch.tensor([[1.0], [64.0]]).repeat(15_000, 1)).to(dtype)
-    hashes = hash_rows(x, 7)
-    assert hashes.unique().numel() == x.unique(dim=0).shape[0] > 29_000
-    assert torch.equal(hash_rows(x.flip(0), 7).flip(0), hashes)
-    assert (hash_rows(x, 8) != hashes).all()
-    # Uniform in [0, 2^63): the mean of 15,000 has a standard deviation of 0.0024, each top byte 117 +- 11 rows.
-    place = hashes.double() / 2**63
-    assert float((place[::2].mean() - 0.5).abs()) < 0.01
-    assert float((place[1::2].mean() - 0.5).abs()) < 0.01
-    tops = torch.bincount((place * 256).long(), minlength=256)
-    assert 60 < int(tops.min()) <= int(tops.max()) < 180
-
-
-def test_the_sample_favours_no_place_in_the_batch() -> None:
-    places = []
-    for seed in range(20):
-        router = KMeansRouter(D, E, K, init="kmeans++", seed=seed)
-        x = hidden_states(1000, seed)
-        router(x)
-        places += [place for place in tokens_of(router.pending.rows, x) if place is not None]
-    assert len(places) == 20 * 16 * E
-    # Uniform over 1000 places: the mean of 1920 draws has a standard deviation of 6.6.
-    assert abs(np.mean(places) - 499.5) < 30
-    assert np.std(places) == pytest.approx(1000 / 12**0.5, rel=0.06)
-
-
-def test_the_sample_depends_on_the_seed() -> None:
+def test_first_centroids_depend_on_the_seed() -> None:
     x = hidden_states(1000)
-    chosen = [set(tokens_of(after_first_commit([x], seed=seed).centroids, x)) for seed in range(4)]
-    assert all(one != other for i, one in enumerate(chosen) for other in chosen[:i])
+    one, other = (after_first_commit([x], seed=seed).centroids for seed in range(2))
+    assert float((one - other).norm(dim=1).min()) > 0.1
 
 
-def clusters(num_clusters: int, num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tight clusters around axes, and the cluster of each token."""
-    gen = generator(seed)
-    member = torch.randint(num_clusters, (num_tokens,), generator=gen)
-    return torch.eye(D)[member] + 0.02 * torch.randn(num_tokens, D, generator=gen), member
+def test_the_moments_are_freed_with_the_first_commit() -> None:
+    router = KMeansRouter(D, E, K)
+    assert router.pending.moments.shape == (E + 2, D)
+    router(hidden_states(50))
+    assert router.pending.moments.any()
+    router.commit()
+    assert router.pending.moments.shape == (0, D)
 
 
-def test_kmeans_pp_finds_every_cluster() -> None:
-    hits = {"kmeans++": 0, "tokens": 0}
-    for seed in range(10):
-        x, member = clusters(E, 600, seed)
-        for init in FROM_TOKENS:
-            router = after_first_commit([x], init=init, seed=seed)
-            found = {int(member[token]) for token in tokens_of(router.centroids, x) if token is not None}
-            hits[init] += len(found) == E
-    assert hits["kmeans++"] >= 9
-    assert hits["tokens"] <= 3  # all six by chance: 6! / 6^6 = 1.5%
-
-
-@pytest.mark.parametrize("num_found", [1, 3, 8, 40])
-def test_kmeans_pp_draws_distinct_tokens_even_of_one_direction(num_found: int) -> None:
-    hashes = torch.full((64,), EMPTY_HASH)
-    hashes[:num_found] = torch.arange(num_found)
-    rows = torch.ones(64, D)  # no distance between any two: every odd is 0
-    chosen = kmeans_pp(hashes, rows, 8, generator(0))
-    assert len(set(chosen.tolist())) == 8
-    assert int((hashes[chosen] != EMPTY_HASH).sum()) == min(8, num_found)
-
-
-@pytest.mark.parametrize("init", [*FROM_TOKENS, "normal"])
+@pytest.mark.parametrize("init", INITS)
 def test_initialize_is_a_forward_and_a_commit(init: str) -> None:
     x, mask = hidden_states(300), torch.rand(300, generator=generator(2)) < 0.8
     want = KMeansRouter(D, E, K, init=init)
@@ -315,7 +256,7 @@ def test_initialize_checks_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("average", ["ema", "cumulative"])
-@pytest.mark.parametrize("init", [*FROM_TOKENS, "normal"])
+@pytest.mark.parametrize("init", INITS)
 def test_given_centroids_survive_the_first_commit(init: str, average: str) -> None:
     router = KMeansRouter(D, E, K, init=init, average=average)
     given = torch.randn(E, D, generator=generator(5), dtype=torch.float64) * torch.logspace(-3, 3, E)[:, None]
