@@ -2,12 +2,13 @@
 
     u_t = x_t / ||x_t||,  g_e the seeded directions,  mean = sum over t of u_t / n
     v_e = sum over t of (g_e . (u_t - mean)) (u_t - mean)
-    c_e = mean + spread unit(v_e),  spread^2 = mean over t of ||u_t - mean||^2
+    c_e = unit(mean + spread unit(v_e)),  spread^2 = mean over t of ||u_t - mean||^2
 
-Each c_e lies as far from the mean as tokens do, in a seeded direction that their covariance has turned: one step of
-the power method (Golub and Van Loan, Matrix Computations, 8.2) on E random vectors. Sums alone travel, so order, micro-
-batches, shards and ranks do not matter, and rounded tokens move c_e by no more than they are moved themselves: a
-compiled, an autocast and an eager run start alike, as they would not from E tokens chosen by hash or by distance.
+Each c_e lies about as far from the mean as tokens do, in a seeded direction that their covariance has turned: one step
+of the power method (Golub and Van Loan, Matrix Computations, 8.2) on E random vectors. Sums alone travel, so order,
+micro-batches, shards and ranks do not matter, and rounded tokens move c_e by no more than they are moved themselves: a
+compiled, an autocast and an eager run start alike, as they would not from E tokens chosen by hash or by distance. Raw
+sums, u_t = x_t, have centroids of the tokens' length.
 
 fp64, since a mean that all tokens share is taken off the products afterwards. Legend: T tokens, D hidden size, E
 experts.
@@ -15,6 +16,7 @@ experts.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from kmeans_route.backends import chunks
 
@@ -47,8 +49,10 @@ def first_centroids(moments: Tensor, num_tokens: Tensor, directions: Tensor) -> 
     g = directions.to(moments.dtype)
     mean = moments[-2] / num_tokens
     off_mean = moments[:-2] - torch.outer(g @ mean, moments[-2])
-    spread = (moments[-1].sum() / num_tokens - mean.square().sum()).clamp_min(0).sqrt()
-    return _parted(mean + spread * torch.nn.functional.normalize(off_mean, dim=1), g)
+    squares = moments[-1].sum() / num_tokens
+    spread = (squares - mean.square().sum()).clamp_min(0).sqrt()
+    apart = _parted(mean + spread * normalize(off_mean, dim=1), g)
+    return squares.sqrt() * normalize(apart, dim=1)
 
 
 def _parted(rows: Tensor, directions: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def _parted(rows: Tensor, directions: Tensor) -> Tensor:
 
     Equal centroids would have equal scores for ever, and whitening keeps copies.
     """
-    unit, other = (torch.nn.functional.normalize(each, dim=1) for each in (rows, directions))
+    unit, other = (normalize(each, dim=1) for each in (rows, directions))
     copies = torch.tril(unit @ unit.T, diagonal=-1).amax(1) > COPIES
     aside = rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * other
     return torch.where(copies[:, None], aside, rows)

@@ -463,10 +463,10 @@ def test_balancing_lowers_max_vio() -> None:
     def max_vio(loads: Tensor) -> float:
         return float(loads.max() / loads.double().mean() - 1)
 
-    free = max_vio(learn(50, balance="none")[2])
-    assert free > 0.3, "the data is skewed enough for balancing to matter"
+    free = max_vio(learn(100, balance="none")[2])
+    assert free > 0.2, "the data is skewed enough for balancing to matter"
     for balance in ("proportional", "quantile"):
-        assert max_vio(learn(50, balance=balance)[2]) < 0.5 * free
+        assert max_vio(learn(100, balance=balance)[2]) < 0.5 * free
 
 
 @pytest.mark.parametrize("options", [{}, {"balance": "quantile"}, {"kind": "sigmoid"}], ids=str)

@@ -407,7 +407,7 @@ class Calls(RuleBasedStateMachine):
         if isinstance(self.router, KMeansRouter):
             assert int(p.num_dropped) == self.expected.dropped
         assert p.sums.isfinite().all()
-        assert p.rows.isfinite().all()
+        assert p.moments.isfinite().all()
         if self.expected.tokens == 0:
             assert not p.sums.any()
             assert not p.margin_hist.any()
