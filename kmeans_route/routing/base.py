@@ -4,23 +4,26 @@ Forward only gathers into `Pending`; `commit` folds it into the buffers once per
 decides routing never changes between a forward and its recomputation.
 """
 
+import functools
 import hashlib
 import inspect
 import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kmeans_route import ops
-from kmeans_route.checks import check_positive_int
+from kmeans_route.checks import check_option_names, check_positive_int
 from kmeans_route.functional import enter
 from kmeans_route.routing.pending import CountingScope, Pending
 from kmeans_route.types import CommitOptions, Dispatch, RouterOutput, Routing, Tokens
+
+P = ParamSpec("P")
 
 
 def seed_for(seed: int, name: str) -> int:
@@ -52,6 +55,19 @@ def option_names(router: "type[StatefulRouter]") -> set[str]:
     """What the constructor takes by name alone."""
     parameters = inspect.signature(router).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def checks_option_names(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor that refuses an option it does not have by the class that was called, with those that it takes."""
+    taken = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not kwargs.keys() <= taken.keys():
+            check_option_names(type(args[0]).__name__, kwargs, taken.keys() - {"self"})
+        init(*args, **kwargs)
+
+    return checked
 
 
 OF_TOKENS = ("maxvio", "load_", "dead_experts", "effective_experts", "score_std", "centroid_drift")

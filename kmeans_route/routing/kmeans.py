@@ -20,7 +20,7 @@ from kmeans_route.checks import (
     default_directions,
     default_tau,
 )
-from kmeans_route.routing.base import called, option_names
+from kmeans_route.routing.base import called, checks_option_names, option_names
 from kmeans_route.routing.commit import CentroidCommit, point
 from kmeans_route.types import CommitOptions, Dispatch, Replay, Routed, Routing, Statistics, Tokens, Wanted
 
@@ -95,6 +95,7 @@ class KMeansRouter(CentroidCommit):
         (torch.Size([10, 2]), torch.Size([10, 2]))
     """
 
+    @checks_option_names
     def __init__(
         self,
         hidden_size: int,

@@ -23,7 +23,7 @@ from kmeans_route.checks import (
     check_route_options,
 )
 from kmeans_route.reference import stable_topk
-from kmeans_route.routing.base import StatefulRouter, called, scalars
+from kmeans_route.routing.base import StatefulRouter, called, checks_option_names, scalars
 from kmeans_route.routing.pending import Pending
 from kmeans_route.types import CommitOptions, Routing, Statistics, Tokens
 
@@ -55,6 +55,7 @@ class LearnedRouter(StatefulRouter):
     switch_loss: Tensor
     PLAIN_TENSORS = ("tokens_per_expert", "switch_loss")
 
+    @checks_option_names
     def __init__(
         self,
         hidden_size: int,

@@ -661,6 +661,9 @@ def test_config_says_what_was_swapped_and_loading_checks_it(tmp_path: Path) -> N
     base = load_kmeans_pretrained(transformers.AutoModel, tmp_path)  # the model without its head
     assert _swapped_paths(base) == ["layers.1.mlp.gate"]
     assert_same_bits(routers_of(base)[0].weight, routers_of(model)[0].weight)
+    for cls in (transformers.MixtralForCausalLM, transformers.AutoModelForImageClassification):
+        with pytest.raises(TypeError, match=f"cls must be a model class of deepseek_v3, got {cls.__name__}: AutoModel"):
+            load_kmeans_pretrained(cls, tmp_path)
 
     for change, message in [
         (lambda s: s.update(version=3), "must have a version of 1 to 2, got 3"),

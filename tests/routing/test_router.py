@@ -507,6 +507,7 @@ def test_extra_repr_names_the_options() -> None:
             ValueError,
             "gate must be one of 'softmax', 'sigmoid', 'cosine', 'uniform', got 'relu'",
         ),
+        ({"taus": 1.0}, TypeError, "KMeansRouter must get options among .*, got 'taus': did you mean 'tau'?"),
         ({"init": "zeros"}, ValueError, r"init must be one of 'tokens', 'normal', got 'zeros'"),
         ({"group_score": "sum"}, ValueError, "group_score must be one of 'top2', 'max', got 'sum'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'torch', 'triton', got 'cuda'"),

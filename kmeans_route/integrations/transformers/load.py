@@ -29,6 +29,7 @@ def load_kmeans_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> An
 
     Raises:
         ValueError: config.json has no `kmeans_route` section, or one that does not fit the model or the weights.
+        TypeError: cls is no model class, or one of another architecture.
     """
     if not (isinstance(cls, type) and hasattr(cls, "from_pretrained")):
         raise TypeError(
@@ -95,10 +96,16 @@ def _checked(cls: Any, config: Any, path: Any) -> tuple[Any, Any, dict[str, Any]
 
 
 def _model_class(cls: Any, config: Any) -> Any:
-    mapping = getattr(cls, "_model_mapping", None)
+    mapping, wanted = getattr(cls, "_model_mapping", None), config.architecture
+    own = getattr(cls, "config_class", None) or wanted  # an Auto class has none
+    if own.model_type != wanted.model_type or (mapping is not None and wanted not in mapping):
+        raise TypeError(
+            f"cls must be a model class of {wanted.model_type}, got {cls.__name__}: "
+            "AutoModelForCausalLM finds the one of a language model"
+        )
     if mapping is None:
         return cls
-    found = mapping[config.architecture]
+    found = mapping[wanted]
     if isinstance(found, list | tuple):
         saved = {name.removeprefix(ARCHITECTURE_PREFIX) for name in config.architectures or ()}
         named = [c for c in found if c.__name__ in saved]
