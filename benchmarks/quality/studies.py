@@ -127,7 +127,7 @@ CHANGES = {
 """What happens after half of the steps."""
 CHANGED = (
     "softmax, aux 0.01", "sigmoid, sign 0.01", "sigmoid, quantile", "K-Means, sign", "K-Means, proportional", CENTROIDS,
-    "K-Means, quantile",
+    "K-Means, quantile", "K-Means, whitened",
 )  # fmt: skip
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "main": MAIN,
