@@ -16,42 +16,44 @@ experts.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from kmeans_route.backends import chunks
 
-EXTRA_ROWS = 2  # of the moments, after the E of products: the sum of u_t, and of u_t * u_t
 COPIES = 1 - 1e-6  # the cosine of two rows from which they are one direction
 
 
 def no_moments(num_experts: int, hidden_size: int, device: torch.device) -> Tensor:
-    """(E + 2, D) of no tokens, fp64 where the device has it."""
+    """Those of no tokens, (E + 2, D + 1): sums of (g_e . u_t) u_t, of u_t and of u_t * u_t, u_t with a 1 at its end.
+
+    So the last column holds the sums of g_e . u_t and the number of tokens, and nothing hangs on what g is later. fp64,
+    where the device has it.
+    """
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(num_experts + EXTRA_ROWS, hidden_size, dtype=dtype, device=device)
+    return torch.zeros(num_experts + 2, hidden_size + 1, dtype=dtype, device=device)
 
 
 def add_moments_(x: Tensor, factor: Tensor, counted: Tensor, directions: Tensor, moments: Tensor) -> None:
-    """moments (E + 2, D) += sums of (g_e . u_t) u_t, of u_t and of u_t * u_t over the tokens of x (T, D) that count.
+    """Add to moments those of the tokens of x (T, D) that count, u_t = factor_t x_t.
 
-    u_t = factor_t x_t. directions: g (E, D), rows of any one length.
+    directions: g (E, D), rows of any length.
     """
-    g = directions.to(moments.dtype)
+    g = normalize(directions.to(moments.dtype), dim=1)
     for c in chunks.of(x):
-        u = x[c].to(moments.dtype) * factor[c, None].to(moments.dtype)
+        u = pad(x[c].to(moments.dtype) * factor[c, None].to(moments.dtype), (0, 1), value=1.0)
         u = torch.where(counted[c, None], u, 0.0)
-        moments[: g.shape[0]] += (g @ u.T) @ u
+        moments[:-2] += (g @ u[:, :-1].T) @ u
         moments[-2] += u.sum(0)
         moments[-1] += u.square().sum(0)
 
 
-def first_centroids(moments: Tensor, num_tokens: Tensor, directions: Tensor) -> Tensor:
-    """(E, D) from the moments of num_tokens tokens, at least one, and the directions that they were taken with."""
-    g = directions.to(moments.dtype)
-    mean = moments[-2] / num_tokens
-    off_mean = moments[:-2] - torch.outer(g @ mean, moments[-2])
-    squares = moments[-1].sum() / num_tokens
+def first_centroids(moments: Tensor, directions: Tensor) -> Tensor:
+    """(E, D) from the moments of at least one token; directions: g (E, D), which parts what would be copies."""
+    sums, number = moments[-2, :-1], moments[-2, -1]
+    mean, squares = sums / number, moments[-1, :-1].sum() / number
+    off_mean = moments[:-2, :-1] - torch.outer(moments[:-2, -1], mean)
     spread = (squares - mean.square().sum()).clamp_min(0).sqrt()
-    apart = _parted(mean + spread * normalize(off_mean, dim=1), g)
+    apart = _parted(mean + spread * normalize(off_mean, dim=1), directions.to(moments.dtype))
     return squares.sqrt() * normalize(apart, dim=1)
 
 

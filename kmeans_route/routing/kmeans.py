@@ -63,7 +63,7 @@ class KMeansRouter(CentroidCommit):
             about one standard deviation of the scores.
         gate, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
         init: how the first commit sets the centroids: "tokens" (drawn with the mean and covariance of the tokens so
-            far, see `backends.first`), or "normal" (the first averages over Gaussian directions). Until then (E + 2) D
+            far, see `backends.first`), or "normal" (the first averages over Gaussian directions). Until then E D
             fp64 are kept for "tokens"; for 58 layers of E = 256, D = 7168 that is 860 MB.
         detach_gates: stop the gradient from the gates to x.
         learned_offset: add a parameter `offset` (E, D), zero at first and trained through the gates, to the unit

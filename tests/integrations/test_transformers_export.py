@@ -86,9 +86,9 @@ def test_without_a_bias_the_choices_are_equal_and_a_plain_load_runs_them(model_t
 @pytest.mark.parametrize("model_type", EXPORTED)
 def test_a_bias_goes_where_the_architecture_has_a_place(model_type: str) -> None:
     model = swapped_model(model_type, steps=1)
-    for draw, router in enumerate(routers_of(model)):  # biases of about the spread of scores: to lose them costs
+    for draw, router in enumerate(routers_of(model)):  # biases above the spread of scores: to lose them costs
         bias = torch.randn(router.num_experts, generator=torch.Generator().manual_seed(draw))
-        router.expert_bias.copy_(0.1 * (bias - bias.mean()))
+        router.expert_bias.copy_(0.3 * (bias - bias.mean()))
     export, lost = (export_vanilla(model, batches(), held_out=batches(1), bias=bias) for bias in (None, "none"))
     slot = ROUTERS[type(next(iter(routers_of(model)))).original_class.__name__]
     assert export.comparison.mean("overlap") > lost.comparison.mean("overlap") + 0.01

@@ -190,11 +190,11 @@ def test_first_centroids_depend_on_the_seed() -> None:
 
 def test_the_moments_are_freed_with_the_first_commit() -> None:
     router = KMeansRouter(D, E, K)
-    assert router.pending.moments.shape == (E + 2, D)
+    assert router.pending.moments.shape == (E + 2, D + 1)
     router(hidden_states(50))
     assert router.pending.moments.any()
     router.commit()
-    assert router.pending.moments.shape == (0, D)
+    assert router.pending.moments.shape == (0, D + 1)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -291,3 +291,14 @@ def test_given_centroids_are_refused_unless_each_is_a_direction() -> None:
         with pytest.raises(ValueError, match="weight must have a direction in every row"):
             router.set_centroids(weight)
     assert_same_bits(router.weight, before)
+
+
+def test_what_is_written_between_forward_and_commit_moves_no_moment() -> None:
+    """The first commit of a state without data takes the moments as they were taken, whatever scores now."""
+    x, want = hidden_states(300), after_first_commit([hidden_states(300)])
+    router = KMeansRouter(D, E, K)
+    router(x)
+    with torch.no_grad():
+        router.weight.copy_(KMeansRouter(D, E, K, seed=1).weight)
+    router.commit()
+    assert_same_bits(router.centroids, want.centroids)
