@@ -115,12 +115,12 @@ def decision(records: Sequence[Record]) -> str:
 
 
 def front(records: Sequence[Record]) -> str:
-    """The same for those in a hurry: means alone, and of the loads those on the text trained on."""
+    """The same of routers for those in a hurry: means alone, and of the loads those on the text trained on."""
     runs = Runs(records)
     rows = []
     for name in TITLES:
         found = runs.everywhere(name)
-        if found:
+        if found and name not in DENSE:
             by_size = [mean_text(values(runs.final(name, size), bits), 3) for size in WHERE]
             kept = [_share(runs.final(name, size)) for size in WHERE if size.endswith("K8")]
             rows.append([TITLES[name], *by_size, " / ".join(kept), mean_text(values(found, max_vio_trained), 2)])
