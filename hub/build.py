@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "backends/__init__", "backends/chunks", "backends/reference", "backends/first", "backends/torch",
+    "backends/__init__", "backends/chunks", "backends/first", "backends/reference", "backends/torch",
     "backends/torch_statistics", "backends/torch_topk", "backends/triton", "backends/whitening", "checks", "functional",
     "install", "metrics", "ops/__init__", "ops/dispatch", "ops/flops", "ops/route", "ops/schema", "ops/statistics",
     "reference", "types",

@@ -258,7 +258,7 @@ def frozen_after_a_third(trainer: Trainer) -> AfterStep:
 
 
 def fixed_at_first_tokens(trainer: Trainer) -> AfterStep:
-    """Centroids stay the tokens that they started as, drawn from the first step; biases move. Averaging off."""
+    """Centroids stay what the first step set (tokens, in the committed runs); biases move. Averaging off."""
     kept = [(router, torch.zeros_like(router.weight)) for _, router in _routers(trainer)]
 
     def after_step() -> None:
@@ -272,14 +272,14 @@ def fixed_at_first_tokens(trainer: Trainer) -> AfterStep:
 
 
 def offset_from_first_tokens(trainer: Trainer) -> AfterStep:
-    """A learned offset on centroids that stay the tokens that they started as: what the offset does by itself."""
+    """A learned offset on centroids that stay what the first step set: what the offset does by itself."""
     learned_offset(trainer)
     return fixed_at_first_tokens(trainer)
 
 
 def no_ramp(trainer: Trainer) -> AfterStep:
-    """The average keeps `decay` from the first commit on instead of a plain mean at first: centroids leave the tokens
-    that they started as slowly."""
+    """The average keeps `decay` from the first commit on instead of a plain mean at first: centroids leave what they
+    started as slowly."""
     routers = [router for _, router in _routers(trainer)]
 
     def after_step() -> None:

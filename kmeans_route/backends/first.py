@@ -6,9 +6,9 @@
 
 Each c_e lies about as far from the mean as tokens do, in a seeded direction that their covariance has turned: one step
 of the power method (Golub and Van Loan, Matrix Computations, 8.2) on E random vectors. Sums alone travel, so order,
-micro-batches, shards and ranks do not matter, and rounded tokens move c_e by no more than they are moved themselves: a
-compiled, an autocast and an eager run start alike, as they would not from E tokens chosen by hash or by distance. Raw
-sums, u_t = x_t, have centroids of the tokens' length.
+micro-batches, shards and ranks do not matter, and rounded tokens move c_e about as little as themselves, but for rows
+that come out as copies, which are parted: a compiled, an autocast and an eager run start alike, as they would not from
+E tokens chosen by hash or by distance. Raw sums, u_t = x_t, have centroids of the tokens' root mean square.
 
 fp64, since a mean that all tokens share is taken off the products afterwards. Legend: T tokens, D hidden size, E
 experts.
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from kmeans_route.backends import chunks
+from kmeans_route.reference import directions_reference
 
 COPIES = 1 - 1e-6  # the cosine of two rows from which they are one direction
 
@@ -38,7 +39,7 @@ def add_moments_(x: Tensor, factor: Tensor, counted: Tensor, directions: Tensor,
 
     directions: g (E, D), rows of any length.
     """
-    g = normalize(directions.to(moments.dtype), dim=1)
+    g = directions_reference(directions, moments.dtype)  # 0 for a row that is not finite
     for c in chunks.of(x):
         u = pad(x[c].to(moments.dtype) * factor[c, None].to(moments.dtype), (0, 1), value=1.0)
         u = torch.where(counted[c, None], u, 0.0)
@@ -53,8 +54,8 @@ def first_centroids(moments: Tensor, directions: Tensor) -> Tensor:
     mean, squares = sums / number, moments[-1, :-1].sum() / number
     off_mean = moments[:-2, :-1] - torch.outer(moments[:-2, -1], mean)
     spread = (squares - mean.square().sum()).clamp_min(0).sqrt()
-    apart = _parted(mean + spread * normalize(off_mean, dim=1), directions.to(moments.dtype))
-    return squares.sqrt() * normalize(apart, dim=1)
+    apart = _parted(mean + spread * _unit(off_mean), directions.to(moments.dtype))
+    return squares.sqrt() * _unit(apart)
 
 
 def _parted(rows: Tensor, directions: Tensor) -> Tensor:
@@ -62,7 +63,12 @@ def _parted(rows: Tensor, directions: Tensor) -> Tensor:
 
     Equal centroids would have equal scores for ever, and whitening keeps copies.
     """
-    unit, other = (normalize(each, dim=1) for each in (rows, directions))
+    unit, other = _unit(rows), _unit(directions)
     copies = torch.tril(unit @ unit.T, diagonal=-1).amax(1) > COPIES
     aside = rows + 0.1 * torch.linalg.vector_norm(rows, dim=1, keepdim=True) * other
     return torch.where(copies[:, None], aside, rows)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Unit rows, whatever their length: the products of short raw rows are shorter than `normalize` takes for 0."""
+    return normalize(rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny), dim=1)

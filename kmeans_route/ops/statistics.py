@@ -1,5 +1,4 @@
-"""What a training forward leaves for the commit: centroid sums, loads, spread, margins, and the moments for
-first centroids."""
+"""What a training forward leaves for the commit: centroid sums, loads, spread, margins, moments for the first."""
 
 from typing import Any
 

@@ -37,8 +37,9 @@ class Pending:
         self.margin_hist = torch.zeros(bins, dtype=torch.int32, device=device)
         by_pair = (num_experts, num_experts) if hidden_size else (0, 0)
         self.pairs = torch.zeros(by_pair, dtype=torch.float32, device=device)
-        moments = no_moments(num_experts, hidden_size, device)
-        self.moments = moments if with_moments else moments[:0].clone()
+        self.moments = no_moments(num_experts, hidden_size, device)
+        if not with_moments:
+            self.drop_moments()
 
     @property
     def statistics(self) -> PendingStatistics:

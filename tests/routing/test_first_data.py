@@ -144,7 +144,7 @@ def test_the_initialising_commit_sets_nothing_else() -> None:
     assert_same_bits(router.weight, weight)
     router(hidden_states(300, 1))
     router.commit()
-    # steps was 0, so beta is 0: the first average replaces the tokens.
+    # steps was 0, so beta is 0: the first average replaces what was drawn.
     ids = KMeansRouter(D, E, K)
     with torch.no_grad():
         ids.weight.copy_(weight)
@@ -302,3 +302,22 @@ def test_what_is_written_between_forward_and_commit_moves_no_moment() -> None:
         router.weight.copy_(KMeansRouter(D, E, K, seed=1).weight)
     router.commit()
     assert_same_bits(router.centroids, want.centroids)
+
+
+@pytest.mark.parametrize("scale", [1e-11, 1e-8, 1e8])
+def test_first_centroids_of_raw_rows_have_directions_at_any_length(scale: float) -> None:
+    x = hidden_states(200)
+    want, got = (after_first_commit([each], accumulate="raw") for each in (x, x * scale))
+    torch.testing.assert_close(got.weight, want.weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.centroids / scale, want.centroids, rtol=0, atol=1e-5)
+
+
+def test_a_weight_that_is_not_finite_for_a_moment_reaches_no_centroid() -> None:
+    router = KMeansRouter(D, E, K)
+    whole = router.weight.clone()
+    with torch.no_grad():
+        router.weight[0, 0] = torch.nan
+        router(hidden_states(200))
+        router.weight.copy_(whole)
+    router.commit()
+    assert router.centroids.isfinite().all()

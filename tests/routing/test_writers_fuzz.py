@@ -90,7 +90,7 @@ class Writers(RuleBasedStateMachine):
 
     @rule(skip=st.sampled_from([None, False, True]))
     def commit(self, skip: bool | None) -> None:
-        """As the reference does it; the first data of a router without any sets centroids that are tokens."""
+        """As the reference does it; the first data of a router without any sets centroids alone."""
         router, pending = self.router, copy.deepcopy(self.router.pending)
         weight, had_data = router.weight.float().clone(), router.has_data
         same_rows = had_data or router._has_first_rows()
