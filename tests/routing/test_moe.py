@@ -429,7 +429,7 @@ def skewed_tokens(step: int, num_tokens: int = 256) -> tuple[Tensor, Tensor]:
     fixed, gen = generator(1), generator(1000 + step)
     centres = torch.randn(8, D, generator=fixed)
     maps = torch.randn(8, D, D, generator=fixed) * D**-0.5
-    odds = torch.tensor([3.0, 2, 2, 1, 1, 1, 1, 1])
+    odds = torch.tensor([6.0, 2, 2, 1, 1, 1, 1, 1])
     member = torch.multinomial(odds, num_tokens, replacement=True, generator=gen)
     x = centres[member] + torch.randn(num_tokens, D, generator=gen)
     return x, torch.einsum("tij,tj->ti", maps[member], x)
@@ -463,10 +463,10 @@ def test_balancing_lowers_max_vio() -> None:
     def max_vio(loads: Tensor) -> float:
         return float(loads.max() / loads.double().mean() - 1)
 
-    free = max_vio(learn(100, balance="none")[2])
-    assert free > 0.2, "the data is skewed enough for balancing to matter"
+    free = max_vio(learn(50, balance="none")[2])
+    assert free > 0.3, "the data is skewed enough for balancing to matter"
     for balance in ("proportional", "quantile"):
-        assert max_vio(learn(100, balance=balance)[2]) < 0.5 * free
+        assert max_vio(learn(50, balance=balance)[2]) < 0.5 * free
 
 
 @pytest.mark.parametrize("options", [{}, {"balance": "quantile"}, {"kind": "sigmoid"}], ids=str)

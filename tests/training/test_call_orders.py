@@ -281,9 +281,10 @@ class Calls(RuleBasedStateMachine):
             torch.testing.assert_close(router.weight[some], nn.functional.normalize(router.centroids[some]))
         elif counts.any():
             want = whitened_reference(router.centroids.double(), before["weight"].double())
+            # The nearer a centroid lies to the mean of all, the more of its direction is rounding.
             off_mean = (router.centroids - router.centroids[some].mean(0)).norm(dim=1)
-            clear = ~some | (off_mean > 1e-2 * off_mean[some].mean())  # of one at the mean, rounding is the direction
-            torch.testing.assert_close(router.weight[clear].double(), want[clear], rtol=0, atol=2e-5)
+            slack = (1e-2 * off_mean[some].mean() / off_mean).clamp_min(1)
+            assert ((router.weight.double() - want).abs().amax(1) <= 2e-5 * slack).all()
         else:
             assert_same_bits(router.weight, before["weight"])
 
