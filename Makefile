@@ -69,8 +69,9 @@ test-frameworks: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS)) $(addp
 
 test-transformers-%: .venv-transformers-%/.installed
 	OMP_NUM_THREADS=1 $(dir $<)bin/python -m pytest -p tests.helpers.lane tests/integrations/test_transformers.py \
-	  tests/integrations/test_transformers_export.py tests/integrations/test_transformers_trainer.py \
-	  tests/cli/test_cli_pretrained.py --lane benchmarks/results/tests-transformers-$*.json
+	  tests/integrations/test_transformers_saved.py tests/integrations/test_transformers_export.py \
+	  tests/integrations/test_transformers_trainer.py tests/cli/test_cli_pretrained.py \
+	  --lane benchmarks/results/tests-transformers-$*.json
 
 .PRECIOUS: .venv-transformers-%/.installed
 .venv-transformers-%/.installed: pyproject.toml constraints.txt

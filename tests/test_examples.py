@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kmeans_route import KMeansRouter
-from tests.helpers.compare import assert_same_bits
+from tests.helpers.compare import assert_same_bits, routers_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -36,10 +35,6 @@ def run(name: str, *arguments: Any) -> dict[str, Any]:
         return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     finally:
         sys.argv = given
-
-
-def routers_of(model: nn.Module) -> list[KMeansRouter]:
-    return [module for module in model.modules() if isinstance(module, KMeansRouter)]
 
 
 def losses_in(printed: str) -> list[float]:

@@ -39,6 +39,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def routers_of(model: torch.nn.Module) -> list[Any]:
+    """Its K-Means routers, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, kmeans_route.KMeansRouter)]
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -16,9 +16,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from kmeans_route import KMeansRouter, MoE, attach
+from kmeans_route import MoE, attach
 from kmeans_route.integrations.lightning import KMeansRouting
-from tests.helpers.compare import assert_same_bits
+from tests.helpers.compare import assert_same_bits, routers_of
 from tests.helpers.examples import run_example
 from tests.helpers.ranks import run_on_ranks
 
@@ -86,10 +86,6 @@ def trainer(folder: Path, *callbacks: Any, **options: Any) -> pl.Trainer:
         default_root_dir=folder, callbacks=list(callbacks), enable_progress_bar=False, enable_model_summary=False,
         **{"logger": False, "enable_checkpointing": False, **defaults, **options},
     )  # fmt: skip
-
-
-def routers_of(module: nn.Module) -> list[KMeansRouter]:
-    return [m for m in module.modules() if isinstance(m, KMeansRouter)]
 
 
 def assert_same_state(got: nn.Module, want: nn.Module) -> None:

@@ -30,7 +30,7 @@ from kmeans_route import KMeansRouter, route
 from kmeans_route.integrations import torchtitan as adapter
 from kmeans_route.integrations.torchtitan import KMeansRouting, KMeansTokenChoiceRouter, kmeans_routing
 from kmeans_route.reference import whitened_reference
-from tests.helpers.compare import assert_same_bits
+from tests.helpers.compare import assert_same_bits, routers_of
 from tests.helpers.examples import run_example
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*determinis")
@@ -104,10 +104,6 @@ def make(num_layers: int = 2, **options: Any) -> tuple[nn.Module, Any]:
     model = spec.model.build()
     model.init_states()
     return model, spec
-
-
-def routers_of(model: nn.Module) -> list[KMeansRouter]:
-    return [m for m in model.modules() if isinstance(m, KMeansRouter)]
 
 
 def router(**options: Any) -> KMeansTokenChoiceRouter:

@@ -9,7 +9,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.16")
 
-from kmeans_route import KMeansRouter, attach  # noqa: E402
+from kmeans_route import attach  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402
     apply_kmeans_routing,
     export_vanilla,
@@ -18,7 +18,7 @@ from kmeans_route.integrations.transformers import (  # noqa: E402
 from kmeans_route.integrations.transformers import export as integration  # noqa: E402
 from kmeans_route.integrations.transformers.router import ROUTERS  # noqa: E402
 from kmeans_route.routing.learned import KINDS  # noqa: E402
-from tests.helpers.compare import assert_same_bits  # noqa: E402
+from tests.helpers.compare import assert_same_bits, routers_of  # noqa: E402
 from tests.integrations.transformers_models import TYPES, some_tokens, tiny_model  # noqa: E402
 
 EXPORTED = [model_type for model_type in TYPES if model_type != "phimoe"]
@@ -49,10 +49,6 @@ def swapped_model(model_type: str, steps: int = 0, first: int = 0, **options: An
         for router in routers_of(model):
             router.expert_bias.zero_()
     return model.eval()
-
-
-def routers_of(model: nn.Module) -> list[KMeansRouter]:
-    return [module for module in model.modules() if isinstance(module, KMeansRouter)]
 
 
 def test_every_type_is_exported_or_refused_with_a_reason() -> None:

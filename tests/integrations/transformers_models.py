@@ -1,9 +1,15 @@
-"""Tiny random models of transformers, one a supported model type, built in place."""
+"""Tiny random models of transformers, one a supported model type, built in place, and what their tests share."""
 
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+
+from kmeans_route import attach
+from kmeans_route.integrations.transformers.router import ROUTERS
+
+transformers.utils.logging.disable_progress_bar()  # of loading and saving
 
 VOCAB = 64
 COMMON = {
@@ -87,3 +93,38 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, **overrides:
 def some_tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Token ids without the special ones."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def realigned(model: nn.Module) -> nn.Module:
+    """The same tensors at addresses of their own: loaded ones lie anywhere in a mapped file, and BLAS looks at that."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def train(model: nn.Module, steps: int, tokens: Tensor | None = None, **inputs: Any) -> list[float]:
+    """Losses of AdamW on the same tokens, attached."""
+    tokens = some_tokens(4, 16) if tokens is None else tokens
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    attachment, losses = attach(model, optimizer), []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens, **inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    attachment.remove()
+    model.eval()
+    return losses
+
+
+def gate_paths(vanilla: nn.Module) -> list[str]:
+    """Where the routers of a model that is not swapped are."""
+    return [path for path, module in vanilla.named_modules() if type(module).__name__ in ROUTERS]
+
+
+def gate_rows(vanilla: nn.Module, path: str) -> Tensor:
+    """The weight (E, D) of the router there."""
+    router = vanilla.get_submodule(path)
+    return (router.wg if hasattr(router, "wg") else router).weight.detach()

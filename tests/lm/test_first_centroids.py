@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kmeans_route import KMeansRouter
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.model import DecoderLM
+from tests.helpers.compare import routers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
 
@@ -18,10 +18,6 @@ def text_of(seed: int) -> Tensor:
     odds = 1 / torch.arange(1, 65, dtype=torch.float64)
     letters = torch.multinomial(odds, 16 * 64, replacement=True, generator=torch.Generator().manual_seed(seed))
     return letters.view(16, 64)
-
-
-def routers_of(model: DecoderLM) -> list[KMeansRouter]:
-    return [module for module in model.modules() if isinstance(module, KMeansRouter)]
 
 
 def after(run: Callable[[DecoderLM, Tensor], object], seed: int) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kmeans_route import KMeansRouter, MoE, attach
+from kmeans_route import MoE, attach
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import BatchSampler, load_corpus
 from kmeans_route.lm.model import DecoderLM, next_byte_loss
 from kmeans_route.types import Routing, Tokens
+from tests.helpers.compare import routers_of
 
 STATE = (
     "weight", "centroids", "expert_bias", "score_std", "steps", "initialized", "dropped_total", "tokens_per_expert",
@@ -34,10 +35,6 @@ class Run(NamedTuple):
     worst: dict[str, float]
     choices: int
     near_ties: int
-
-
-def routers_of(model: nn.Module) -> list[KMeansRouter]:
-    return [module for module in model.modules() if isinstance(module, KMeansRouter)]
 
 
 class Seen:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kmeans_route import KMeansRouter, LearnedRouter, MoE, attach
 from kmeans_route.training.telemetry import over_routers
-from tests.helpers.compare import assert_same_bits, generator
+from tests.helpers.compare import assert_same_bits, generator, routers_of
 
 D, E, K = 16, 6, 2
 REMEDY = "kmeans_route.attach"
@@ -53,10 +53,6 @@ def make(**options: Any) -> Model:
 def batch(seed: int, num_tokens: int = 120) -> Tensor:
     gen = generator(seed)
     return torch.randn(num_tokens, D, generator=gen) + 0.5 * torch.randn(D, generator=gen)
-
-
-def routers_of(model: nn.Module) -> list[KMeansRouter]:
-    return [m for m in model.modules() if isinstance(m, KMeansRouter)]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
