@@ -148,7 +148,7 @@ quality-run: env
 pictures: env
 	$(BIN)/python -m benchmarks.pictures
 
-## make offline     compile all that can be reached, on three versions of Triton, without a GPU: two hours; stop it and go on
+## make offline     compile all that can be reached, on three versions of Triton, without a GPU: two to five hours; stop it and go on
 offline: $(addprefix offline-,$(TRITON_VERSIONS))
 
 offline-%: .venv-triton-%/.installed

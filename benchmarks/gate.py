@@ -364,7 +364,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--part", action="store_true", help="the routing loops at the named shapes in bf16 alone")
-    parser.add_argument("--only", default="", metavar="REGEX", help="of 'OLMoE bf16 T=1 training route_split'")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of 'OLMoE bf16 T=1 training route_select'")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument("--out", type=Path, help="write the JSON document there too")
     parser.add_argument("--processes", type=int, help="default: one for each core")

@@ -349,8 +349,8 @@ class KMeansRouter(CentroidCommit):
     def freeze(self, frozen: bool = True) -> Self:
         """Stop (or with False, resume) gathering and committing, and pin the directions, as for serving.
 
-        The first forward after it in each dtype keeps what it scores with, so that routing in eval is one launch. After
-        a write into `weight` by anybody but this class, `load_state_dict` or a move of the module, call it again.
+        The first forward after it in each dtype keeps what it scores with, so that routing in eval is two launches.
+        After a write into `weight` by anybody but this class, `load_state_dict` or a move of the module, call it again.
         """
         self._pinned = {}
         super().freeze(frozen)
