@@ -9,7 +9,8 @@ s_te score, g_te gate weight. Computation is in fp32, or fp64 when x is fp64.
 """
 
 import sys
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,9 +108,16 @@ def unit_rows(rows: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
     return torch.where(usable, rows / torch.where(usable, norm, 1.0), otherwise)
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """What is promised in a dtype is computed in it; the meta device knows no autocast."""
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
+
+
 def shifted_directions(unit: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit rows of unit + offset, (E, D) both, rounded to `dtype`, with a gradient; 0 where there is no direction."""
-    with torch.autocast(unit.device.type, enabled=False):
+    with no_autocast(unit):
         return unit_rows(unit + offset.to(unit.dtype)).to(dtype)
 
 
@@ -163,7 +171,7 @@ def route_reference(
     options: RouteOptions,
 ) -> Routing:
     """Route x (T, D) by directions (E, D) in x's dtype; `scores` is always filled."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         dtype = compute_dtype(x.dtype)
         num_experts = directions.shape[0]
         valid = validity_reference(x, mask)
@@ -274,7 +282,7 @@ def centroid_sums_reference(
     rows = torch.where(valid[:, None], x.detach(), 0.0).to(dtype)
     rows = rows if factor is None else rows * factor[:, None]
     member = chosen_reference(indices, num_experts).to(dtype) * valid[:, None]
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return product(member.T, rows)
 
 
@@ -399,6 +407,7 @@ def commit_reference(
         beta = (seen.to(dtype) / (seen + counts).clamp_min(1).to(dtype))[:, None]
     else:
         beta = (steps.to(dtype) / (steps + 1).to(dtype)).clamp_max(options.decay)
+    beta = torch.where(c.any(1, keepdim=True), beta, 0.0)  # the first average of an expert stands for itself
     moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 

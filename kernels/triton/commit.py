@@ -58,12 +58,15 @@ def _finite(value):
 
 @triton.jit
 def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, FOLLOW: tl.constexpr, BD: tl.constexpr):
-    """Where `go`, c = beta c + (1 - beta) s / count if anything was counted, and with FOLLOW w = c / ||c|| if c has a
-    direction; s is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the old and the new direction."""
+    """Where `go`, c = beta c + (1 - beta) s / count if anything was counted, with beta 0 where c is 0, and with FOLLOW
+    w = c / ||c|| if c has a direction; s is emptied unless `keep`. Gives ||u - v|| and ||u + v|| of the old and the new
+    direction."""
     columns = tl.arange(0, BD)
     share = tl.maximum(count, 1).to(tl.float32)
     before = tl.zeros([BD], dtype=tl.float32)
     after = tl.zeros([BD], dtype=tl.float32)
+    alone = tl.zeros([BD], dtype=tl.float32)
+    some = tl.zeros([BD], dtype=tl.int32)
     for start in range(0, D, BD):
         column = start + columns
         w = tl.load(w_row + column, mask=column < D, other=0.0)
@@ -72,8 +75,12 @@ def _move_centroid(w_row, c_row, s_row, count, beta, go, keep, D, FOLLOW: tl.con
         new = tl.where(count > 0, beta * c + (1.0 - beta) * mean, c)
         before += w * w
         after += new * new
+        alone += mean * mean
+        some |= (c != 0).to(tl.int32)
+    first = (tl.max(some, axis=0) == 0) & (count > 0)
+    beta = tl.where(first, 0.0, beta)
     norm_before = tl.sqrt(tl.sum(before, axis=0))
-    norm_after = tl.sqrt(tl.sum(after, axis=0))
+    norm_after = tl.sqrt(tl.where(first, tl.sum(alone, axis=0), tl.sum(after, axis=0)))
     had_direction = (norm_before >= MIN_CENTROID_NORM) & (norm_before < float("inf"))  # NaN fails both
     scale_before = 1.0 / tl.where(had_direction, norm_before, 1.0)
     has_direction = FOLLOW & go & (norm_after >= MIN_CENTROID_NORM) & (norm_after < float("inf"))

@@ -171,8 +171,9 @@ def compare(
 
     With a target, a second model with routers of these names, also its loss, and its loads on hidden states of its own.
     """
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in watched}
-    loads = {name: torch.zeros(2, router.num_experts, dtype=torch.int64) for name, router in watched.items()}
+    sums = {name: torch.zeros(4, dtype=torch.float64, device="cpu") for name in watched}
+    counts = {"dtype": torch.int64, "device": "cpu"}
+    loads = {name: torch.zeros(2, router.num_experts, **counts) for name, router in watched.items()}
 
     def count(name: str, side: int, ids: Tensor) -> None:
         loads[name][side] += torch.bincount(ids.flatten(), minlength=watched[name].num_experts).cpu()
@@ -183,7 +184,7 @@ def compare(
         firsts = [ids.gather(1, w.argmax(1, keepdim=True)) for ids, w in pairs]
         same_first, shared = float((firsts[0] == firsts[1]).sum()), shared_choices(seen.indices, indices)
         error = gate_error(watched[name].num_experts, seen.indices, seen.weights, indices, weights)
-        sums[name] += torch.tensor([len(indices), same_first, shared, error], dtype=torch.float64)
+        sums[name] += torch.tensor([len(indices), same_first, shared, error], dtype=torch.float64, device="cpu")
         count(name, 0, seen.indices)
         if target is None:
             count(name, 1, indices)

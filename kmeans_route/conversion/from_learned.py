@@ -150,17 +150,19 @@ def _set_centroids(new: Mapping[str, KMeansRouter], over_text: OverText | None) 
         mean = sums[name] / counts[name].clamp_min(1)[:, None]
         # Nothing was sent there, or it cancels: such an expert keeps its direction.
         has_direction = (directions(mean, torch.float32) != 0).any(1, keepdim=True)
-        router.set_centroids(torch.where(has_direction, mean, router.weight), averages=over_text is not None)
+        length = torch.linalg.vector_norm(mean, dim=1)[has_direction[:, 0]].mean().nan_to_num(1.0)
+        kept = directions(router.weight, torch.float32) * length  # as long as the others: raw means keep theirs
+        router.set_centroids(torch.where(has_direction, mean, kept), averages=over_text is not None)
         if over_text is not None:
             router.tokens_per_expert.copy_(counts[name])
-            if router.tokens_seen is not None:
-                router.tokens_seen.copy_(counts[name])
+            if router.tokens_seen is not None:  # a kept one counts as given, or one token would take its place
+                router.tokens_seen.copy_(torch.where(has_direction[:, 0], counts[name], router.tokens_seen))
 
 
 def _fit(new: Mapping[str, KMeansRouter], over_text: OverText, balance_steps: int, fit_tau: bool) -> None:
     """Score spread, and where asked for, tau and the selection bias."""
     scores: dict[str, list[Tensor]] = {name: [] for name in new}
-    divergence = torch.zeros(len(TAUS), dtype=torch.float64)
+    divergence = torch.zeros(len(TAUS), dtype=torch.float64, device="cpu")
 
     def add(name: str, seen: Seen) -> None:
         routing = agreement.replay(new[name], seen)
@@ -207,8 +209,8 @@ def balanced_bias(scores: Tensor, options: RouteOptions, steps: int) -> tuple[Te
     num_tokens, num_experts = scores.shape
     place = min(num_tokens, options.top_k * num_tokens // num_experts + 1)
     spread = float(reference.score_std_reference(scores).sum()) / num_tokens
-    bias = torch.zeros(num_experts)
-    best = (math.inf, bias, torch.zeros(num_experts, dtype=torch.int64))
+    bias = scores.new_zeros(num_experts)
+    best = (math.inf, bias, scores.new_zeros(num_experts, dtype=torch.int64))
     for step in range(steps + 1):
         ids = agreement.select(scores + bias, options, extra=1)
         counts = torch.bincount(ids[:, : options.top_k].flatten(), minlength=num_experts)

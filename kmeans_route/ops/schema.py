@@ -5,7 +5,6 @@ Named tuples go in and come out everywhere else. Their fields give the schema, s
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kmeans_route import backends
 from kmeans_route.reference import exporting_onnx
+from kmeans_route.reference import no_autocast as no_autocast
 from kmeans_route.types import RouteOptions, Wanted
 
 Named = TypeVar("Named", bound=NamedTuple)
@@ -178,10 +178,3 @@ def direct_in_backward(operator: Callable[..., Any], body: Callable[..., Any]) -
         return body(x, other, *rest)
 
     return call
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The operators compute in the dtypes that they promise."""
-    kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if autocast else nullcontext()

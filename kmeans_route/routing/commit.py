@@ -68,7 +68,7 @@ class CentroidCommit(CentroidState):
             self.weight.copy_(reference.unit_rows(self.centroids, self.weight))
         self._moved.fill_(True)
         self.dropped_total.add_(batch.num_dropped)
-        self.tokens_per_expert = batch.counts.clone()
+        self.tokens_per_expert.copy_(batch.counts)
         self.chosen_together.copy_(self.pending.pairs)
         self.pending.clear_()
         self._have_data()

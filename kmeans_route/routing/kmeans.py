@@ -322,7 +322,8 @@ class KMeansRouter(CentroidCommit):
     def directions(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(E, D): what hidden states of `dtype` are scored with, unit rows of `weight` with the learned offset."""
         backend = backends.choose("auto", self.weight.device, dtype, self.num_experts)
-        return self._directions(dtype, backend).detach()
+        rows = self._directions(dtype, backend).detach()
+        return rows.clone() if self.frozen else rows  # those that are pinned are not the caller's to write
 
     def _directions(self, dtype: torch.dtype, backend: Any) -> Tensor:
         if self.offset is None:
@@ -360,8 +361,8 @@ class KMeansRouter(CentroidCommit):
     def initialize(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Set the centroids from the tokens of x (..., D) now, instead of at the first commit.
 
-        With init="normal" they come from one step of averaging over x. What was pending is dropped, and steps, bias
-        and score scale start anew.
+        With init="normal" they come from one step of averaging over x. What was pending is dropped, and steps, bias,
+        score scale and a learned offset start anew.
 
         Raises:
             ValueError: no token of x is valid.

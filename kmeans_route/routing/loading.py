@@ -40,6 +40,7 @@ class CentroidState(StatefulRouter):
     def _make_state(self, device: torch.device | str | None, *, cumulative: bool, learned_offset: bool) -> None:
         num_experts, hidden_size = self.num_experts, self.hidden_size
 
+        @torch.inference_mode(False)
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -69,11 +70,8 @@ class CentroidState(StatefulRouter):
         """Gaussian rows from the private generator, no bias, no offset, nothing pending. After `to_empty`, too."""
         self._pinned: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._own_dtypes_again(tell=False)
-        num_experts, device = self.num_experts, self.weight.device
-        self._moved = torch.zeros((), dtype=torch.bool, device=device)
+        self._make_plain_tensors()
         self._await_data(True)
-        self.centroid_turn = torch.zeros(2, num_experts, dtype=torch.float32, device=device)
-        self.chosen_together = torch.zeros(num_experts, num_experts, dtype=torch.float32, device=device)
         if self.weight.is_meta:
             return
         with torch.no_grad():
@@ -83,6 +81,14 @@ class CentroidState(StatefulRouter):
             rows = self._gaussian_rows()
             self.weight.copy_(FIRST_NORM * rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
+    @torch.inference_mode(False)  # training writes into them
+    def _make_plain_tensors(self) -> None:
+        num_experts, device = self.num_experts, self.weight.device
+        self._moved = torch.zeros((), dtype=torch.bool, device=device)
+        self.centroid_turn = torch.zeros(2, num_experts, dtype=torch.float32, device=device)
+        self.chosen_together = torch.zeros(num_experts, num_experts, dtype=torch.float32, device=device)
+
+    @torch.inference_mode(False)
     def _await_data(self, awaits: bool) -> None:
         """Gather for the first centroids, or no more; nothing is pending then.
 
@@ -106,16 +112,24 @@ class CentroidState(StatefulRouter):
         Args:
             weight: (E, D) floating point. `steps` becomes round(decay / (1 - decay)).
             tokens_seen: how many tokens each centroid stands for, with average="cumulative" only.
-            averages: the rows are averages of hidden states, from which `directions` makes those that score. Else they
-                score as they are, as the rows of a gate should, until the first commit.
+            averages: the rows are averages of hidden states, from which `directions` makes those that score; with
+                accumulate="raw" centroids keep their length. Else they score as they are, as the rows of a gate should,
+                until the first commit.
 
         Raises:
-            ValueError: another shape, or a row that is zero or not finite.
+            ValueError: another shape, a row that is zero or not finite, or accumulate="raw" with rows that are no
+                averages: hidden states of another length would wipe them.
         """
         if tuple(weight.shape) != (self.num_experts, self.hidden_size):
             raise ValueError(
                 f"weight must have shape {(self.num_experts, self.hidden_size)}, got {tuple(weight.shape)}: "
                 "one row an expert"
+            )
+        raw = self.accumulate == "raw"
+        if raw and not averages:
+            raise ValueError(
+                f"{called(self)} must have centroids as long as hidden states with accumulate='raw', got rows of any "
+                "length: use accumulate='unit', or pass averages of hidden states and averages=True"
             )
         given = weight.detach().to(device=self.weight.device, dtype=torch.float32)
         unit = reference.directions_reference(given, torch.float32)
@@ -124,6 +138,8 @@ class CentroidState(StatefulRouter):
         self.reset_parameters()
         self.weight.copy_(unit)
         self._take_weight_as_given(tokens_seen)
+        if raw:
+            self.centroids.copy_(given)
         if averages:
             self._write_weight()
         self._have_data()
@@ -149,25 +165,34 @@ class CentroidState(StatefulRouter):
         if self.tokens_seen is not None and "tokens_seen" not in kept:
             self.tokens_seen.fill_(tokens_seen)
 
+    @torch.inference_mode(False)
     def _have_data(self) -> None:
         """The centroids are set: the moments go, and what else is pending stays."""
         self._awaits_data, self._pinned = False, {}
         self.pending.drop_moments()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def snapshot(self) -> dict[str, Any]:
-        """All that gathering and committing change, and the options of routing, as they are now: for `restore`."""
+        """All that gathering, committing and setting centroids change, and the options of routing, as they are now: for
+        `restore`."""
         names = ("options", "pending", "_awaits_data", *self.PLAIN_TENSORS)
-        buffers = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
-        return {"attributes": copy.deepcopy({name: getattr(self, name) for name in names}), "buffers": buffers}
+        state = {name: tensor.clone() for name, tensor in self._state()}
+        return {"attributes": copy.deepcopy({name: getattr(self, name) for name in names}), "state": state}
+
+    def _state(self) -> list[tuple[str, Tensor]]:
+        return [*self.named_buffers(recurse=False), *self.named_parameters(recurse=False)]
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Put back what `snapshot` gave."""
         self._own_dtypes_again(tell=True)
-        for name, value in copy.deepcopy(snapshot["attributes"]).items():  # it may be put back again
+        with torch.inference_mode(False):
+            attributes = copy.deepcopy(snapshot["attributes"])  # it may be put back again
+        for name, value in attributes.items():
             setattr(self, name, value)
-        for name, value in snapshot["buffers"].items():
-            self.get_buffer(name).copy_(value)
+        for name, tensor in self._state():
+            tensor.copy_(snapshot["state"][name])
         self._pinned = {}
 
     def before_commit(self) -> None:
@@ -204,7 +229,8 @@ class CentroidState(StatefulRouter):
         warnings.warn(
             f"{called(self)} must be loaded whole to go on with a run, got {got}: {taken}, as by set_centroids, "
             "so that the next commits do not wipe them"
-            + ("; whitening turns a gate's rows, which directions='centroids' keeps" if self._whitens else ""),
+            + ("; whitening turns a gate's rows, which directions='centroids' keeps" if self._whitens else "")
+            + ("; but with accumulate='raw' those of long hidden states do" if self.accumulate == "raw" else ""),
             stacklevel=2,
         )
 
@@ -248,6 +274,7 @@ class CentroidState(StatefulRouter):
             self._awaits_data = awaits
             self.tokens_per_expert.zero_()  # in place: a captured graph may write here
 
+    @torch.inference_mode(False)
     def _materialize(self, brought: set[str]) -> None:
         """Zeros for what load_state_dict(assign=True) has left on the meta device, where it has brought directions."""
         devices = [self.get_buffer(name).device for name in ("weight", "centroids") if name in brought]
@@ -277,4 +304,5 @@ class CentroidState(StatefulRouter):
             self._count_as_given(kept=brought)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pinned": {}}
+        """A copy routes by itself: nothing pinned, and nothing replayed, which ends for the original alone."""
+        return {**super().__getstate__(), "_pinned": {}, "replayed": None, "_has_replayed": False}

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kmeans_route
-from kmeans_route import KMeansRouter, LearnedRouter, MoE, RouterOutput, calibrate
+from kmeans_route import KMeansRouter, LearnedRouter, MoE, RouterOutput, calibrate, export_gates
 from kmeans_route.conversion import compare as agreement
 from kmeans_route.conversion.from_learned import balanced_bias
-from kmeans_route.reference import whitened_reference
+from kmeans_route.reference import GIVEN_TOKENS, whitened_reference
 from tests.helpers.compare import assert_same_bits, generator
 
 D, E, K = 16, 6, 2
@@ -46,10 +46,13 @@ def batches(count: int = 3, tokens: int = 64, seed: int = 0) -> list[tuple[Tenso
 
 
 def with_kmeans(model: Model, top_k: int = K, **options: Any) -> Model:
-    """A copy of the model whose routers are K-Means, with the old rows as directions."""
+    """A copy of the model whose routers are K-Means, with the old rows as directions where these may be centroids."""
     new = copy.deepcopy(model)
     for layer in new.layers:
-        layer.router = KMeansRouter.from_linear(layer.router, top_k, **options)
+        if options.get("accumulate") == "raw":
+            layer.router = KMeansRouter(D, E, top_k, **options)
+        else:
+            layer.router = KMeansRouter.from_linear(layer.router, top_k, **options)
     return new
 
 
@@ -138,11 +141,12 @@ def test_centroids_are_means_of_what_the_old_routers_send(router: str, accumulat
         rows = F.normalize(x, dim=1) if accumulate == "unit" else x
         for e in range(E):
             chosen = (ids == e).any(1)
-            mean = F.normalize(rows[chosen].mean(0), dim=0)
-            torch.testing.assert_close(layer.router.centroids[e].double(), mean, rtol=0, atol=3e-7)
+            mean = rows[chosen].mean(0) if accumulate == "raw" else F.normalize(rows[chosen].mean(0), dim=0)
+            torch.testing.assert_close(layer.router.centroids[e].double(), mean, rtol=1e-6, atol=3e-7)
             assert int(layer.router.tokens_per_expert[e]) == int(chosen.sum())
         centroids = layer.router.centroids
-        want = centroids if directions == "centroids" else whitened_reference(centroids, centroids)
+        want = F.normalize(centroids, dim=1)
+        want = want if directions == "centroids" else whitened_reference(centroids, want)
         torch.testing.assert_close(layer.router.weight, want, rtol=0, atol=3e-7)
         assert int(layer.router.steps) == 999
         assert int(layer.router.pending.num_tokens) == 0
@@ -281,8 +285,76 @@ def test_an_expert_that_gets_nothing_keeps_its_direction() -> None:
     calibrate(nn.Sequential(linear), {"0": router}, [batches()[0][0]])
     torch.testing.assert_close(router.weight[4], row, rtol=0, atol=1e-7)
     assert router.tokens_seen is not None
-    assert int(router.tokens_seen[4]) == 0
-    assert int(router.tokens_seen.sum()) == 64 * K
+    assert int(router.tokens_seen[4]) == GIVEN_TOKENS, "one token would take its place"
+    assert int(router.tokens_seen.sum()) == GIVEN_TOKENS + 64 * K
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing commits its statistics")
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
+def test_means_of_long_hidden_states_outlast_the_next_commits(directions: str) -> None:
+    """With accumulate="raw" a centroid is as long as hidden states are; one of length 1 would be gone at once."""
+    linear, data = nn.Linear(D, E), 256 * torch.cat([x for x, _ in batches(4)])
+    with torch.no_grad():
+        linear.bias[4] = -1e6  # nothing is sent there
+    router = KMeansRouter(D, E, K, accumulate="raw", directions=directions, balance="none")
+    calibrate(nn.Sequential(linear), {"0": router}, [data])
+    before = router.weight.clone()
+    lengths = torch.linalg.vector_norm(router.centroids, dim=1)
+    assert 0.5 < float(lengths[4] / lengths[torch.arange(E) != 4].mean()) < 2
+    for _ in range(3):
+        router(256 * batches(1, seed=1)[0][0])
+        router.commit()
+    assert float(torch.linalg.vecdot(router.weight, before).min()) > 1 - 1e-4
+
+
+def test_rows_that_are_no_averages_are_no_raw_centroids() -> None:
+    gate = nn.Linear(D, E)
+    with pytest.raises(ValueError, match=r"as long as hidden states with accumulate='raw', got rows of any length"):
+        KMeansRouter.from_linear(gate, K, accumulate="raw")
+    router = KMeansRouter(D, E, K, accumulate="raw")
+    before = state_of(router)
+    with pytest.raises(ValueError, match="use accumulate='unit', or pass averages"):
+        calibrate(nn.Sequential(gate), {"0": router}, [batches()[0][0]], start="rows")
+    for name, value in state_of(router).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_default_device_of_another_kind_changes_nothing() -> None:
+    """As with torch.set_default_device("cuda") where the models stay on the CPU."""
+    old, data = Model(), batches()
+    want, got = with_kmeans(old), with_kmeans(old)
+    reports = [calibrate(old, want, data, balance_steps=3, fit_tau=True)]
+    try:
+        torch.set_default_device("meta")
+        reports.append(calibrate(old, got, data, balance_steps=3, fit_tau=True))
+        export_gates(got, data, progress=False)
+    finally:
+        torch.set_default_device(None)
+    assert [layer.router.options.tau for layer in want.layers] == [layer.router.options.tau for layer in got.layers]
+    for name, value in want.state_dict().items():
+        assert torch.equal(value, got.state_dict()[name]), name
+    first, second = (list(report.routers.values()) for report in reports)
+    assert [one.overlap for one in first] == [one.overlap for one in second]
+
+
+def test_an_error_puts_a_learned_offset_back() -> None:
+    gate, router = nn.Linear(D, E), KMeansRouter(D, E, K, learned_offset=True)
+    assert router.offset is not None
+    with torch.no_grad():
+        router.offset.normal_()
+    before, runs = state_of(router), []
+
+    def once(model: nn.Module, batch: Tensor) -> Tensor:
+        runs.append(model(batch))
+        if len(runs) > 1:
+            raise ValueError("no more")
+        return torch.zeros(())
+
+    with pytest.raises(ValueError, match="no more"):
+        calibrate(nn.Sequential(gate), {"0": router}, [batches()[0][0]], forward=once)
+    assert len(runs) == 2, "centroids were set"
+    for name, value in state_of(router).items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_the_first_commit_cannot_erase_it() -> None:

@@ -421,6 +421,7 @@ def commit(
                 beta = min(decay, state.steps / (state.steps + 1))
             else:
                 beta = float(seen[e]) / float(seen[e] + pending.counts[e])
+            beta = beta if centroids[e].any() else 0.0
             centroids[e] = beta * centroids[e] + (1 - beta) * pending.sums[e] / pending.counts[e]
         length = math.sqrt(float((centroids[e] ** 2).sum()))
         if length > 0:

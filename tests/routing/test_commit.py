@@ -170,6 +170,22 @@ def test_cumulative_is_the_mean_of_every_token_so_far() -> None:
     torch.testing.assert_close(router.centroids.double(), sums / counts.clamp_min(1)[:, None], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("directions", ["centroids", "whitened"])
+def test_the_first_average_of_an_expert_stands_for_itself(directions: str, backend: str) -> None:
+    """However late: a share of it would be short, and whitening would put it close to the mean of all."""
+    router = KMeansRouter(D, E, K, init="normal", balance="none", directions=directions, backend=backend)
+    late, x = torch.nn.functional.normalize(torch.randn(D), dim=0), hidden_states(60, 0)
+    ids = torch.stack([torch.arange(60) % (E - 1), (torch.arange(60) + 1) % (E - 1)], 1)
+    for _ in range(6):
+        router(x, indices=ids)
+        router.commit()
+    assert not router.centroids[E - 1].any()
+    router(torch.cat([x, late[None]]), indices=torch.cat([ids, torch.tensor([[E - 1, 0]])]))
+    router.commit()
+    torch.testing.assert_close(router.centroids[E - 1], late, rtol=0, atol=1e-6)
+    assert int(router.eval()(late[None]).indices[0, 0]) == E - 1
+
+
 @pytest.mark.parametrize("average", ["ema", "cumulative"])
 @pytest.mark.parametrize("balance", BALANCES)
 def test_an_expert_without_tokens_keeps_its_centroid(balance: str, average: str) -> None:

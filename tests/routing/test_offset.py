@@ -254,3 +254,9 @@ def test_a_swapped_model_keeps_it(tmp_path: Path) -> None:
     assert all(float(offset.detach().abs().max()) > 1e-3 for offset in offsets)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_shapes_on_meta_are_told_with_an_offset_too() -> None:
+    router = KMeansRouter(D, E, K, learned_offset=True, device="meta").eval()
+    output = router(torch.empty(T, D, device="meta"))
+    assert (output.weights.shape, output.indices.shape) == ((T, K), (T, K))

@@ -324,6 +324,41 @@ def test_buffers_set_past_a_router_on_meta_and_first_used_in_inference_mode() ->
         assert_same_bits(router.get_buffer(name), value)
 
 
+@pytest.mark.parametrize("what", ["made", "initialize", "set_centroids", "load", "load untrained", "restore", "reset"])
+def test_what_inference_mode_has_set_is_trained_on(what: str) -> None:
+    fresh, given = KMeansRouter(D, E, K), torch.randn(E, D)
+    router, state = trained(), trained(seed=4).state_dict()
+    with torch.inference_mode():
+        if what == "made":
+            router = KMeansRouter(D, E, K)
+        elif what == "initialize":
+            router.initialize(hidden_states(7))
+        elif what == "set_centroids":
+            router.set_centroids(given)
+        elif what.startswith("load"):
+            router.load_state_dict(state if what == "load" else fresh.state_dict())
+        elif what == "restore":
+            router.restore(router.snapshot())
+        else:
+            router.reset_parameters()
+        if what in ("made", "load untrained", "reset"):
+            assert_same_bits(router.weight, fresh.weight)
+    assert_own_dtypes(router)
+    steps = int(router.steps)
+    train(router, 5, 6)
+    assert int(router.steps) == steps + 2 - (what in ("made", "load untrained", "reset"))
+
+
+def test_the_first_commit_may_come_in_inference_mode() -> None:
+    router, plain = KMeansRouter(D, E, K), KMeansRouter(D, E, K)
+    for one in (router, plain):
+        one(hidden_states(1))
+        with torch.inference_mode(one is router):
+            one.commit()
+        train(one, 2)
+    assert_same_bits(router.weight, plain.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)  # "reference" commits as "torch"
 def test_a_checkpoint_cast_whole_and_assigned(dtype: torch.dtype, backend: str) -> None:

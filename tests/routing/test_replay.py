@@ -1,6 +1,7 @@
 """Replay: a forward with given ids is the forward that recorded them, in its result, its gradients, its statistics."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,17 @@ def test_an_inner_replay_ends_and_so_does_one_that_raises() -> None:
         raise ZeroDivisionError
     assert torch.equal(router.route(x).indices, native)
     assert copy.deepcopy(router).replayed is None
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))])
+def test_a_copy_made_inside_of_a_replay_routes_by_itself(how: Callable[[KMeansRouter], KMeansRouter]) -> None:
+    router, x = KMeansRouter(D, E, K).eval(), hidden()
+    router.set_centroids(torch.randn(E, D))
+    native = router.route(x).indices
+    with replay(router, [(native + 1) % E]):
+        assert torch.equal(router.route(x).indices, (native + 1) % E)
+        copied = how(router)
+    assert torch.equal(copied.route(x).indices, native)
 
 
 @pytest.mark.parametrize("how", ["saved", "reentrant"])

@@ -217,6 +217,15 @@ def test_freezing_stops_commits_and_keeps_what_is_pending() -> None:
     assert not torch.equal(router.weight, before)
 
 
+def test_what_directions_gives_is_the_callers_own() -> None:
+    router, x = KMeansRouter(D, E, K), hidden_states(20, 1)
+    router.initialize(hidden_states(64, 0))
+    router.freeze()
+    before = router(x).weights.clone()
+    router.directions().zero_()
+    assert_same_bits(router(x).weights, before)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_hardly_any_tokens(num_tokens: int, backend: str) -> None:
     router = KMeansRouter(D, E, K, balance="quantile", backend=backend)
