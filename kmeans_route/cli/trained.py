@@ -30,6 +30,8 @@ class Trained:
         self.folder, self.trainer = folder, Trainer(config, corpus)
         self.trainer.restore(self.checkpoint)
         self.trainer.attachment.remove()
+        for router in self.trainer.attachment.routers.values():
+            router.pending.clear_()  # of a run between two commits: this model does not go on
         self.model, self.state, self.forward = self.trainer.model, self.checkpoint.model_state(), next_byte_loss
 
     def windows(self, num_bytes: int) -> tuple[list[Any], list[Any], dict[str, int]]:
@@ -97,7 +99,8 @@ class Trained:
                 fresh = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
                 entry = f"optimizer.{key}.{name}"
                 tensors[entry] = fresh if name.startswith(routers) else self.checkpoint.tensors[entry]
-        tensors |= {name: value for name, value in self.checkpoint.tensors.items() if name.startswith("random.")}
+        kept = ("random.", "attachment.steps")
+        tensors |= {name: value for name, value in self.checkpoint.tensors.items() if name.startswith(kept)}
         save_checkpoint(out, self.checkpoint._replace(config=new.config.to_dict(), tensors=tensors))
 
     def tell(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from kmeans_route.lm.checkpoint import Checkpoint, CheckpointError
 from kmeans_route.lm.config import TrainConfig
 from kmeans_route.lm.data import BatchSampler, Corpus, validation_windows
 from kmeans_route.lm.model import DecoderLM, next_byte_loss
+from kmeans_route.routing.pending import Pending
 
 NATS_PER_BIT = math.log(2.0)
 SAMPLE_BYTES = 8192
@@ -189,14 +191,25 @@ class Trainer:
         return inputs, torch.stack(choices)
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that the next step depends on, and the history; nothing draws from torch's own generator."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        """Everything that the next step depends on, and the history; nothing draws from torch's own generator.
+
+        All of it is copied, tensors to the CPU: later steps leave it as it is.
+        """
+        with warnings.catch_warnings():  # they are held here, beside the state dict
+            warnings.filterwarnings("ignore", message=".* tokens pending, which a state dict does not hold")
+            live = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        tensors["random.sampler"] = self.sampler.generator.get_state()
+                live[f"optimizer.{key}.{name}"] = value
+        for key, value in self.attachment.state_dict().items():
+            live[f"attachment.{key}"] = torch.as_tensor(value)
+        for name, router in self.attachment.routers.items():
+            if int(router.pending.num_tokens):
+                live |= {f"pending.{field}.{name}": getattr(router.pending, field) for field in Pending.FIELDS}
+        live["random.sampler"] = self.sampler.generator.get_state()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
         corpus = {**self.corpus.summary(), "paths": list(self.corpus.paths)}
-        return Checkpoint(self.step, self.config.to_dict(), corpus, list(self.history), tensors)
+        return Checkpoint(self.step, self.config.to_dict(), corpus, [{**record} for record in self.history], tensors)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, bit for bit.
@@ -214,16 +227,40 @@ class Trainer:
         tensors = checkpoint.tensors
         try:
             self.model.load_state_dict(checkpoint.model_state())
+            self.optimizer.state.clear()  # before the first step there is none, whatever this trainer has done
             for name, parameter in self.model.named_parameters():
                 if checkpoint.step > 0:
                     self.optimizer.state[parameter] = {
                         key: tensors[f"optimizer.{key}.{name}"].to(self.device, copy=True)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
+            self._restore_attachment(checkpoint)
             self.sampler.generator.set_state(tensors["random.sampler"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"the checkpoint's tensors do not fit its options: {error}") from error
-        self.step, self.history = checkpoint.step, list(checkpoint.history)
+        self.step, self.history = checkpoint.step, [{**record} for record in checkpoint.history]
+
+    def _restore_attachment(self, checkpoint: Checkpoint) -> None:
+        """Steps counted and tokens pending; loading the model's state has emptied what was pending."""
+        saved = {
+            name.removeprefix("attachment."): tensor.to(self.device)
+            for name, tensor in checkpoint.tensors.items()
+            if name.startswith("attachment.")
+        }
+        # Checkpoints did not hold the count once: each step of a run is one of the attachment's.
+        steps = {"steps": checkpoint.step}
+        self.attachment.load_state_dict({**self.attachment.state_dict(), **steps, **saved})
+        for name, router in self.attachment.routers.items():
+            if f"pending.num_tokens.{name}" in checkpoint.tensors:
+                for field in Pending.FIELDS:
+                    _fill(getattr(router.pending, field), checkpoint.tensors, f"pending.{field}.{name}")
+
+
+def _fill(tensor: Tensor, tensors: Mapping[str, Tensor], name: str) -> None:
+    given = tensors[name]
+    if given.shape != tensor.shape:  # copy_ alone would broadcast
+        raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(given.shape)}")
+    tensor.copy_(given)
 
 
 def _usable_device(name: str) -> torch.device:

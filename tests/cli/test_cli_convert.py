@@ -1,6 +1,8 @@
 """`kmeans-route inspect`, `convert` and `export` on runs of a tiny model."""
 
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,22 @@ def test_convert_takes_a_run_that_was_stopped_before_its_first_step(runs: Path, 
     code, document = invoke("convert", tmp_path / "stopped", "--out", tmp_path / "new", *CALIBRATE, "--json")
     assert code == 0, document
     assert trainer_of(tmp_path / "new").step == 0
+
+
+def test_export_takes_a_run_that_was_stopped_between_two_commits(runs: Path, tmp_path: Path) -> None:
+    """What is pending is of routers that the new model has not, and nothing warns of it."""
+    config, corpus, _ = resumed(runs / "kmeans", {}, [])
+    trainer = Trainer(replace(config, commit_every=2), corpus)
+    for _ in range(3):
+        trainer.train_step()
+    save_checkpoint(tmp_path / "stopped", trainer.checkpoint())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pending")
+        code, document = invoke("export", tmp_path / "stopped", "--out", tmp_path / "new", *CALIBRATE, "--json")
+    assert code == 0, document
+    assert not [name for name in load_checkpoint(tmp_path / "new").tensors if name.startswith("pending.")]
+    new = trainer_of(tmp_path / "new")
+    assert (new.step, [int(layer.router.pending.num_tokens) for layer in new.model.moe_layers]) == (3, [0, 0])
 
 
 def test_plain_output_names_the_figures(runs: Path, tmp_path: Path) -> None:

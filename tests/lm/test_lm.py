@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -372,6 +373,83 @@ def test_resume_is_bit_for_bit(router: str, corpus: data.Corpus, tmp_path: Path)
     evaluations = [trainer.evaluate() for trainer in (straight, second)]
     assert evaluations[0].bits_per_byte == evaluations[1].bits_per_byte
     assert torch.equal(evaluations[0].tokens_per_expert, evaluations[1].tokens_per_expert)
+
+
+@pytest.mark.usefixtures("plain_empty")
+@pytest.mark.parametrize(("every", "stop"), [(2, 1), (2, 3), (3, 4), (3, 5)])
+@pytest.mark.parametrize(("router", "balance"), [("kmeans", ""), ("kmeans", "quantile"), ("sigmoid", "sign")])
+def test_resume_between_two_commits_is_bit_for_bit(
+    router: str, balance: str, every: int, stop: int, corpus: data.Corpus, tmp_path: Path
+) -> None:
+    """What was pending, and how many steps ago the last commit was, go with the checkpoint, without a warning."""
+    config = replace(TINY, router=router, balance=balance, commit_every=every)
+    straight, first, second = (Trainer(config, corpus) for _ in range(3))
+    for _ in range(6):
+        straight.train_step()
+    for _ in range(stop):
+        first.train_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_checkpoint(tmp_path / "run", first.checkpoint())
+        second.restore(load_checkpoint(tmp_path / "run"))
+    tokens = TINY.batch * TINY.seq_len * (stop % every)
+    assert [int(layer.router.pending.num_tokens) for layer in second.model.moe_layers] == [tokens] * 2
+    assert_same_bits(all_state(first), all_state(second))
+    for _ in range(6 - stop):
+        second.train_step()
+    assert_same_bits(all_state(straight), all_state(second))
+    for layer in second.model.moe_layers:
+        assert int(layer.router.pending.num_tokens) == 0
+        assert router != "kmeans" or int(layer.router.steps) == 6 // every - 1  # the first commit only sets centroids
+
+
+def test_a_checkpoint_of_before_commits_in_the_steps_that_it_would_have(corpus: data.Corpus) -> None:
+    """Written when checkpoints held neither the attachment's steps nor what was pending."""
+    config = replace(TINY, commit_every=2)
+    first, second = Trainer(config, corpus), Trainer(config, corpus)
+    for _ in range(3):
+        first.train_step()
+    whole = first.checkpoint()
+    old = {name: t for name, t in whole.tensors.items() if not name.startswith(("attachment.", "pending."))}
+    assert len(old) < len(whole.tensors)
+    second.restore(whole._replace(tensors=old))
+    second.train_step()
+    for layer in second.model.moe_layers:
+        assert (int(layer.router.pending.num_tokens), int(layer.router.steps)) == (0, 1)
+
+
+def test_pending_tokens_of_another_shape_are_refused(corpus: data.Corpus) -> None:
+    trainer = Trainer(replace(TINY, commit_every=2), corpus)
+    trainer.train_step()
+    checkpoint = trainer.checkpoint()
+    name = "pending.counts.blocks.1.moe.router"
+    assert checkpoint.tensors[name].shape == (4,)
+    broken = checkpoint._replace(tensors=checkpoint.tensors | {name: torch.ones((), dtype=torch.int64)})
+    with pytest.raises(CheckpointError, match=rf"do not fit its options: {name} must have shape \(4,\), got \(\)"):
+        Trainer(trainer.config, corpus).restore(broken)
+
+
+@pytest.mark.parametrize("stop", [0, 3])
+def test_later_steps_leave_a_checkpoint_as_it_is(stop: int, corpus: data.Corpus) -> None:
+    """Nothing of it is the trainer's own, so going back to it is to have never gone on."""
+    trainer, straight = Trainer(TINY, corpus), Trainer(TINY, corpus)
+    for _ in range(stop):
+        trainer.train_step()
+    checkpoint = trainer.checkpoint()
+    assert {tensor.device.type for tensor in checkpoint.tensors.values()} == {"cpu"}
+    before = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    for _ in range(2):
+        trainer.train_step()
+        trainer.history[stop - 1]["validation_bits"] = 1.0
+        assert_same_bits(before, checkpoint.tensors)
+        assert len(checkpoint.history) == stop
+        assert not any("validation_bits" in record for record in checkpoint.history)
+        trainer.restore(checkpoint)
+        assert_same_bits(before, all_state(trainer))
+        trainer.train_step()
+    while straight.step < trainer.step:
+        straight.train_step()
+    assert_same_bits(all_state(straight), all_state(trainer))
 
 
 @pytest.mark.parametrize("router", ROUTERS)
