@@ -1,6 +1,8 @@
 """The Trainer of transformers with K-Means routers: text, gradient accumulation, checkpoints, resume."""
 
+import copy
 import sysconfig
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,13 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.16")
 pytest.importorskip("accelerate")
 
-from kmeans_route import Attachment, KMeansRouter  # noqa: E402
+from kmeans_route import Attachment, KMeansRouter, attach  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402
     KMeansRouterCallback,
     apply_kmeans_routing,
     load_kmeans_pretrained,
 )
-from tests.helpers.compare import assert_same_bits  # noqa: E402
+from tests.helpers.compare import assert_same_bits, routers_of  # noqa: E402
 from tests.integrations.transformers_models import tiny_model  # noqa: E402
 
 LENGTH = 32
@@ -116,6 +118,125 @@ def test_every_logger_gets_the_metrics(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.gate/load_entropy" in seen[0]
     assert callback.attachment is None
     assert int(model.model.layers[0].mlp.gate.initialized)
+
+
+class Interrupt(transformers.TrainerCallback):
+    """Does something after the first step, by default what Ctrl-C does."""
+
+    def __init__(self, error: BaseException | None = None, action: Any = None) -> None:
+        self.error, self.action = error, action
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.action is not None:
+            self.action()
+        if self.error is not None:
+            raise self.error
+
+
+def short_trainer(model: Any, folder: Path, callbacks: Any = ()) -> Any:
+    args = transformers.TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    return transformers.Trainer(model, args, train_dataset=text_of_the_standard_library(16), callbacks=[*callbacks])
+
+
+def swapped_model(folder: Path, loaded: bool) -> tuple[Any, set[str], Any]:
+    """A model, the names that save_pretrained gives its experts, and how it is to save them."""
+    model = tiny_model("mixtral", vocab_size=256)
+    apply_kmeans_routing(model)
+    if loaded:  # which knows what its checkpoint was converted by
+        model.save_pretrained(folder / "source")
+        model = load_kmeans_pretrained(type(model), folder / "source")
+        assert model._weight_conversions
+    return model, saved_experts(model, folder / "before"), getattr(model, "_weight_conversions", None)
+
+
+def saved_experts(model: Any, folder: Path) -> set[str]:
+    safetensors = pytest.importorskip("safetensors")
+    model.save_pretrained(folder)
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        return {name for name in file.keys() if ".experts." in name}  # noqa: SIM118 - no mapping
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no more data")])
+def test_an_interrupted_training_leaves_the_model_as_it_was(error: BaseException, loaded: bool, tmp_path: Path) -> None:
+    model, names, form = swapped_model(tmp_path, loaded)
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in names
+    trainer = short_trainer(model, tmp_path, [Interrupt(error)])
+    callback = KMeansRouterCallback().add_to(trainer)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert callback.attachment is None
+    assert not any(router.attached for router in routers_of(model))
+    assert getattr(model, "_weight_conversions", None) is form
+    assert saved_experts(model, tmp_path / "after") == names
+    again = short_trainer(model, tmp_path)
+    KMeansRouterCallback().add_to(again)
+    again.train()
+    assert [int(router.steps) for router in routers_of(model)] == [2, 2]  # 3 commits, of which one sets the centroids
+    assert saved_experts(model, tmp_path / "last") == names
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_next_training_ends_what_an_interrupted_one_has_left(loaded: bool, tmp_path: Path) -> None:
+    """With callbacks=[...] no callback hears of the interrupt."""
+    model, names, form = swapped_model(tmp_path, loaded)
+    with pytest.raises(KeyboardInterrupt):
+        short_trainer(model, tmp_path, [KMeansRouterCallback(), Interrupt(KeyboardInterrupt())]).train()
+    left = routers_of(model)[0].attachment
+    assert left is not None
+    other = copy.deepcopy(model)
+    assert saved_experts(other, tmp_path / "copy") == names
+    seen = []
+    watch = Interrupt(action=lambda: seen.append(routers_of(model)[0].attachment))
+    short_trainer(model, tmp_path, [KMeansRouterCallback(), watch]).train()
+    assert seen[0] is not None
+    assert seen[0] is not left
+    assert getattr(model, "_weight_conversions", None) is form
+    assert not any(router.attached for router in routers_of(model))
+    assert [int(router.steps) for router in routers_of(model)] == [2, 2]
+    assert saved_experts(model, tmp_path / "after") == names
+
+
+def test_attachments_that_live_are_not_replaced(tmp_path: Path) -> None:
+    model, _, form = swapped_model(tmp_path, loaded=False)
+    with pytest.raises(RuntimeError, match="must not be attached twice"):  # two callbacks of one training
+        short_trainer(model, tmp_path, [KMeansRouterCallback(), KMeansRouterCallback()]).train()
+    mine = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), replace=True)
+    with pytest.raises(RuntimeError, match="must not be attached twice"):  # the caller's own, after an interrupt
+        short_trainer(model, tmp_path, [KMeansRouterCallback()]).train()
+    assert all(router.attachment is mine for router in routers_of(model))
+    assert getattr(model, "_weight_conversions", None) is form
+    mine.remove()
+
+
+def test_a_training_inside_of_another_of_the_same_model_is_refused(tmp_path: Path) -> None:
+    model, names, _ = swapped_model(tmp_path, loaded=False)
+    inner = short_trainer(model, tmp_path)
+    KMeansRouterCallback().add_to(inner)
+    outer = short_trainer(model, tmp_path, [Interrupt(action=inner.train)])
+    KMeansRouterCallback().add_to(outer)
+    with pytest.raises(RuntimeError, match="model must be in one training at a time, got another Trainer's"):
+        outer.train()
+    assert (outer.state.global_step, inner.state.global_step) == (1, 2)
+    assert not any(router.attached for router in routers_of(model))
+    assert saved_experts(model, tmp_path / "after") == names
+
+
+def test_a_trainer_that_is_given_up_is_freed_as_without_the_callback(tmp_path: Path) -> None:
+    model, _, _ = swapped_model(tmp_path, loaded=False)
+    freed = []
+    for callback in (transformers.TrainerCallback(), KMeansRouterCallback()):
+        trainer = short_trainer(model, tmp_path)
+        if isinstance(callback, KMeansRouterCallback):
+            callback.add_to(trainer)
+            trainer.train()
+        there = weakref.ref(trainer)
+        del trainer
+        freed.append(there() is None)
+    assert freed[0] == freed[1]
 
 
 def test_the_callback_says_what_it_takes() -> None:

@@ -1,14 +1,46 @@
 """A callback for the Trainer of transformers: commits with its optimizer, metrics to its loggers."""
 
-from collections.abc import Collection
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from kmeans_route.training.attach import Attachment, attach
 from kmeans_route.training.telemetry import MAX_KEYS
 
 DEFAULT_METRICS = ("maxvio", "dead_experts", "bias_abs_max", "centroid_drift")
+
+
+class StateDictNames(list[Any]):
+    """The `_weight_conversions` of a model in training: none, so that its checkpoints have its state dict's names.
+
+    It lies on the model and knows what was there before, for an interrupted Trainer asks its callbacks nothing more:
+    whoever trains the model next ends what that training has left. A copy of the model gets what was there before.
+    """
+
+    def __init__(self, model: PreTrainedModel, attachment: Attachment, state: Any) -> None:
+        super().__init__()
+        self.before = getattr(model, "_weight_conversions", None)
+        self.model, self.attachment, self.state, self.taken_over = weakref.ref(model), attachment, state, False
+        model._weight_conversions = self
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.before,)
+
+    def end(self) -> None:
+        """Put back what was there before, unless something else lies there by now, and detach."""
+        model = self.model()
+        if getattr(model, "_weight_conversions", None) is self:
+            model._weight_conversions = self.before  # type: ignore[union-attr]
+        self.attachment.remove()
+
+
+def _itself(before: Any) -> Any:
+    return before
 
 
 class KMeansRouterCallback(TrainerCallback):
@@ -41,10 +73,14 @@ class KMeansRouterCallback(TrainerCallback):
             )
         self.metrics, self.max_keys, self.attach_options = metrics, max_keys, attach_options
         self.attachment: Attachment | None = None
-        self._saved_form: tuple[PreTrainedModel, Any] | None = None
+        self._names: StateDictNames | None = None
 
     def add_to(self, trainer: Any) -> "KMeansRouterCallback":
         """Put this callback before all others of a Trainer, so that every logger gets the metrics.
+
+        A `train()` that raises, as by Ctrl-C, then detaches too. With several ranks it does not, for that would wait
+        for the others; nor does one of `callbacks=[...]`, of which the Trainer tells nothing. There the next training
+        of the model detaches first.
 
         Raises:
             TypeError: no Trainer of transformers.
@@ -52,7 +88,20 @@ class KMeansRouterCallback(TrainerCallback):
         if not hasattr(trainer, "callback_handler"):
             raise TypeError(f"trainer must be a Trainer, got {type(trainer).__name__}: make the Trainer first")
         trainer.callback_handler.callbacks.insert(0, self)
+        train = trainer.train
+        # Weak, so that a Trainer that is given up frees its memory at once, as without us.
+        method = weakref.WeakMethod(train) if inspect.ismethod(train) else lambda: train
+        trainer.train = functools.partial(self._train, method)
         return self
+
+    def _train(self, method: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        train = method()
+        try:
+            return train(*args, **kwargs)
+        except BaseException:
+            if not _has_several_ranks():
+                self._detach()
+            raise
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **at_hand: Any) -> None:
         """Attach to the optimizer itself, which accelerate wraps."""
@@ -60,11 +109,22 @@ class KMeansRouterCallback(TrainerCallback):
         optimizer = at_hand["optimizer"]
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
+        inner = next(module for module in at_hand["model"].modules() if isinstance(module, PreTrainedModel))
+        left = getattr(inner, "_weight_conversions", None)
+        if isinstance(left, StateDictNames) and left.state is not state:  # not of another callback of this training
+            left.taken_over = True
+            left.end()
         self.attachment = attach(at_hand["model"], optimizer, **self.attach_options)
         self.attachment.load_state_dict({**self.attachment.state_dict(), "steps": state.global_step})
-        inner = next(module for module in at_hand["model"].modules() if isinstance(module, PreTrainedModel))
-        self._saved_form = (inner, getattr(inner, "_weight_conversions", None))
-        inner._weight_conversions = []
+        self._names = StateDictNames(inner, self.attachment, state)
+
+    def on_step_begin(self, _args: Any, _state: Any, _control: Any, **_at_hand: Any) -> None:
+        """Refuse to go on where another training has taken the model for one that was over."""
+        if self._names is not None and self._names.taken_over:
+            raise RuntimeError(
+                "model must be in one training at a time, got another Trainer's that began before this one had ended, "
+                "so that the routers are no longer attached here: train one after the other, or copies of the model"
+            )
 
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_at_hand: Any) -> None:
         """Detach; the routers keep their state."""
@@ -79,9 +139,11 @@ class KMeansRouterCallback(TrainerCallback):
         state.log_history[-1].update(values)
 
     def _detach(self) -> None:
-        if self.attachment is not None:
-            self.attachment.remove()
-            self.attachment = None
-        if self._saved_form is not None:
-            self._saved_form[0]._weight_conversions = self._saved_form[1]
-            self._saved_form = None
+        if self._names is not None:
+            self._names.end()
+        self.attachment = self._names = None
+
+
+def _has_several_ranks() -> bool:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
