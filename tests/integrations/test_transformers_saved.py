@@ -19,7 +19,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.16")
 
-from kmeans_route import KMeansRouter, attach, record, replay  # noqa: E402
+from kmeans_route import KMeansRouter, attach, backends, record, replay  # noqa: E402
 from kmeans_route.integrations.transformers import (  # noqa: E402
     apply_kmeans_routing,
     load_kmeans_pretrained,
@@ -576,6 +576,33 @@ def test_a_checkpoint_that_names_no_directions_is_of_the_paper_s_rule(tmp_path: 
         loaded = load_kmeans_pretrained(type(model), tmp_path)
     assert [router.commit_options.directions for router in routers_of(loaded)] == ["centroids"] * 2
     assert train(loaded, 2) == train(model, 2)
+
+
+def test_the_backend_stays_with_the_machine_that_chose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in no config.json, and ignored in one of before, when it was: what loads the model takes its own."""
+    model, tokens = tiny_model("mixtral"), some_tokens()
+    apply_kmeans_routing(model, backend="reference", decay=0.9)
+    train(model, 3)
+    model.save_pretrained(tmp_path)
+    assert [router.backend for router in routers_of(model)] == ["reference"] * 2
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    entries = written["kmeans_route"]["routers"].values()
+    assert all("backend" not in entry["options"] and entry["options"]["decay"] == 0.9 for entry in entries)
+    for entry in entries:
+        entry["options"]["backend"] = "triton"  # as from a machine with a GPU
+    (tmp_path / "before").mkdir()
+    for saved in tmp_path.glob("*.*"):
+        (tmp_path / "before" / saved.name).write_bytes(saved.read_bytes())
+    (tmp_path / "before" / "config.json").write_text(json.dumps(written))
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    for folder in (tmp_path, tmp_path / "before"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert [router.backend for router in routers_of(loaded)] == ["auto"] * 2
+        assert [router.commit_options.decay for router in routers_of(loaded)] == [0.9] * 2
+        torch.testing.assert_close(loaded.eval()(tokens).logits, model.eval()(tokens).logits)
+        loaded.save_pretrained(tmp_path / "again")
+        assert "backend" not in (tmp_path / "again" / "config.json").read_text()
 
 
 def test_whitened_directions_train_and_come_back_from_a_folder(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from kmeans_route.routing.kmeans import KMeansRouter
 # 1: the model type in config.json was that of the architecture.
 SECTION_VERSION = 2
 SHAPE = ("num_experts", "hidden_size", "top_k")
+# Of the machine that a model is swapped on, not of the model: whoever loads it gets what is best there, "auto".
+NOT_SAVED = ("backend",)
 DECIDED_BY_MODEL = (*SHAPE, "name", "device", "return_scores")
 Layers = Callable[[str], bool] | Sequence[str | int] | None
 
@@ -249,13 +251,17 @@ def _make(old: nn.Module, contract: Contract, options: dict[str, Any], from_gate
     if from_gate:
         options = {"directions": "centroids", **options}
     router = router_class(type(old))(old, contract, **options)
-    router.chosen_options = options | router.chosen_options
+    router.chosen_options = _saved_options(options) | router.chosen_options
     if from_gate:
         try:
             router.set_centroids(gate)
         except ValueError as error:
             raise ValueError(f"{options['name']}: {error}; or pass from_gate=False") from error
     return router
+
+
+def _saved_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in NOT_SAVED}
 
 
 def swap(model: Any, routers: dict[str, TransformersRouter]) -> Summary:
@@ -313,7 +319,7 @@ def _silence_aux_loss(model: Any) -> list[tuple[Any, str, Any]]:
 
 
 def _section(model: Any) -> dict[str, Any]:
-    """What config.json says: all options of every router, by its path in the innermost model."""
+    """What config.json says: the options of every router but `NOT_SAVED`, by its path in the innermost model."""
     routers = {}
     for path, router in swapped_routers(model).items():
         routers[_owner(model, path)[1]] = {
@@ -343,5 +349,6 @@ def saved_routers(model: Any, section: dict[str, Any]) -> dict[str, Transformers
                     f"{name} of {inner} in the kmeans_route section must be {getattr(contract, name)} as in the "
                     f"model, got {entry[name]}: the config has been changed since it was saved"
                 )
-        made[path] = _make(old, contract, {"directions": "centroids", **entry["options"]}, False)
+        # Sections once held the backend too.
+        made[path] = _make(old, contract, {"directions": "centroids", **_saved_options(entry["options"])}, False)
     return made
