@@ -1,12 +1,9 @@
 """A callback for the Trainer of transformers: commits with its optimizer, metrics to its loggers."""
 
-import functools
-import inspect
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from kmeans_route.training.attach import Attachment, attach
@@ -78,30 +75,13 @@ class KMeansRouterCallback(TrainerCallback):
     def add_to(self, trainer: Any) -> "KMeansRouterCallback":
         """Put this callback before all others of a Trainer, so that every logger gets the metrics.
 
-        A `train()` that raises, as by Ctrl-C, then detaches too. With several ranks it does not, for that would wait
-        for the others; nor does one of `callbacks=[...]`, of which the Trainer tells nothing. There the next training
-        of the model detaches first.
-
         Raises:
             TypeError: no Trainer of transformers.
         """
         if not hasattr(trainer, "callback_handler"):
             raise TypeError(f"trainer must be a Trainer, got {type(trainer).__name__}: make the Trainer first")
         trainer.callback_handler.callbacks.insert(0, self)
-        train = trainer.train
-        # Weak, so that a Trainer that is given up frees its memory at once, as without us.
-        method = weakref.WeakMethod(train) if inspect.ismethod(train) else lambda: train
-        trainer.train = functools.partial(self._train, method)
         return self
-
-    def _train(self, method: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        train = method()
-        try:
-            return train(*args, **kwargs)
-        except BaseException:
-            if not _has_several_ranks():
-                self._detach()
-            raise
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **at_hand: Any) -> None:
         """Attach to the optimizer itself, which accelerate wraps."""
@@ -142,8 +122,3 @@ class KMeansRouterCallback(TrainerCallback):
         if self._names is not None:
             self._names.end()
         self.attachment = self._names = None
-
-
-def _has_several_ranks() -> bool:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and torch.distributed.get_world_size() > 1
