@@ -13,10 +13,10 @@ an empty tensor.
 from kmeans_route.ops.dispatch import combine, dispatch
 from kmeans_route.ops.flops import tell_flop_counters
 from kmeans_route.ops.route import directions, route, route_dispatch
-from kmeans_route.ops.schema import call_after_backward, in_backward, traced
+from kmeans_route.ops.schema import call_after_backward, call_after_node, in_backward, traced
 from kmeans_route.ops.statistics import accumulate, centroid_sums, first_moments
 
 __all__ = [
-    "accumulate", "call_after_backward", "centroid_sums", "combine", "directions", "dispatch", "first_moments",
-    "in_backward", "route", "route_dispatch", "tell_flop_counters", "traced",
+    "accumulate", "call_after_backward", "call_after_node", "centroid_sums", "combine", "directions", "dispatch",
+    "first_moments", "in_backward", "route", "route_dispatch", "tell_flop_counters", "traced",
 ]  # fmt: skip

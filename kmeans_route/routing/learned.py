@@ -8,6 +8,7 @@ the sign of the load error (DeepSeek-V3, arXiv 2412.19437, 2.1.2) or by quantile
 
 import math
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -135,9 +136,17 @@ class LearnedRouter(StatefulRouter):
     def _learn(self, x: Tensor, probabilities: Tensor, routing: Routing) -> None:
         if self.balance == "aux" and not ops.traced():
             self._check_aux_loss_trains()
-            self.switch_loss = self._switch_loss(probabilities, routing)
+            self.switch_loss = loss = self._switch_loss(probabilities, routing)
+            if not torch.compiler.is_compiling() and ops.in_backward():
+                ops.call_after_node(partial(self._let_go, loss))
         if self.counts_now():
             self._gather(x, probabilities.detach(), routing)
+
+    def _let_go(self, loss: Tensor) -> None:
+        """Keep the value alone: no pass frees the graph that non-reentrant checkpointing has recomputed, and a block
+        reads the loss while it is recomputed, if at all."""
+        if self.switch_loss is loss:
+            self.switch_loss = loss.detach()
 
     @property
     def aux_loss(self) -> Tensor:

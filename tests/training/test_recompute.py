@@ -2,14 +2,20 @@
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from kmeans_route import KMeansRouter, MoE, attach, ops
 from kmeans_route.backends import torch as torch_backend
@@ -341,6 +347,86 @@ def test_micro_batches_are_one_batch(recompute: str, device: str) -> None:
         assert_rounding_apart(got, want)
 
 
+class Mark:
+    """Lives as long as the graph that it is in."""
+
+
+class Marking(torch.autograd.Function):
+    """The identity, on a node that holds a mark. `held` has those of recomputations that live, and `before` how many
+    there were as each recomputation began."""
+
+    held: ClassVar["weakref.WeakSet[Mark]"] = weakref.WeakSet()
+    before: ClassVar[list[int]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark = Mark()
+        if ops.in_backward():
+            Marking.before.append(len(Marking.held))
+            Marking.held.add(ctx.mark)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return dy
+
+
+class WithLoss(nn.Module):
+    """A block that reads its auxiliary loss inside of what is recomputed, and goes on computing with it."""
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self.inward, self.moe = nn.Linear(D, D), MoE(D, 8, E, K, "softmax")
+        if compiled:
+            self.moe.compile(backend="aot_eager")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.moe(Marking.apply(self.inward(x)))
+        loss = self.moe.aux_loss * 2
+        loss *= self.moe.aux_loss.exp()
+        return x + y, loss
+
+
+def gradients_with_loss(recompute: str, device: str, *, early_stop: bool, compiled: bool = False) -> dict[str, Tensor]:
+    torch.manual_seed(7)
+    blocks = nn.ModuleList(WithLoss(compiled) for _ in range(3)).to(device)
+    optimizer = torch.optim.SGD(blocks.parameters(), 1e-2)
+    attach(blocks, optimizer)
+    h = torch.randn(PART, D, generator=generator(0)).to(device).requires_grad_()
+    losses, read = [], []
+    with set_checkpoint_early_stop(early_stop):
+        for block in blocks:
+            h, loss = checkpoint(block, h, **CHECKPOINTS[recompute]) if recompute else block(h)
+            losses.append(loss)
+            read.append(block.moe.aux_loss.detach().clone())
+    (h.square().mean() + torch.stack(losses).sum()).backward()
+    for block, before in zip(blocks, read, strict=True):
+        assert_same_bits(block.moe.aux_loss.detach(), before, "aux_loss")
+    return {name: p.grad for name, p in blocks.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:the auxiliary loss of .* trains nothing under reentrant")
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("recompute", CHECKPOINTS)
+def test_an_auxiliary_loss_trains_and_holds_no_recomputed_graph(recompute: str, early_stop: bool, device: str) -> None:
+    """Else every block's would live until the pass is over and longer, and checkpointing would save nothing."""
+    want = gradients_with_loss("", device, early_stop=early_stop)
+    Marking.before.clear()
+    got = gradients_with_loss(recompute, device, early_stop=early_stop)
+    assert Marking.before == [0, 0, 0]
+    assert not Marking.held
+    assert_rounding_apart(got, want)
+    assert len(got) == 3 * 5
+
+
+@pytest.mark.filterwarnings("ignore:the auxiliary loss of .* trains nothing under reentrant")
+@pytest.mark.parametrize("recompute", ["reentrant", "non-reentrant"])
+def test_an_auxiliary_loss_of_a_compiled_layer_trains(recompute: str, device: str) -> None:
+    torch._dynamo.reset()
+    want = gradients_with_loss("", device, early_stop=True)
+    assert_rounding_apart(gradients_with_loss(recompute, device, early_stop=True, compiled=True), want)
+
+
 class Asking(torch.autograd.Function):
     """The identity; its backward notes whether it runs in a backward pass, and on which thread."""
 
@@ -410,3 +496,44 @@ def test_in_backward_ends_with_a_backward_pass_that_raises(device: str) -> None:
     with pytest.raises(ArithmeticError, match="in the backward pass"):
         y.sum().backward()
     assert not ops.in_backward()
+
+
+class Calling(torch.autograd.Function):
+    """The identity; its backward asks for a call once it is through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, told: list[str]) -> Tensor:
+        ctx.told = told
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ops.call_after_node(lambda: ctx.told.append("called"))
+        ctx.told.append("through")
+        return dy, None
+
+
+@pytest.mark.parametrize("unpacking", [False, True], ids=["Python's", "PyTorch's own"])
+def test_a_call_after_a_node_comes_once_it_is_through(unpacking: bool, device: str) -> None:
+    """It rests on a call that is private to PyTorch, so this must hold for each version claimed."""
+    told: list[str] = []
+    x = torch.ones(3, device=device, requires_grad=True)
+    h = x * 2
+    h.register_hook(lambda _: told.append("next"))
+
+    def unpack(value: Tensor) -> Tensor:  # as non-reentrant checkpointing recomputes
+        ops.call_after_node(lambda: told.append("called"))
+        told.append("through")
+        return value
+
+    if unpacking:
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: value, unpack):
+            y = h.exp()
+    else:
+        y = Calling.apply(h, told)
+    for _ in range(2):  # a second pass calls for itself alone
+        y.sum().backward(retain_graph=True)
+        assert told == ["through", "called", "next"]
+        told.clear()
+    ops.call_after_node(lambda: told.append("called"))
+    assert told == [], "outside of a pass no node ends"
