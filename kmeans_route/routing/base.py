@@ -43,12 +43,13 @@ def called(router: "StatefulRouter") -> str:
 COMMIT_REMEDY = "call kmeans_route.attach(model, optimizer) once, or router.commit() after each optimizer step"
 
 
-def _when_to_save(router: "StatefulRouter") -> str:
+def _when_to(act: str, router: "StatefulRouter") -> str:
+    """When to save or freeze it, so that nothing is pending."""
     if router.attachment is None and not router._commits_by_hand:
         return COMMIT_REMEDY
     every = getattr(router.attachment, "every_n_steps", 1)
     after = "an optimizer step" if every == 1 else f"a commit, every {every} optimizer steps"
-    return f"save right after {after}" + (", with attachment.state_dict()" if every > 1 else "")
+    return f"{act} right after {after}" + (", with attachment.state_dict()" if every > 1 and act == "save" else "")
 
 
 def option_names(router: "type[StatefulRouter]") -> set[str]:
@@ -287,7 +288,14 @@ class StatefulRouter(nn.Module):
         raise NotImplementedError
 
     def freeze(self, frozen: bool = True) -> "StatefulRouter":
-        """Stop (or with False, resume) gathering and committing; routing goes on with the state as it is."""
+        """Stop (or with False, resume) gathering and committing; routing goes on with the state as it is.
+
+        What is pending is dropped, with a warning: no later commit moves a frozen router, nor takes up old tokens.
+        """
+        p = self.pending
+        # Looked at first, since what inference mode has made takes no writes outside of it.
+        if frozen and not p.num_tokens.is_meta and bool(p.num_tokens + p.num_dropped):
+            self._drop_pending(f"a frozen router commits nothing; {_when_to('freeze', self)}")
         self.frozen = frozen
         return self
 
@@ -392,11 +400,10 @@ class StatefulRouter(nn.Module):
                 setattr(self, name, torch.zeros_like(old, device=device) if old.is_meta else old.detach().to(device))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        pending = self.pending.num_tokens
-        if not pending.is_meta and int(pending):
+        if num_tokens := self._num_pending():
             warnings.warn(
-                f"{called(self)} is saved with {int(pending)} tokens pending, which a state dict does not hold: "
-                f"{_when_to_save(self)}",
+                f"{called(self)} is saved with {num_tokens} tokens pending, which a state dict does not hold: "
+                f"{_when_to('save', self)}",
                 stacklevel=2,
             )
         self._own_dtypes_again(tell=True)
@@ -430,12 +437,16 @@ class StatefulRouter(nn.Module):
     def _after_load(self, brought: set[str]) -> None:
         """Called when state of this module has been loaded: what is pending belongs to the state that is gone."""
         self._move_plain_tensors()
-        pending = self.pending.num_tokens
-        if not pending.is_meta and int(pending):
-            warnings.warn(
-                f"{called(self)} drops {int(pending)} pending tokens: they belong to the state that is replaced",
-                stacklevel=2,
-            )
+        self._drop_pending("they belong to the state that is replaced")
+
+    def _num_pending(self) -> int:
+        """Tokens from which a commit would learn, read back to the host."""
+        num_tokens = self.pending.num_tokens
+        return int(num_tokens) if self.learns and not num_tokens.is_meta else 0
+
+    def _drop_pending(self, why: str) -> None:
+        if num_tokens := self._num_pending():
+            warnings.warn(f"{called(self)} drops {num_tokens} pending tokens: {why}", stacklevel=3)
         self.pending.clear_()
 
     def __getstate__(self) -> dict[str, Any]:

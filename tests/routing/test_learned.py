@@ -149,6 +149,8 @@ def test_forwards_that_gather_nothing(mode: str) -> None:
     router = LearnedRouter(D, E, K, kind="sigmoid", balance="quantile")
     x = hidden_states(60)
     trained = router(x)
+    if mode == "frozen":
+        router.pending.clear_()
     before = {field: getattr(router.pending, field).clone() for field in router.pending.FIELDS}
     if mode == "eval":
         out = router.eval()(x)
@@ -164,12 +166,15 @@ def test_forwards_that_gather_nothing(mode: str) -> None:
         assert_same_bits(getattr(router.pending, field), value, field)
 
 
-def test_frozen_and_skipped_commits_keep_what_is_pending() -> None:
+def test_a_skipped_commit_keeps_what_is_pending_and_freezing_drops_it() -> None:
     router = LearnedRouter(D, E, K, kind="sigmoid")
-    router(hidden_states(60))
-    router.freeze()
+    router(hidden_states(50))
+    with pytest.warns(UserWarning, match="drops 50 pending tokens: a frozen router commits nothing; call kmeans_r"):
+        router.freeze()
+    assert int(router.pending.num_tokens) == 0
     router.commit()
     router.freeze(False)
+    router(hidden_states(60))
     router.commit(torch.tensor(True))
     assert not router.expert_bias.any()
     assert int(router.pending.num_tokens) == 60

@@ -1,5 +1,6 @@
 """KMeansRouter in training: what a forward gathers and when, rows that are not valid, options and arguments refused."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -184,6 +185,8 @@ def test_forwards_that_gather_nothing(
     router = KMeansRouter(D, E, K, balance="quantile", backend=backend)
     x = hidden_states(30, 0)
     trained = router(x)
+    if mode is _frozen:  # which drops what is pending
+        router.pending.clear_()
     before = pending_of(router)
     with mode(router):
         outside = router(x)
@@ -202,18 +205,30 @@ def test_route_gathers_nothing_in_training(backend: str) -> None:
     assert int(routing.tokens_per_expert.sum()) == 20 * K
 
 
-def test_freezing_stops_commits_and_keeps_what_is_pending() -> None:
-    router = KMeansRouter(D, E, K)
+def test_freezing_stops_commits_and_drops_what_is_pending() -> None:
+    router = KMeansRouter(D, E, K, name="l")
     router.initialize(hidden_states(64, 0))
-    router(hidden_states(20, 1))
-    before, gathered = router.weight.clone(), pending_of(router)
-    router.freeze()
-    router.commit()
+    router.commit()  # by hand
+    x = hidden_states(21, 1)
+    x[0] = torch.nan
+    router(x)
+    before = router.weight.clone()
+    said = "router 'l' drops 20 pending tokens: a frozen router commits nothing; freeze right after an optimizer step"
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        router.freeze()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router.freeze()
+        router.state_dict()
+        router(x)
+        router.commit()
+        router.freeze(False)
+        router.commit()
     assert_same_bits(router.weight, before)
-    assert_same_pending(router, gathered)
-    router.freeze(False)
+    assert (int(router.steps), int(router.dropped_total)) == (0, 0)
+    router(x)
     router.commit()
-    assert int(router.steps) == 1
+    assert (int(router.steps), int(router.dropped_total)) == (1, 1)
     assert not torch.equal(router.weight, before)
 
 

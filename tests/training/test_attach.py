@@ -285,7 +285,8 @@ def test_forwards_of_an_attached_model_that_do_not_count(mode: str) -> None:
     attachment = attach(model, optimizer)
     model(batch(0)).backward()
     optimizer.step()
-    model(batch(1)).backward()
+    if mode != "frozen":  # which drops what is pending
+        model(batch(1)).backward()
     before, gathered = state_of(model), pending_of(model)
     if mode == "eval":
         model.eval()
@@ -400,6 +401,25 @@ def test_a_save_between_commits_is_told_when_to_come() -> None:
     optimizer.step()
     with pytest.warns(UserWarning, match=r"save right after a commit, every 3 optimizer steps, with attachment.state_"):
         model.state_dict()
+    with pytest.warns(UserWarning, match=r"drops 120 pending .*; freeze right after a commit, every 3 optimizer"):
+        routers_of(model)[0].freeze()
+
+
+@pytest.mark.parametrize("how", ["attached", "unattached"])
+@pytest.mark.parametrize("options", [{}, {"balance": "none"}, {"kind": "sigmoid", "balance": "aux"}], ids=str)
+def test_a_router_that_no_commit_changes_is_saved_loaded_and_frozen_without_a_word(
+    options: dict[str, str], how: str
+) -> None:
+    model = nn.Sequential(LearnedRouter(D, E, K, **options))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    if how == "attached":
+        attach(model, optimizer)
+    model(batch(0))
+    state = model.state_dict()
+    model(batch(1))
+    model.load_state_dict(state)
+    model(batch(2))
+    assert model[0].freeze().frozen
 
 
 def caught_in(forwards: Callable[[], object]) -> list[str]:
