@@ -86,7 +86,9 @@ class CentroidCommit(CentroidState):
         torch.where(self._moved, pairs, together, out=together)
         pairs.masked_fill_(self._moved, 0.0)
         self._pinned = {}
-        if batch is not self.pending:
+        if batch is self.pending:
+            batch.copied = False  # the backend has emptied it
+        else:
             self.pending.clear_(skip)
 
     def commit(self, skip: Tensor | None = None) -> None:

@@ -20,6 +20,8 @@ class Pending:
     margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
     pairs: (E, E) fp32, tokens of a sample that chose both of two experts; (0, 0) for learned routers.
     moments: (E + 2, D + 1) fp64, see `backends.first`, until the centroids have data, else (0, D + 1).
+    copied: whether what an exchange has copied of it is still held, beside what forwards have added since. A flag that
+        a commit only writes: of a number to count up, a compiled one would compile anew for each value.
     """
 
     FIELDS = (*PendingStatistics._fields, "pairs", "moments")
@@ -27,6 +29,7 @@ class Pending:
     def __init__(
         self, num_experts: int, hidden_size: int, device: torch.device, *, with_hist: bool, with_moments: bool = False
     ) -> None:
+        self.copied = False
         sums_shape = (num_experts, hidden_size) if hidden_size else (0, 0)
         self.sums = torch.zeros(sums_shape, dtype=torch.float32, device=device)
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
@@ -51,16 +54,19 @@ class Pending:
         for field in self.FIELDS:
             old: Tensor = getattr(self, field)
             if old.device != device:
+                self.copied = False
                 setattr(self, field, torch.zeros_like(old, device=device) if old.is_meta else old.to(device))
 
     def clear_(self, skip: Tensor | None = None) -> None:
         """Empty everything in place, or nothing where `skip` () bool is true."""
+        self.copied = False
         for field in self.FIELDS:
             tensor: Tensor = getattr(self, field)
             tensor.zero_() if skip is None else tensor.masked_fill_(~skip, 0)
 
     def drop_moments(self) -> None:
         """Free them: the centroids have data."""
+        self.copied = False
         self.moments = self.moments[:0].clone()
 
 

@@ -50,7 +50,10 @@ class Exchange:
     def start(self, routers: list[StatefulRouter]) -> None:
         """Copy what is pending and send it; the routers' own stays as it is."""
         self.routers = routers
-        self._merged = [copy.copy(router.pending) for router in routers]
+        self._sent = [router.pending for router in routers]
+        self._merged = [copy.copy(pending) for pending in self._sent]
+        for pending in self._sent:
+            pending.copied = True
         chunked = self.shard or self.dtype != torch.float32
         self._averaging = [
             (router, pending)
@@ -84,8 +87,14 @@ class Exchange:
         self._works.append(work)
 
     def under_way(self, routers: list[StatefulRouter]) -> bool:
-        """Whether an exchange of just these routers has been started and not finished."""
-        return bool(self._works) and self.routers == routers
+        """Whether an exchange of just these routers, and of what they hold now, has been started and not finished.
+
+        What they held then may have been committed by hand, or dropped with the state that it belonged to. All ranks
+        make the same calls, so they all answer alike.
+        """
+        if not self._works or self.routers != routers:
+            return False
+        return all(router.pending is sent and sent.copied for router, sent in zip(routers, self._sent, strict=True))
 
     def wait(self) -> None:
         """Until all that is under way has arrived. Without `finish` it is forgotten: the routers still hold it."""

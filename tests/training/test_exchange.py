@@ -1,5 +1,6 @@
 """The ways in which ranks exchange: beside the backward pass, in bf16 with error feedback, sharded; their bytes."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,72 @@ def test_overlapping_changes_no_bit(tmp_path: Path) -> None:
         for name in WIRES:
             for key, tensor in states[f"{name}-0"].items():
                 assert torch.equal(states[f"{name}-2"][key], tensor), (name, key)
+
+
+def drop(how: str, model: nn.Module, attachment: Attachment, before: dict[str, Any]) -> None:
+    """Ways in which what is pending ends between its forward and the commit."""
+    routers = list(attachment.routers.values())
+    averaging = [router for router in routers if isinstance(router, KMeansRouter)]
+    if how in ("trained", "untrained"):
+        model.load_state_dict(before[how])
+    for router, snapshot in zip(averaging, before["snapshots"], strict=True):
+        if how == "set_centroids":
+            router.set_centroids(torch.randn(router.weight.shape, generator=generator(3)))
+        elif how == "restore":
+            router.restore(snapshot)
+        elif how == "initialize":
+            router.initialize(batch(60)[4:, : router.hidden_size])
+    for router in routers:
+        if how == "by hand":
+            router.commit()
+        elif how == "reset":
+            router.reset_parameters()
+        elif how == "freeze":
+            router.freeze().freeze(False)
+        elif how == "clear" or isinstance(router, LearnedRouter):
+            router.pending.clear_()
+
+
+DROPS = ("trained", "untrained", "set_centroids", "restore", "initialize", "by hand", "reset", "freeze", "clear")
+
+
+def dropped(rank: int, num_ranks: int) -> dict[str, list[bool]]:
+    """Whether a step after the drop changes nothing, and whether the next ones are as if nothing had overlapped."""
+    result = {}
+    for name, how in [*(("fp32", how) for how in DROPS), ("shard-bf16", "trained"), ("shard-bf16", "by hand")]:
+        ends, stays = [], True
+        for after in (0, 1):
+            model = make()
+            untrained = state_dict_of(model)
+            attachment, optimizer = tie(model, overlap_after=after, **WIRES[name])
+            train(model, optimizer, rank, num_ranks, range(3))
+            snapshots = [
+                router.snapshot() for router in attachment.routers.values() if isinstance(router, KMeansRouter)
+            ]
+            before = {"trained": state_dict_of(model), "untrained": untrained, "snapshots": snapshots}
+            model(batch(3).chunk(num_ranks)[rank]).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                drop(how, model, attachment, before)
+            held = state_of(model)
+            optimizer.step()
+            ends.append(state_of(model))
+            stays &= all(torch.equal(ends[-1][key], held[key]) for key in held)
+            train(model, optimizer, rank, num_ranks, range(4, 6))
+            ends[-1] = state_of(model)
+            attachment.remove()
+        result[f"{name} {how}"] = [stays, all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])]
+    return result
+
+
+def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_what_is_dropped_or_committed_meanwhile_is_not_committed_by_the_exchange_under_way(tmp_path: Path) -> None:
+    for result in run_on_ranks(dropped, 2, tmp_path, 2):
+        assert [name for name, right in result.items() if right != [True, True]] == []
+        assert len(result) == len(DROPS) + 2
 
 
 def calls_of_a_step(rank: int, num_ranks: int) -> dict[str, list[list[tuple[str, int]]]]:
