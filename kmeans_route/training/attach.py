@@ -186,12 +186,15 @@ class Attachment:
     def state_dict(self) -> dict[str, Any]:
         """What a bit-for-bit resume needs beside the model's and the optimizer's state, of this rank alone.
 
-        Only with every_n_steps, wire or shard is there any: the steps counted, and what rounding has left out. Without
-        it a resume goes on from the rounded values.
+        Only with every_n_steps, wire or shard is there any: the steps counted, and what rounding has left out of which
+        routers. Without it a resume goes on from the rounded values.
         """
         exchange = self._exchange
-        left_out = {} if exchange is None else {name: getattr(exchange, name).clone() for name in LEFT_OUT}
-        return {"steps": self._steps, **left_out}
+        if exchange is None:
+            return {"steps": self._steps}
+        left_by = [name for left in exchange.left_by for name, router in self.routers.items() if router is left]
+        left_out = {name: getattr(exchange, name).clone() for name in LEFT_OUT}
+        return {"steps": self._steps, "left_by": left_by, **left_out}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave, on the same rank of as many.
@@ -199,16 +202,19 @@ class Attachment:
         Raises:
             ValueError: it lacks an entry, and nothing is taken.
         """
-        wanted = ["steps"] if self._exchange is None else ["steps", *LEFT_OUT]
+        exchange = self._exchange
+        wanted = ["steps"] if exchange is None else ["steps", "left_by", *LEFT_OUT]
         missing = [name for name in wanted if name not in state_dict]
         if missing:
             raise ValueError(
                 f"state_dict must hold {wanted}, got none of {missing}: load what the attachment of this rank has saved"
             )
         self._steps = int(state_dict["steps"])
-        if self._exchange is not None:
+        if exchange is not None:
+            exchange.wait()  # what is under way holds what was left out before
+            exchange.left_by = [self.routers[name] for name in state_dict["left_by"] if name in self.routers]
             for name in LEFT_OUT:
-                setattr(self._exchange, name, state_dict[name].clone())
+                setattr(exchange, name, state_dict[name].clone())
 
     def metrics(self, names: Collection[str] | None = None, max_keys: int | None = None) -> dict[str, float]:
         """Flat scalars of all routers, named `<router's name in the model>/<metric>`, as any logger takes them.

@@ -46,6 +46,7 @@ class Exchange:
         self._works: list[Any] = []
         # What rounding left out: of this rank's sums (R, n), and of the chunk that it owns (n,); n = ceil(N / R).
         self.left_of_sums = self.left_of_chunk = torch.empty(0)
+        self.left_by: list[StatefulRouter] = []  # whose sums those are, in this order
 
     def start(self, routers: list[StatefulRouter]) -> None:
         """Copy what is pending and send it; the routers' own stays as it is."""
@@ -76,8 +77,10 @@ class Exchange:
 
     def _send_sums(self) -> None:
         flat = self._end_to_end([pending.sums for _, pending in self._averaging])
-        if self.left_of_sums.shape != flat.shape:  # the first time, or a router was frozen or thawed
+        routers: list[StatefulRouter] = [router for router, _ in self._averaging]
+        if self.left_by != routers or self.left_of_sums.shape != flat.shape:  # one was frozen or thawed
             self.left_of_sums, self.left_of_chunk = torch.zeros_like(flat), torch.zeros_like(flat[0])
+            self.left_by = routers
         self.left_of_sums, self.left_of_chunk = self.left_of_sums.to(flat.device), self.left_of_chunk.to(flat.device)
         flat += self.left_of_sums
         sent = flat.to(self.dtype)

@@ -309,7 +309,7 @@ def resumed(rank: int, num_ranks: int, folder: str) -> list[bool]:
         attachment.remove()
         saved = torch.load(path)
         with pytest.raises(ValueError, match=r"state_dict must hold .* got none of \['left_of_chunk'\]: load what"):
-            attachment.load_state_dict({"steps": 1, "left_of_sums": torch.zeros(1)})
+            attachment.load_state_dict({"steps": 1, "left_by": [], "left_of_sums": torch.zeros(1)})
         second.load_state_dict(saved["model"])
         attachment, optimizer = tie(second, **options)
         attachment.load_state_dict(saved["attachment"])
@@ -323,6 +323,60 @@ def resumed(rank: int, num_ranks: int, folder: str) -> list[bool]:
 def test_resuming_with_the_attachments_state_is_bit_for_bit(tmp_path: Path) -> None:
     for equal in run_on_ranks(resumed, 2, tmp_path / "run", 2, str(tmp_path)):
         assert equal == [True] * len(WIRES)
+
+
+def swapped(rank: int, num_ranks: int) -> dict[str, list[bool]]:
+    """One router is frozen as another of its shape is thawed: against an attachment that has left nothing out yet."""
+    result = {}
+    for name in ("bf16", "shard", "shard-bf16"):
+        ends = []
+        for how in ("go on", "attach", "load"):
+            model = Together([KMeansRouter(D, E, K, name=str(i), balance="none") for i in range(2)])
+            attachment, optimizer = tie(model, **WIRES[name])
+            one, other = attachment.routers.values()
+            train(model, optimizer, rank, num_ranks, range(2))
+            other.freeze()
+            train(model, optimizer, rank, num_ranks, range(2, 5))
+            saved = attachment.state_dict()
+            some = bool(saved["left_of_sums"].any() or saved["left_of_chunk"].any())
+            if how != "go on":
+                attachment.remove()
+                attachment, optimizer = tie(model, **WIRES[name])
+            if how == "load":
+                attachment.load_state_dict(saved)
+            one.freeze()
+            other.freeze(False)
+            train(model, optimizer, rank, num_ranks, range(5, 6))
+            ends.append(state_of(model))
+            attachment.remove()
+        result[name] = [some, *(all(torch.equal(end[key], ends[1][key]) for key in end) for end in ends)]
+    return result
+
+
+def test_what_rounding_left_out_of_one_router_never_reaches_another(tmp_path: Path) -> None:
+    for result in run_on_ranks(swapped, 2, tmp_path, 2):
+        assert result == {name: [True] * 4 for name in ("bf16", "shard", "shard-bf16")}
+
+
+def loaded_meanwhile(rank: int, num_ranks: int) -> bool:
+    """What an attachment loads while an exchange is under way, against the same between two steps."""
+    ends = []
+    for after in (0, 1):
+        model = make()
+        attachment, optimizer = tie(model, overlap_after=after, wire="bf16")
+        train(model, optimizer, rank, num_ranks, range(3))
+        saved = attachment.state_dict()
+        train(model, optimizer, rank, num_ranks, range(3, 5))
+        model(batch(5).chunk(num_ranks)[rank]).backward()
+        attachment.load_state_dict(saved)
+        optimizer.step()
+        ends.append({**state_of(model), "left": attachment.state_dict()["left_of_sums"]})
+        attachment.remove()
+    return all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_an_attachment_may_be_loaded_while_an_exchange_is_under_way(tmp_path: Path) -> None:
+    assert run_on_ranks(loaded_meanwhile, 2, tmp_path, 2) == [True, True]
 
 
 def skipping(rank: int, num_ranks: int) -> dict[str, list[bool]]:
