@@ -200,7 +200,7 @@ def drop(how: str, model: nn.Module, attachment: Attachment, before: dict[str, A
         model.load_state_dict(before[how])
     for router, snapshot in zip(averaging, before["snapshots"], strict=True):
         if how == "set_centroids":
-            router.set_centroids(torch.randn(router.weight.shape, generator=generator(3)))
+            router.set_centroids(torch.randn(router.weight.shape, generator=generator(3)), averages=True)
         elif how == "restore":
             router.restore(snapshot)
         elif how == "initialize":
