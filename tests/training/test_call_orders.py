@@ -370,10 +370,14 @@ class Calls(RuleBasedStateMachine):
 
     def set_centroids(self, router: KMeansRouter, seed: int) -> None:
         rows = torch.randn(E, D, generator=generator(seed)) * 5
-        router.set_centroids(rows)
+        raw = router.accumulate == "raw"
+        router.set_centroids(rows, averages=raw)
         decay = router.commit_options.decay
         self.expected = Expected(steps=round(decay / (1 - decay)), initialized=True)
-        torch.testing.assert_close(router.weight, nn.functional.normalize(rows))
+        if raw:
+            assert_same_bits(router.centroids, rows)
+        else:
+            torch.testing.assert_close(router.weight, nn.functional.normalize(rows))
         assert not router.expert_bias.any()
         self.take()
 
