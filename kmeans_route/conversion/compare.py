@@ -172,8 +172,9 @@ def compare(
     With a target, a second model with routers of these names, also its loss, and its loads on hidden states of its own.
     """
     sums = {name: torch.zeros(4, dtype=torch.float64, device="cpu") for name in watched}
-    counts = {"dtype": torch.int64, "device": "cpu"}
-    loads = {name: torch.zeros(2, router.num_experts, **counts) for name, router in watched.items()}
+    loads = {
+        name: torch.zeros(2, router.num_experts, dtype=torch.int64, device="cpu") for name, router in watched.items()
+    }
 
     def count(name: str, side: int, ids: Tensor) -> None:
         loads[name][side] += torch.bincount(ids.flatten(), minlength=watched[name].num_experts).cpu()
