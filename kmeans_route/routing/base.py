@@ -52,6 +52,18 @@ def _when_to(act: str, router: "StatefulRouter") -> str:
     return f"{act} right after {after}" + (", with attachment.state_dict()" if every > 1 and act == "save" else "")
 
 
+def _num_pending(router: "StatefulRouter") -> int:
+    """Tokens from which a commit would learn, read back to the host."""
+    num_tokens = router.pending.num_tokens
+    return int(num_tokens) if router.learns and not num_tokens.is_meta else 0
+
+
+def _drop_pending(router: "StatefulRouter", why: str) -> None:
+    if num_tokens := _num_pending(router):
+        warnings.warn(f"{called(router)} drops {num_tokens} pending tokens: {why}", stacklevel=3)
+    router.pending.clear_()
+
+
 def option_names(router: "type[StatefulRouter]") -> set[str]:
     """What the constructor takes by name alone."""
     parameters = inspect.signature(router).parameters.values()
@@ -295,7 +307,7 @@ class StatefulRouter(nn.Module):
         p = self.pending
         # Looked at first, since what inference mode has made takes no writes outside of it.
         if frozen and not p.num_tokens.is_meta and bool(p.num_tokens + p.num_dropped):
-            self._drop_pending(f"a frozen router commits nothing; {_when_to('freeze', self)}")
+            _drop_pending(self, f"a frozen router commits nothing; {_when_to('freeze', self)}")
         self.frozen = frozen
         return self
 
@@ -400,7 +412,7 @@ class StatefulRouter(nn.Module):
                 setattr(self, name, torch.zeros_like(old, device=device) if old.is_meta else old.detach().to(device))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if num_tokens := self._num_pending():
+        if num_tokens := _num_pending(self):
             warnings.warn(
                 f"{called(self)} is saved with {num_tokens} tokens pending, which a state dict does not hold: "
                 f"{_when_to('save', self)}",
@@ -437,17 +449,7 @@ class StatefulRouter(nn.Module):
     def _after_load(self, brought: set[str]) -> None:
         """Called when state of this module has been loaded: what is pending belongs to the state that is gone."""
         self._move_plain_tensors()
-        self._drop_pending("they belong to the state that is replaced")
-
-    def _num_pending(self) -> int:
-        """Tokens from which a commit would learn, read back to the host."""
-        num_tokens = self.pending.num_tokens
-        return int(num_tokens) if self.learns and not num_tokens.is_meta else 0
-
-    def _drop_pending(self, why: str) -> None:
-        if num_tokens := self._num_pending():
-            warnings.warn(f"{called(self)} drops {num_tokens} pending tokens: {why}", stacklevel=3)
-        self.pending.clear_()
+        _drop_pending(self, "they belong to the state that is replaced")
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: a copy is not attached, and shares no graph."""

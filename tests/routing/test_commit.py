@@ -11,6 +11,7 @@ from torch import Tensor
 import kmeans_route
 from kmeans_route import KMeansRouter
 from kmeans_route.routing.loading import FIRST_NORM
+from kmeans_route.routing.pending import Pending
 from tests.helpers import oracle
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
@@ -93,7 +94,7 @@ def test_commit_equals_the_oracle(balance: str, average: str, accumulate: str, b
         np.testing.assert_allclose(numpy(router.expert_bias), want.expert_bias, rtol=0, atol=tolerance)
         assert float(router.score_std) == pytest.approx(want.score_std, rel=1e-5)
         assert (int(router.steps), int(router.dropped_total)) == (want.steps, want.dropped_total)
-        assert not any(value.any() for value in vars(router.pending).values())
+        assert not any(getattr(router.pending, field).any() for field in Pending.FIELDS)
     assert (int(router.steps), int(router.dropped_total)) == (4, 4)
 
 
@@ -369,13 +370,18 @@ def test_commit_twice_is_commit_once() -> None:
     assert twice.metrics() == once.metrics()
 
 
+def pending_addresses(pending: Pending) -> dict[str, int]:
+    tensors = {field: getattr(pending, field) for field in Pending.FIELDS}
+    return {field: tensor.data_ptr() for field, tensor in tensors.items() if tensor.numel()}
+
+
 def test_state_changes_in_place() -> None:
     """Captured graphs and optimizer-side references hold the addresses of the buffers."""
     router = started(average="cumulative")
     addresses = {name: buffer.data_ptr() for name, buffer in router.named_buffers()}
-    pending = {name: value.data_ptr() for name, value in vars(router.pending).items() if value.numel()}
+    pending = pending_addresses(router.pending)
     for step in range(3):
         router(hidden_states(40, step))
         router.commit()
     assert {name: buffer.data_ptr() for name, buffer in router.named_buffers()} == addresses
-    assert {name: value.data_ptr() for name, value in vars(router.pending).items() if value.numel()} == pending
+    assert pending_addresses(router.pending) == pending

@@ -28,7 +28,8 @@ def pair(backend: str, **options: Any) -> tuple[KMeansRouter, KMeansRouter]:
     routers = [KMeansRouter(D, E, K, backend=backend, seed=3, **options) for _ in range(2)]
     for router in routers:
         if not first:
-            router.set_centroids(torch.randn(E, D, generator=generator(1)))
+            given = torch.randn(E, D, generator=generator(1))
+            router.set_centroids(given, averages=options.get("accumulate") == "raw")
         router.expert_bias.copy_(torch.linspace(-0.1, 0.1, E))
         router.commit()  # by hand
     return routers[0], routers[1]
