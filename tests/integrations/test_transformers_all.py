@@ -21,25 +21,9 @@ from kmeans_route.integrations.transformers import (  # noqa: E402
     revert,
 )
 from kmeans_route.lm.data import BatchSampler, load_corpus, validation_windows  # noqa: E402
-from tests.integrations.transformers_models import TYPES, some_tokens, tiny_config, tiny_model  # noqa: E402
+from tests.integrations.transformers_models import TYPES, some_tokens, tiny_config, tiny_model, train  # noqa: E402
 
 STEPS = 20
-
-
-def train(model: Any, steps: int) -> list[float]:
-    tokens = some_tokens(4, 16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    attachment, losses = attach(model, optimizer), []
-    model.train()
-    for _ in range(steps):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    attachment.remove()
-    model.eval()
-    return losses
 
 
 def compiled_losses(model_type: str, *, swapped: bool = True) -> list[float]:
