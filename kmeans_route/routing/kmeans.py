@@ -62,9 +62,9 @@ class KMeansRouter(CentroidCommit):
         tau: temperature of the gates, at least 1e-6; None for 0.2 with directions="centroids", for 0.1 with "whitened",
             about one standard deviation of the scores.
         gate, normalize, scaling, n_group, topk_group, group_score: as in `kmeans_route.route`.
-        init: how the first commit sets the centroids: "tokens" (drawn with the mean and covariance of the tokens so
-            far, see `backends.first`), or "normal" (the first averages over Gaussian directions). Until then E D
-            fp64 are kept for "tokens"; for 58 layers of E = 256, D = 7168 that is 860 MB.
+        init: how the first commit sets the centroids: "tokens" (about where the token lies that is farthest along a
+            random direction, see `backends.first`), or "normal" (the first averages over Gaussian directions). Until
+            then 2 E D fp64 are kept for "tokens"; for 58 layers of E = 256, D = 7168 that is 1.7 GB.
         detach_gates: stop the gradient from the gates to x.
         learned_offset: add a parameter `offset` (E, D), zero at first and trained through the gates, to the unit
             centroids: tokens are scored with unit rows of the sum, averages are gathered as ever. Weight decay pulls

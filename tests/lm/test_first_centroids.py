@@ -44,9 +44,17 @@ def in_bfloat16(model: DecoderLM, text: Tensor) -> None:
         model(text)
 
 
-@pytest.mark.parametrize(("run", "rounding"), [(in_micro_batches, 1e-6), (compiled, 1e-6), (in_bfloat16, 2.0**-8)])
-def test_models_of_one_seed_start_alike(run: Callable[[DecoderLM, Tensor], object], rounding: float) -> None:
+@pytest.mark.parametrize("run", [in_micro_batches, compiled])
+def test_models_of_one_seed_start_alike(run: Callable[[DecoderLM, Tensor], object]) -> None:
     for seed in range(1 if run is compiled else 3):  # compiling takes long
         (centroids, weight), (others, theirs) = after(DecoderLM.forward, seed), after(run, seed)
-        assert float((centroids - others).norm(dim=-1).max()) < rounding
-        assert float((weight - theirs).norm(dim=-1).max()) < 10 * rounding
+        assert float((centroids - others).norm(dim=-1).max()) < 1e-6
+        assert float((weight - theirs).norm(dim=-1).max()) < 1e-5
+
+
+def test_bfloat16_starts_with_the_same_tokens() -> None:
+    rounded = [(after(DecoderLM.forward, seed), after(in_bfloat16, seed)) for seed in range(6)]
+    for which in range(2):  # centroids, directions
+        cosine = torch.stack([(one[which] * other[which]).sum(-1) for one, other in rounded])
+        assert float((cosine > 0.99).double().mean()) >= 0.99
+        assert float(cosine.median()) > 0.9999
