@@ -362,11 +362,13 @@ def draw_decision(records: Sequence[Record], path: Path) -> None:
 
 
 def _log_axis(axes: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    low, high = axes.get_xlim()
+    labelled = (1.0, 2.0, 5.0) if high < 30 * low else (1.0,)  # more of them would overlap
+    axes.xaxis.set_major_locator(LogLocator(subs=labelled))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
