@@ -44,7 +44,7 @@ def add_moments_(x: Tensor, factor: Tensor, counted: Tensor, directions: Tensor,
     """
     g = directions_reference(directions, moments.dtype)  # 0 for a row that is not finite
     most = 0.8 * math.log(torch.finfo(moments.dtype).max)  # beyond it, all that lies so far along d weighs alike
-    for c in chunks.of(x):
+    for c in chunks.of(x, 2 * len(g)):
         u = torch.where(counted[c, None], x[c].to(moments.dtype) * factor[c, None].to(moments.dtype), 0.0)
         along = SHARPNESS * math.sqrt(x.shape[1]) * (g @ _unit(u).T)
         moments[:-1] += torch.cat([along, -along]).clamp_(-most, most).exp_() @ u

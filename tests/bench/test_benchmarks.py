@@ -13,6 +13,7 @@ from benchmarks.harness import checks, memory, rivals, shapes, steps
 from benchmarks.harness.contest import Contest
 from benchmarks.harness.truth import assert_close_to_truth
 from kmeans_route import KMeansRouter, directions, dispatch, route, testing
+from kmeans_route.backends.first import add_moments_, no_moments
 from kmeans_route.bench import baselines
 from kmeans_route.bench.contest import Contestant, NotVerifiedError
 from kmeans_route.bench.problem import Problem
@@ -212,6 +213,20 @@ def test_memory_grows_with_the_experts_not_with_the_hidden_size() -> None:
         route(x, weight, 2, directions=d)
         peaks.append(memory.peak_extra_bytes(lambda x=x, w=weight, d=d: route(x, w, 2, directions=d)))  # type: ignore[misc]
     assert peaks[1] - peaks[0] <= 4 * 8 * 2048, "the added columns of x must not add memory of their own"
+
+
+@pytest.mark.usefixtures("plain_empty")
+def test_memory_of_the_first_moments_does_not_grow_with_the_tokens() -> None:
+    """Also where rows of x are far shorter than what they become: two fp64 weights an expert."""
+    peaks = []
+    for num_tokens in (4096, 16384):
+        x, ones = torch.randn(num_tokens, 16), torch.ones(num_tokens)
+        moments = no_moments(512, 16, x.device)
+        directions = torch.randn(512, 16)
+        peaks.append(
+            memory.peak_extra_bytes(lambda x=x, f=ones, g=directions, m=moments: add_moments_(x, f, f > 0, g, m))  # type: ignore[misc]
+        )
+    assert peaks[1] - peaks[0] <= 16384, "a bool for each token is made by the test"
 
 
 def test_named_shapes_are_those_of_the_models() -> None:
