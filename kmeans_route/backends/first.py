@@ -3,9 +3,9 @@
     u_t = x_t / ||x_t||,  g_e the seeded directions, and for both ends d of each, g_e and -g_e:
     y_d = unit(sum over t of exp(16 sqrt(D) d . u_t) u_t)
 
-The few tokens that lie farthest along d outweigh all others, so y_d lies about where one token does. Expert after expert
-takes y of the end g_e, unless its cosine with an earlier expert's is 0.5 or more and that of the other end 0.1 less. So
-first centroids part as tokens do, also where all of these share a mean or a dominant axis.
+The few tokens that lie farthest along d outweigh all others, so y_d lies about where one token does. Expert after
+expert takes y of the end g_e, unless its cosine with an earlier expert's is 0.5 or more and that of the other end 0.1
+less. So first centroids part as tokens do, also where all of these share a mean or a dominant axis.
 
 Sums alone travel: order, micro-batches, shards and ranks do not matter. And rounding moves y_d about as little as it
 moves tokens, which it would not if one token were chosen: a compiled, an autocast and an eager run start alike. What
