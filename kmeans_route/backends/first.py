@@ -29,12 +29,13 @@ COPIES = 1 - 1e-6  # the cosine of two rows from which they are one direction
 
 
 def no_moments(num_experts: int, hidden_size: int, device: torch.device) -> Tensor:
-    """Those of no tokens, (2 E + 1, D): sums of exp(16 sqrt(D) d . u_t) u_t for each end d, and of u_t * u_t.
+    """Those of no tokens, (2 E + 1, D): sums of exp(16 sqrt(D) d . u_t) u_t for each end d, and of u_t * u_t."""
+    return torch.zeros(2 * num_experts + 1, hidden_size, dtype=moments_dtype(device), device=device)
 
-    fp64, where the device has it.
-    """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(2 * num_experts + 1, hidden_size, dtype=dtype, device=device)
+
+def moments_dtype(device: torch.device) -> torch.dtype:
+    """fp64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def add_moments_(x: Tensor, factor: Tensor, counted: Tensor, directions: Tensor, moments: Tensor) -> None:

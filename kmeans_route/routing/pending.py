@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kmeans_route.backends.first import no_moments
+from kmeans_route.backends.first import moments_dtype, no_moments
 from kmeans_route.reference import NUM_MARGIN_BINS
 from kmeans_route.types import PendingStatistics
 
@@ -50,12 +50,15 @@ class Pending:
         return PendingStatistics(*(getattr(self, name) for name in PendingStatistics._fields))
 
     def to(self, device: torch.device) -> None:
-        """Move in place of the old tensors; dtypes stay. Values of a meta device are lost, so they become zero."""
+        """Move in place of the old tensors; dtypes stay, but of moments where the device has no fp64. Values of a meta
+        device are lost, so they become zero."""
         for field in self.FIELDS:
             old: Tensor = getattr(self, field)
             if old.device != device:
                 self.copied = False
-                setattr(self, field, torch.zeros_like(old, device=device) if old.is_meta else old.to(device))
+                dtype = moments_dtype(device) if field == "moments" else old.dtype
+                new = torch.zeros_like(old, dtype=dtype, device=device) if old.is_meta else old.to(device, dtype)
+                setattr(self, field, new)
 
     def clear_(self, skip: Tensor | None = None) -> None:
         """Empty everything in place, or nothing where `skip` () bool is true."""

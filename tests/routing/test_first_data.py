@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from kmeans_route import KMeansRouter
+from kmeans_route.backends.first import moments_dtype
 from kmeans_route.reference import whitened_reference
+from kmeans_route.routing import pending
 from tests.helpers.compare import assert_same_bits, generator, numpy
 
 D, E, K = 16, 6, 2
@@ -202,6 +204,21 @@ def test_the_moments_are_freed_with_the_first_commit() -> None:
     assert router.pending.moments.any()
     router.commit()
     assert router.pending.moments.shape == (0, D)
+
+
+def test_the_moments_move_to_a_device_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's "mps" has none, and refuses such a tensor; the meta device stands for it here."""
+    assert (moments_dtype(torch.device("mps")), moments_dtype(torch.device("cuda"))) == (torch.float32, torch.float64)
+    held = {"cpu": torch.float64, "meta": torch.float32}
+    monkeypatch.setattr(pending, "moments_dtype", lambda device: held[device.type])
+    router = KMeansRouter(D, E, K).to("meta")
+    assert router.pending.moments.dtype == torch.float32
+    router.to_empty(device="cpu")
+    assert router.pending.moments.dtype == torch.float64
+    router.reset_parameters()
+    router(hidden_states(300))
+    router.commit()
+    assert_same_bits(router.centroids, after_first_commit([hidden_states(300)]).centroids)
 
 
 @pytest.mark.parametrize("init", INITS)
