@@ -63,7 +63,7 @@ class CentroidCommit(CentroidState):
     def _commit_first_data(self, batch: Pending) -> None:
         """Set the centroids from the moments and nothing else: steps, bias and sigma stay 0."""
         with no_autocast(self.weight):
-            self.centroids.copy_(first_centroids(batch.moments, batch.num_tokens, self.weight))
+            self.centroids.copy_(first_centroids(batch.moments, self.weight))
         if self.commit_options.directions == "centroids":
             self.weight.copy_(reference.unit_rows(self.centroids, self.weight))
         self._moved.fill_(True)

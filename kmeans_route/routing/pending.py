@@ -19,7 +19,7 @@ class Pending:
     counts: (E,) int64. std_sum: () fp32. num_tokens, num_dropped: () int64.
     margin_hist: (E, 1024) int32 for quantile balancing, else (0, 1024).
     pairs: (E, E) fp32, tokens of a sample that chose both of two experts; (0, 0) for learned routers.
-    moments: (2 E + 1, D) fp64, see `backends.first`, until the centroids have data, else (0, D).
+    moments: (2 E + 2, D + 1) fp64, see `backends.first`, until the centroids have data, else (0, D + 1).
     copied: whether what an exchange has copied of it is still held, beside what forwards have added since. A flag that
         a commit only writes: of a number to count up, a compiled one would compile anew for each value.
     """

@@ -38,14 +38,17 @@ def after_first_commit(parts: list[Tensor], **options: Any) -> KMeansRouter:
 
 def drawn(u: Tensor, g: Tensor) -> Tensor:
     """The definition, expert by expert, of u (n, D) and g (E, D)."""
+    mean = u.mean(0)
+    spread = (u - mean).square().sum(1).mean().sqrt()
     kept: list[Tensor] = []
     for e in range(len(g)):
-        one, other = (unit((16 * D**0.5 * unit(u) @ unit(end)).exp()[None] @ u)[0] for end in (g[e], -g[e]))
-        near, far = (max([float(y @ each) for each in kept], default=-1.0) for y in (one, other))
+        shares = [(16 * D**0.5 * unit(u) @ unit(end)).softmax(0) for end in (g[e], -g[e])]
+        one, other = (unit(share @ u - mean) for share in shares)
+        near, far = (max([float(away @ each) for each in kept], default=-1.0) for away in (one, other))
         kept.append(other if near >= 0.5 and far < near - 0.1 else one)
     cosine = torch.stack(kept) @ torch.stack(kept).T
-    parted = [unit(y + 0.1 * unit(g[e])) if (cosine[e, :e] > 1 - 1e-6).any() else y for e, y in enumerate(kept)]
-    return torch.stack(parted) * u.square().sum(1).mean().sqrt()
+    parted = [unit(away + 0.1 * unit(g[e])) if (cosine[e, :e] > 1 - 1e-6).any() else away for e, away in enumerate(kept)]
+    return unit(mean + spread * torch.stack(parted)) * u.square().sum(1).mean().sqrt()
 
 
 @pytest.mark.parametrize("accumulate", ["unit", "raw"])
@@ -81,6 +84,24 @@ def test_first_centroids_lie_where_tokens_do_and_apart(offset: float, dominant: 
     assert float(nearest.min()) > 0.6, "where two tokens lie about as far along a direction, both count"
     axes = torch.linalg.svdvals(unit(centroids - mean)).square() / experts
     assert float(1 / axes.square().sum()) > experts / 4, "axes that the centroids spread along"
+
+
+@pytest.mark.parametrize("directions", ["whitened", "centroids"])
+@pytest.mark.parametrize("offset", [2.0, 100.0, 300.0])
+def test_first_centroids_of_tokens_that_share_a_mean_are_even(offset: float, directions: str) -> None:
+    """None lies nearer to the mean than others, where it would get all tokens, nor far from all of them."""
+    gen, size, experts = generator(0), 64, 16
+    x = torch.randn(2000, size, generator=gen) + offset * torch.randn(size, generator=gen)
+    router = KMeansRouter(size, experts, 2, directions=directions)
+    router(x)
+    router.commit()
+    off_mean = unit(x) - unit(x).mean(0)
+    mine = (unit(router.centroids) - unit(x).mean(0)).norm(dim=1)
+    near, far = torch.quantile(off_mean.norm(dim=1), torch.tensor([0.05, 0.95]).double())
+    assert (near < mine).all()
+    assert (mine < far).all()
+    loads = router.route(x).tokens_per_expert.double()
+    assert float(loads.sum() ** 2 / loads.square().sum()) > 0.75 * experts, "effective loads"
 
 
 @pytest.mark.not_interpreted
@@ -199,11 +220,11 @@ def test_first_centroids_depend_on_the_seed() -> None:
 
 def test_the_moments_are_freed_with_the_first_commit() -> None:
     router = KMeansRouter(D, E, K)
-    assert router.pending.moments.shape == (2 * E + 1, D)
+    assert router.pending.moments.shape == (2 * E + 2, D + 1)
     router(hidden_states(50))
     assert router.pending.moments.any()
     router.commit()
-    assert router.pending.moments.shape == (0, D)
+    assert router.pending.moments.shape == (0, D + 1)
 
 
 def test_the_moments_move_to_a_device_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def sample_values(dtype: torch.dtype) -> dict[str, Any]:
         "seed": 3,
         "pairs": torch.zeros(E, E),
         "dtype": torch.bfloat16,
-        "moments": torch.zeros(2 * E + 1, D, dtype=torch.float64),
+        "moments": torch.zeros(2 * E + 2, D + 1, dtype=torch.float64),
         "weight": torch.randn(E, 16, D, generator=gen).to(dtype),
     }
 
