@@ -47,7 +47,9 @@ def drawn(u: Tensor, g: Tensor) -> Tensor:
         near, far = (max([float(away @ each) for each in kept], default=-1.0) for away in (one, other))
         kept.append(other if near >= 0.5 and far < near - 0.1 else one)
     cosine = torch.stack(kept) @ torch.stack(kept).T
-    parted = [unit(away + 0.1 * unit(g[e])) if (cosine[e, :e] > 1 - 1e-6).any() else away for e, away in enumerate(kept)]
+    parted = [
+        unit(away + 0.1 * unit(g[e])) if (cosine[e, :e] > 1 - 1e-6).any() else away for e, away in enumerate(kept)
+    ]
     return unit(mean + spread * torch.stack(parted)) * u.square().sum(1).mean().sqrt()
 
 
