@@ -119,7 +119,10 @@ def test_equals_one_process(on_ranks: list[dict[str, dict[str, Tensor]]], name: 
         assert all(torch.equal(rank[name][key], got) for rank in on_ranks), (name, key)
         if "policy" in CASES[name]:
             assert got.dtype == tensor.dtype, key
-            if key.endswith(("router.weight", "expert_bias")):  # hidden states in bf16, some tokens elsewhere
+            # Hidden states in bf16, some tokens elsewhere.
+            if key.endswith("router.weight"):
+                assert float(nn.functional.cosine_similarity(got, tensor).min()) > 0.98, f"{name} {key}"
+            if key.endswith("expert_bias"):
                 torch.testing.assert_close(got, tensor, rtol=0, atol=0.05, msg=f"{name} {key}")
         elif tensor.is_floating_point():
             torch.testing.assert_close(got, tensor, rtol=1e-4, atol=1e-4, msg=f"{name} {key}")
