@@ -280,8 +280,8 @@ def attach(
         process_group: the ranks that see different tokens, which commit their sum: a torch.distributed group, or a
             DeviceMesh of one dimension; None for all ranks. Ranks that hold replicas of the same tokens (tensor
             parallel) must be in different groups. Each step exchanges E D + 1 fp32 and E + 2 int64 a router (and
-            E x 1024 int32 for balance="quantile"). Every rank must step as often as the others; one without tokens
-            still takes part.
+            E x 1024 int32 for balance="quantile"), the first 2 E D fp64 more for init="tokens". Every rank must step
+            as often as the others; one without tokens still takes part.
         every_n_steps: optimizer steps to a commit, at least 1.
         overlap_after: start the exchange when this many forwards of the model have counted since the last commit, so
             that it runs beside the backward pass of the last of them: the micro-batches of a step, times
