@@ -121,7 +121,7 @@ def test_equals_one_process(on_ranks: list[dict[str, dict[str, Tensor]]], name: 
             assert got.dtype == tensor.dtype, key
             # Hidden states in bf16, some tokens elsewhere.
             if key.endswith("router.weight"):
-                assert float(nn.functional.cosine_similarity(got, tensor).min()) > 0.98, f"{name} {key}"
+                assert float(nn.functional.cosine_similarity(got, tensor).min()) > 0.99, f"{name} {key}"
             if key.endswith("expert_bias"):
                 torch.testing.assert_close(got, tensor, rtol=0, atol=0.05, msg=f"{name} {key}")
         elif tensor.is_floating_point():
