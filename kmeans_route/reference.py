@@ -8,6 +8,7 @@ Legend: T tokens, D hidden size, E experts, K top_k. x_t hidden state, c_e centr
 s_te score, g_te gate weight. Computation is in fp32, or fp64 when x is fp64.
 """
 
+import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def unit_rows(rows: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
     Of centroids, with the old `weight` otherwise, it is what a commit writes into `weight`.
     """
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    usable = (norm >= MIN_CENTROID_NORM) & norm.isfinite()
+    usable = (norm >= MIN_CENTROID_NORM) & (norm < math.inf)
     return torch.where(usable, rows / torch.where(usable, norm, 1.0), otherwise)
 
 
@@ -388,13 +389,28 @@ def commit_reference(
     """The state after one optimizer step: running average, directions, scale of the scores, balance bias.
 
     Whitened directions are another step, of all layers at once: `whitened_reference` of the new centroids. With
-    num_tokens = 0 the state comes back unchanged, decided on the device. A value that is not finite, which only
-    somebody else can have written, counts as 0.
+    num_tokens = 0 the state comes back unchanged, decided on the device.
     """
+    moved = moved_reference(state, sums, counts, std_sum, num_tokens, margin_hist, options)
     some = num_tokens > 0
+    kept = (old if new is old else torch.where(some, new, old) for old, new in zip(state, moved, strict=True))
+    return State(*kept)
+
+
+def moved_reference(
+    state: State,
+    sums: Tensor,
+    counts: Tensor,
+    std_sum: Tensor,
+    num_tokens: Tensor,
+    margin_hist: Tensor | None,
+    options: CommitOptions,
+) -> State:
+    """The same where there are tokens. A value that is not finite, which only somebody else can have written, counts
+    as 0."""
     dtype = state.centroids.dtype
     c, old_bias, old_sigma = (
-        torch.where(value.isfinite(), value, 0.0) for value in (state.centroids, state.expert_bias, state.score_std)
+        value.nan_to_num(0.0, 0.0, 0.0) for value in (state.centroids, state.expert_bias, state.score_std)
     )
     sd = std_sum.to(dtype) / num_tokens.clamp_min(1).to(dtype)
     first = old_sigma == 0  # no scale yet; `steps` cannot tell, since given centroids start it high
@@ -412,11 +428,4 @@ def commit_reference(
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
     weight = unit_rows(moved, state.weight) if options.directions == "centroids" else state.weight
-    return State(
-        torch.where(some, weight, state.weight),
-        torch.where(some, moved, state.centroids),
-        torch.where(some, bias, state.expert_bias),
-        torch.where(some, sigma, state.score_std),
-        torch.where(some, steps + 1, state.steps),
-        None if seen is None or state.tokens_seen is None else torch.where(some, seen + counts, state.tokens_seen),
-    )
+    return State(weight, moved, bias, sigma, steps + 1, None if seen is None else seen + counts)

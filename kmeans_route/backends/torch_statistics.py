@@ -20,6 +20,7 @@ from kmeans_route.reference import (
     State,
     commit_reference,
     compute_dtype,
+    moved_reference,
     product,
 )
 from kmeans_route.types import CommitOptions, PendingStatistics, RouterState, Statistics
@@ -217,38 +218,30 @@ def accumulate(
 
 def commit(state: RouterState, pending: PendingStatistics, skip: Tensor | None, options: CommitOptions) -> None:
     """Fold what is pending into the state and empty it, in place; with a true `skip` () bool both stay as they are."""
+    old = State(*(getattr(state, name) for name in State._fields))
+    gathered = (pending.sums, pending.counts, pending.std_sum)
     if at_hand(pending.counts):
-        if skip is None or not bool(skip):
-            _commit_on_host(state, pending, options)
+        if skip is not None and bool(skip):
+            return
+        if int(pending.num_tokens):
+            new = moved_reference(old, *gathered, pending.num_tokens, pending.margin_hist, options)
+            if options.directions == "centroids":
+                state.turn.copy_(metrics.centroid_turn(old.weight, new.weight))
+            _write_(old, new)
+            state.tokens_per_expert.copy_(pending.counts)
+        state.dropped_total.add_(pending.num_dropped)
+        for each in pending:
+            each.zero_()
         return
     go = pending.num_tokens > 0 if skip is None else (pending.num_tokens > 0) & ~skip
-    old = State(*(getattr(state, name) for name in State._fields))
-    new = _next_by_definition(old, pending, pending.num_tokens * go, options)
-    state.turn.copy_(torch.where(go, metrics.centroid_turn(old.weight, new.weight), state.turn))
+    new = commit_reference(old, *gathered, pending.num_tokens * go, pending.margin_hist, options)
+    if options.directions == "centroids":
+        state.turn.copy_(torch.where(go, metrics.centroid_turn(old.weight, new.weight), state.turn))
     _write_(old, new)
     state.dropped_total.add_(pending.num_dropped if skip is None else pending.num_dropped * ~skip)
     state.tokens_per_expert.copy_(torch.where(go, pending.counts, state.tokens_per_expert))
     for each in pending:
         each.zero_() if skip is None else each.masked_fill_(~skip, 0)
-
-
-def _commit_on_host(state: RouterState, pending: PendingStatistics, options: CommitOptions) -> None:
-    """The same with branches in place of selections."""
-    if int(pending.num_tokens):
-        old = State(*(getattr(state, name) for name in State._fields))
-        new = _next_by_definition(old, pending, pending.num_tokens, options)
-        state.turn.copy_(metrics.centroid_turn(old.weight, new.weight))
-        _write_(old, new)
-        state.tokens_per_expert.copy_(pending.counts)
-    state.dropped_total.add_(pending.num_dropped)
-    for each in pending:
-        each.zero_()
-
-
-def _next_by_definition(old: State, pending: PendingStatistics, num_tokens: Tensor, options: CommitOptions) -> State:
-    return commit_reference(
-        old, pending.sums, pending.counts, pending.std_sum, num_tokens, pending.margin_hist, options
-    )
 
 
 def _write_(old: State, new: State) -> None:
