@@ -1,12 +1,15 @@
-"""K-Means routing beside a learned router, in alternation: a training step, or routing alone in eval.
+"""K-Means routing beside a learned router, in alternation: a training step, without or with its commit, or eval.
 
     python -m benchmarks.paired --threads 1 --rounds 21 [--malloc recycle] [--json FILE]
+    python -m benchmarks.paired --mode commit --threads 1
     python -m benchmarks.paired --mode eval --threads 1 --shape 1024,1024,64,8 --shape 256,256,16,2
 
 In mode train the other is a softmax router without auxiliary loss, in plain PyTorch: two contestants alone, so that
-each finds the memory that the other left. In mode eval the modules route as in a model's eval: `KMeansRouter`, the same
-frozen, and `LearnedRouter` with softmax and with sigmoid. A ratio is the median over the rounds of K-Means' time over
-the other's in the same round: below 1 K-Means is faster. With one thread times are thread time.
+each finds the memory that the other left. In mode commit the modules do as in a training: `KMeansRouter` as it comes
+and `LearnedRouter` with sigmoid, forward and backward, without and with what comes once a step. In mode eval they route
+as in a model's eval: `KMeansRouter`, the same frozen, and `LearnedRouter` with softmax and with sigmoid. A ratio is the
+median over the rounds of K-Means' time over the other's in the same round: below 1 K-Means is faster. With one thread
+times are thread time.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.harness import checks, steps
 from benchmarks.harness.contest import Contest
@@ -31,10 +35,12 @@ from kmeans_route.bench.contest import Contestant
 from kmeans_route.bench.memory import recycle_memory
 from kmeans_route.bench.problem import Problem
 from kmeans_route.bench.results import command_line
+from kmeans_route.routing.base import StatefulRouter
 from kmeans_route.testing import BenchShape, assert_same_selection
 
 OURS, FROZEN, LEARNED = "kmeans_route", "kmeans_route, frozen", "softmax, no aux"
-KINDS = ("softmax", "sigmoid")
+KINDS, COMMIT = ("softmax", "sigmoid"), " with commit"
+SMALL_SHAPES = ("256,64,8,2", "256,256,16,2", "1024,128,16,2", "2048,128,16,2", "2048,512,64,8")
 EVAL_SHAPES = ("4096,2048,64,8", "1024,1024,64,8", "256,256,16,2", "64,64,8,2")
 
 
@@ -47,6 +53,39 @@ def contest(problem: Problem) -> Contest:
     def check() -> None:
         checks.check_kmeans(router, problem)
         checks.check_learned(LEARNED, baselines.softmax_plain, problem)
+
+    made.verify(check)
+    return made
+
+
+def commit_contest(problem: Problem) -> Contest:
+    """K-Means and sigmoid routing as modules in training, verified, each without its commit and with it."""
+    shape = problem.shape
+    routers = {
+        OURS: steps.make_kmeans_router(problem, directions="whitened"),
+        "sigmoid": LearnedRouter(*shape[1:], kind="sigmoid").train(),
+    }
+    routers["sigmoid"].commit()  # as in make_kmeans_router: commits come by hand
+
+    def forward_backward(router: StatefulRouter) -> None:
+        torch.autograd.backward(router(problem.x).weights, problem.d_weights)
+
+    def with_commit(router: StatefulRouter) -> None:
+        forward_backward(router)
+        router.commit()
+
+    contestants = [
+        Contestant(
+            name + said, partial(step, copy.deepcopy(router)), partial(steps.clear, problem.x, *router.parameters())
+        )
+        for step, said in ((forward_backward, ""), (with_commit, COMMIT))
+        for name, router in routers.items()
+    ]
+    made = Contest(str(shape), contestants, baselines=["sigmoid", "sigmoid" + COMMIT])
+
+    def check() -> None:
+        checks.check_kmeans(routers[OURS], problem)
+        check_gates("sigmoid", routers["sigmoid"], problem.x.detach())
 
     made.verify(check)
     return made
@@ -69,18 +108,21 @@ def eval_contest(shape: BenchShape) -> Contest:
             out = each(x)
             truth.check_selection(out.indices, out.weights, scores, router.options.tau, off, torch.float32, bias)
         for kind, each in learned.items():
-            out, logits = each(x), x.double() @ each.weight.double().T
-            if kind == "softmax":
-                truth.check_learned(x, each.weight, out.weights, out.indices)
-            else:
-                off = 2e-7 * float(logits.abs().max())
-                assert_same_selection(out.indices, logits, tolerance=off, cap=checks.NEAR_TIE_CAP)
-                truth.assert_near(
-                    "gates", out.weights, F.normalize(logits.sigmoid().gather(1, out.indices), p=1, dim=1)
-                )
+            check_gates(kind, each, x)
 
     made.verify(check)
     return made
+
+
+def check_gates(kind: str, router: StatefulRouter, x: Tensor) -> None:
+    """Ids and gates of a learned router of that kind."""
+    out, logits = router(x), x.double() @ router.weight.double().T
+    if kind == "softmax":
+        truth.check_learned(x, router.weight, out.weights, out.indices)
+        return
+    off = 2e-7 * float(logits.detach().abs().max())
+    assert_same_selection(out.indices, logits, tolerance=off, cap=checks.NEAR_TIE_CAP)
+    truth.assert_near("gates", out.weights, F.normalize(logits.sigmoid().gather(1, out.indices), p=1, dim=1))
 
 
 def shape_of(texts: Iterable[str]) -> dict[str, BenchShape]:
@@ -91,12 +133,13 @@ def shape_of(texts: Iterable[str]) -> dict[str, BenchShape]:
 def record_of(found: Contest, name: str, shape: BenchShape, mode: str) -> dict[str, Any]:
     """Times of each, and K-Means' time over each learned router's, by the rounds."""
     times = found.times_ms
-    others = [each for each in times if each not in (OURS, FROZEN)]
+    others = [each for each in times if not each.startswith(OURS)]
     ratios = {
         f"{ours} / {other}": sorted(one / base for one, base in zip(times[ours], times[other], strict=True))
         for ours in times
         if ours not in others
         for other in others
+        if ours.endswith(COMMIT) == other.endswith(COMMIT)
     }
     return {
         "shape": name,
@@ -118,7 +161,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    parser.add_argument("--mode", choices=("train", "commit", "eval"), default="train")
     parser.add_argument("--shape", action="append", metavar="T,D,E,K", help="repeatable; default: those of the docs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
@@ -133,13 +176,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.malloc == "recycle":
         recycle_memory()
-    shapes = CPU_BENCH_SHAPES if options.mode == "train" else shape_of(EVAL_SHAPES)
+    shapes = {"train": CPU_BENCH_SHAPES, "commit": shape_of(SMALL_SHAPES), "eval": shape_of(EVAL_SHAPES)}[options.mode]
     if options.shape:
         shapes = shape_of(options.shape)
+    make = {"train": contest, "commit": commit_contest}
     records: list[dict[str, object]] = []
     for name, shape in shapes.items():
-        with torch.set_grad_enabled(options.mode == "train"):
-            found = contest(Problem(shape)) if options.mode == "train" else eval_contest(shape)
+        with torch.set_grad_enabled(options.mode != "eval"):
+            found = eval_contest(shape) if options.mode == "eval" else make[options.mode](Problem(shape))
             found.run(options.rounds)
         record = record_of(found, name, shape, options.mode) | {"malloc": options.malloc}
         records.append(record)

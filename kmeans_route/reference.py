@@ -99,14 +99,15 @@ def directions_reference(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(usable, c / torch.where(usable, norm, 1.0), 0.0).to(dtype)
 
 
-def unit_rows(rows: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
-    """r / ||r|| of rows (..., D); `otherwise` where a row has no direction: ||r|| < 1e-12, or not finite.
+def unit_rows(rows: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """r / ||r|| of rows (..., D); `otherwise`, or 0, where a row has no direction: ||r|| < 1e-12, or not finite.
 
     Of centroids, with the old `weight` otherwise, it is what a commit writes into `weight`.
     """
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    usable = (norm >= MIN_CENTROID_NORM) & (norm < math.inf)
-    return torch.where(usable, rows / torch.where(usable, norm, 1.0), otherwise)
+    norm = torch.where(norm >= MIN_CENTROID_NORM, norm, math.inf)
+    unit = rows.nan_to_num(0.0, 0.0, 0.0) / norm
+    return unit if otherwise is None else torch.where(norm < math.inf, unit, otherwise)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -423,8 +424,9 @@ def moved_reference(
         beta = (seen.to(dtype) / (seen + counts).clamp_min(1).to(dtype))[:, None]
     else:
         beta = (steps.to(dtype) / (steps + 1).to(dtype)).clamp_max(options.decay)
-    beta = torch.where(c.any(1, keepdim=True), beta, 0.0)  # the first average of an expert stands for itself
-    moved = torch.where((counts > 0)[:, None], beta * c + (1 - beta) * mean, c)
+    largest = torch.linalg.vector_norm(c, ord=math.inf, dim=1, keepdim=True)
+    beta = torch.where(largest > 0, beta, 0.0)  # the first average of an expert stands for itself
+    moved = torch.lerp(mean, c, torch.where((counts > 0)[:, None], beta, 1.0))
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
     weight = unit_rows(moved, state.weight) if options.directions == "centroids" else state.weight

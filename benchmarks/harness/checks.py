@@ -72,18 +72,18 @@ def check_kmeans(router: KMeansRouter, problem: Problem) -> None:
 
     d = directions(router.weight, x.dtype)
     unit = d.double()
-    x_64 = x.detach().double().requires_grad_()
+    x_64, tau = x.detach().double().requires_grad_(), router.options.tau
     free = route(x_64.detach(), unit, top_k, bias, directions=unit, return_scores=True, backend="reference")
     assert free.scores is not None
     assert_same_selection(got.indices, free.scores + bias, cap=NEAR_TIE_CAP)
-    truth = route(x_64, unit, top_k, bias, directions=unit, indices=got.indices, backend="reference")
+    truth = route(x_64, unit, top_k, bias, tau=tau, directions=unit, indices=got.indices, backend="reference")
     (dx_64,) = torch.autograd.grad(truth.weights, x_64, problem.d_weights.double())
     x_32 = x.detach().requires_grad_()
     unit_rows = F.normalize(x_32, dim=1)
-    plain = ((unit_rows @ d.T).gather(1, got.indices) / router.options.tau).softmax(1)
+    plain = ((unit_rows @ d.T).gather(1, got.indices) / tau).softmax(1)
     (dx_32,) = torch.autograd.grad(plain, x_32, problem.d_weights)
     # One rounding of a score changes a gate by up to 1 / (4 tau) as much, and the gradient by 1 / tau.
-    rounding = torch.finfo(x.dtype).eps / router.options.tau
+    rounding = torch.finfo(x.dtype).eps / tau
     assert_close_to_truth(
         got.weights.detach(), truth.weights.detach(), plain.detach(), tolerance=rounding / 4, name="weights"
     )

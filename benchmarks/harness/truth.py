@@ -22,7 +22,8 @@ def assert_close_to_truth(
         max |actual - truth|; 0 for empty tensors.
 
     Raises:
-        AssertionError: the error is larger, a shape or the dtype differs, or `actual` is not finite.
+        AssertionError: the error is larger, a shape or the dtype differs, `actual` is not finite, or the baseline is
+            further from the truth than sqrt(eps) max |truth|, so that it computes something else and judges nothing.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert same_dtype_baseline.shape == truth.shape, f"{name}: the baseline has {tuple(same_dtype_baseline.shape)}"
@@ -39,6 +40,8 @@ def assert_close_to_truth(
     allowed = float((same_dtype_baseline.detach().cpu().double() - truth).abs().max())
     if tolerance is None:
         tolerance = 2 * torch.finfo(actual.dtype).eps * float(truth.abs().max())
+    rounding = torch.finfo(actual.dtype).eps ** 0.5 * float(truth.abs().max()) + tolerance
+    assert allowed <= rounding, f"{name}: plain PyTorch is off by {allowed:.3e}, which is more than rounding"
     worst = float(error.max())
     assert worst <= allowed + tolerance, (
         f"{name}: error {worst:.3e} at {tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))}, "

@@ -53,7 +53,7 @@ def whitened(centroids: Tensor, weight: Tensor) -> Tensor:
     here = usable.to(centroids.dtype)
     number = here.sum(1, keepdim=True).clamp_min(1)
     largest = torch.where(usable, length, MIN_CENTROID_NORM).amax(1, keepdim=True)
-    c = torch.where(usable, centroids / largest, 0.0)
+    c = centroids.nan_to_num(0.0, 0.0, 0.0) * (here / largest)
     mu = c.sum(1, keepdim=True) / number
     delta = (c - mu).mul_(here)
     n = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)

@@ -289,6 +289,8 @@ def test_close_to_truth() -> None:
         assert_close_to_truth(plain, plain, plain)
     with pytest.raises(AssertionError, match="the truth is not finite"):
         assert_close_to_truth(plain, truth / 0, plain)
+    with pytest.raises(AssertionError, match="which is more than rounding"):
+        assert_close_to_truth(plain, truth, truth.float() + 1e-2)
     assert assert_close_to_truth(plain[:0], truth[:0], plain[:0]) == 0
 
 

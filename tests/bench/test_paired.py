@@ -1,5 +1,6 @@
 """The routers in alternation: verified, then timed, and kept with where and when."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import paired
-from benchmarks.paired import FROZEN, LEARNED, OURS, contest, eval_contest
-from kmeans_route import LearnedRouter
+from benchmarks.harness import checks
+from benchmarks.paired import COMMIT, FROZEN, LEARNED, OURS, commit_contest, contest, eval_contest
+from kmeans_route import LearnedRouter, route
 from kmeans_route.bench.problem import Problem
 from kmeans_route.testing import BenchShape
 
@@ -22,7 +24,7 @@ def test_both_are_checked_and_timed() -> None:
     assert all(timing.min_ms > 0 and timing.repeats == 2 for timing in timings.values())
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", ["train", "commit", "eval"])
 def test_the_file_says_where_when_and_under_what_load(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,13 +43,23 @@ def test_the_file_says_where_when_and_under_what_load(
     (record,) = document["results"]
     assert (record["shape"], record["num_tokens"], record["method"]) == ("96,24,8,2", 96, "thread time")
     said = capsys.readouterr().out
-    others = [LEARNED] if mode == "train" else list(paired.KINDS)
-    ours = [OURS] if mode == "train" else [OURS, FROZEN]
-    assert set(record["paired_ratios"]) == {f"{one} / {other}" for one in ours for other in others}
+    ours, others = {
+        "train": ([OURS], [LEARNED]),
+        "commit": ([OURS, OURS + COMMIT], ["sigmoid", "sigmoid" + COMMIT]),
+        "eval": ([OURS, FROZEN], list(paired.KINDS)),
+    }[mode]
+    pairs = zip(ours, others, strict=True) if mode == "commit" else itertools.product(ours, others)
+    assert set(record["paired_ratios"]) == {f"{one} / {other}" for one, other in pairs}
     for each, ratio in record["paired_ratios"].items():
         assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
         assert f"  {each}: " in said
     assert set(record["times"]) == {*ours, *others}
+
+
+def test_gates_at_another_tau_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "route", lambda *given, tau=0.2, **options: route(*given, tau=2 * tau, **options))
+    with pytest.raises(AssertionError, match="weights: plain PyTorch is off"):
+        commit_contest(Problem(BenchShape(96, 24, 8, 2)))
 
 
 def test_a_wrong_router_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
