@@ -394,8 +394,12 @@ def commit_reference(
     """
     moved = moved_reference(state, sums, counts, std_sum, num_tokens, margin_hist, options)
     some = num_tokens > 0
-    kept = (old if new is old else torch.where(some, new, old) for old, new in zip(state, moved, strict=True))
-    return State(*kept)
+    weight, c, bias, sigma, steps = (
+        old if new is old else torch.where(some, new, old) for old, new in zip(state[:5], moved[:5], strict=True)
+    )
+    seen, seen_before = moved.tokens_seen, state.tokens_seen
+    seen = None if seen is None or seen_before is None else torch.where(some, seen, seen_before)
+    return State(weight, c, bias, sigma, steps, seen)
 
 
 def moved_reference(
