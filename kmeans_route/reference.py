@@ -430,7 +430,7 @@ def moved_reference(
         beta = (steps.to(dtype) / (steps + 1).to(dtype)).clamp_max(options.decay)
     largest = torch.linalg.vector_norm(c, ord=math.inf, dim=1, keepdim=True)
     beta = torch.where(largest > 0, beta, 0.0)  # the first average of an expert stands for itself
-    moved = torch.lerp(mean, c, torch.where((counts > 0)[:, None], beta, 1.0))
+    moved = torch.where((counts > 0)[:, None], torch.lerp(mean, c, beta), c)
     bias = balance_bias(old_bias, counts, sigma, margin_hist, options)
 
     weight = unit_rows(moved, state.weight) if options.directions == "centroids" else state.weight
