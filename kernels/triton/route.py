@@ -320,8 +320,9 @@ def _plan(
     batch = split_batch(c, num_splits, rows, num_experts, long=long)
     scores = rows * selected_experts(num_experts)
     warps = 2 if long and scores > 512 else 1  # of all tiles that it keeps, one warp's registers hold half
-    # Where ptxas spilled; more often would cost programs side by side.
-    crowded = batch * scores >= BATCH_SCORES or (long and scores >= 512) or (rows < block and scores == 1024)
+    # Where ptxas spilled, as for 384 experts in tiles of 512; more often would cost programs side by side.
+    masked = rows < block and 256 < num_experts < 512
+    crowded = batch * scores >= BATCH_SCORES or (long and scores >= 512) or masked
     return _Plan(block, num_splits, split_size, be, be // per_program, {
         "E": num_experts, "PRECISION": dot_precision(dtype, arch), "WAIT": waits_for_products(arch),
         "BT": c.BT, "BD": c.BD, "BE": be, "EB": per_program, **c.launch, **all_registers(c.num_warps, arch),
