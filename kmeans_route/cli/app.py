@@ -72,6 +72,8 @@ def _speaking(json_mode: bool, plain: bool) -> Iterator[Output]:
     output = Output(json_mode=json_mode, plain=plain)
     try:
         yield output
+    except BrokenPipeError:  # whoever reads has enough, as `head` has; typer ends in silence
+        raise
     except (ValueError, OSError, ModuleNotFoundError, checkpoints.CheckpointError, NotFiniteError) as error:
         output.fail(" ".join(str(error).split()))
         raise typer.Exit(1) from None
@@ -123,14 +125,17 @@ def train_command(
     with _speaking(json_mode, plain) as output:
         values = {**options, "router_options": dict(map(_named_value, router_options or []))}
         folder, paths = out or Path("runs") / f"{options['router']}-seed{options['seed']}", text or []
+        given = {name: value for name, value in values.items() if _was_given(context, name)}
+        if resume and overwrite:
+            raise ValueError("--resume goes on with the run that --overwrite would replace, got both: leave one out")
         if resume:
-            given = {name: value for name, value in values.items() if _was_given(context, name)}
             places.check_folder(folder)
             config, corpus, checkpoint = resumed(folder, given, paths, more_steps)
         else:
             if more_steps:
                 raise ValueError(f"--more-steps extends a run, got {more_steps} without --resume: add that")
             config, checkpoint = TrainConfig(**values), None
+            config.check_used(given)
             held = places.held_by(folder)
             if held and not overwrite:
                 resume_it = "add --resume, " if held == "a run" else ""

@@ -90,7 +90,12 @@ def state_of(path: Path) -> Mapping[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: name a folder of kmeans-route train or a state dict") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError:  # whose text proposes to run the file's code
+        raise CheckpointError(
+            f"{path} must be a .safetensors file or a state dict that torch.save wrote, got a file that holds other "
+            "things, or none of these: save model.state_dict() alone"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is no readable state dict: {first_line(error)}") from None
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

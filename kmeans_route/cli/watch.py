@@ -73,7 +73,8 @@ def drawn(line: dict[str, Any]) -> str:
         dead = sum(load == 0 for load in loads)
         told = f"  {dead} dead" if dead else ""
         rows.append(f"layer {number:>2} |{bars}| MaxVio {max(loads) - 1:.2f}{told}")
-    return "\n".join([*rows, "a bar's height is the load: half is a fair share, full is two or more, blank is none"])
+    told = f"loads of the last {LOG_EVERY} steps together; a bar at half is a fair share, full two or more, blank none"
+    return "\n".join([*rows, told])
 
 
 def watch(folder: Path, output: Output, *, once: bool, wait: Callable[[], None] = lambda: time.sleep(2.0)) -> None:

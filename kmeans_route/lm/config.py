@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
@@ -85,6 +86,22 @@ class TrainConfig:
             raise ValueError(f"lr must be in (0, 1), got {self.lr}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a fraction in [0, 1), got {self.warmup}")
+
+    def check_used(self, names: Iterable[str]) -> None:
+        """Refuse, by a ValueError, options that somebody has named and this router does not have."""
+        used = {
+            "tau": self.router in ("kmeans", "random"),
+            "decay": self.router == "kmeans",
+            "bias_rate": self.balance in ("proportional", "sign", "quantile"),
+            "aux_loss_coef": self.balance == "aux",
+        }
+        for name in names:
+            if not used.get(name, True):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{option} must be left out with --router {self.router} and --balance {self.balance}, which have "
+                    f"none, got {getattr(self, name)}"
+                )
 
     @property
     def label(self) -> str:

@@ -152,7 +152,10 @@ def router_options(config: TrainConfig) -> dict[str, Any]:
     known = [name for name in taken if name not in OWN]
     unknown = sorted(set(config.router_options) - set(known))
     if unknown:
-        got, remedy = ", ".join(unknown), did_you_mean(unknown[0], known)
+        own = config.to_dict()
+        got, remedy = ", ".join(unknown), did_you_mean(unknown[0], [*known, *own])
+        if unknown[0] in own:
+            remedy = f"name it as --{unknown[0].replace('_', '-')}"
         raise ValueError(f"router_options must be among {', '.join(known)}, got {got}: {remedy}")
     return options | config.router_options
 

@@ -235,14 +235,17 @@ class CentroidState(StatefulRouter):
         )
 
     def _warn_of_another_rule(self) -> None:
-        """Whitened directions are not those of the averages, but for given rows until the first commit."""
+        """A weight says by which rule it was written, but for given rows until the first commit."""
         given = bool(self.steps) and not bool(self.score_std)
-        if given or not self._is_written_by(reference.unit_rows) or self._is_written_by(reference.whitened_reference):
+        if given or self._is_written_by(reference.unit_rows) is not self._whitens:
             return
+        if self._is_written_by(reference.whitened_reference) is self._whitens:
+            return
+        own, other = ("whitened", "centroids") if self._whitens else ("centroids", "whitened")
         warnings.warn(
-            f"{called(self)} must have the rule of the state that it loads, got whitened directions and a weight that "
-            "is the centroids' own: the first commit will whiten it, and tau differs too where nobody named it; pass "
-            "directions='centroids' to go on as before",
+            f"{called(self)} must have the rule of the state that it loads, got directions={own!r} and a weight that "
+            f"directions={other!r} has written: the first commit will turn it, and tau differs too where nobody named "
+            f"it; pass directions={other!r}, or the top_k of before, which decides where nobody names directions",
             stacklevel=2,
         )
 
@@ -296,7 +299,7 @@ class CentroidState(StatefulRouter):
             return
         if "weight" not in brought:
             self._write_weight()
-        elif self._whitens:
+        else:
             self._warn_of_another_rule()
         counters = {"steps", "tokens_seen"} if self.tokens_seen is not None else {"steps"}
         if not counters <= brought:

@@ -280,8 +280,29 @@ def test_train_saves_resumes_and_refuses(text: Path, tmp_path: Path) -> None:
     code, said = invoke("train", "--resume", "--more-steps", 1, "--out", out, "--plain")
     assert code == 0
     assert "already at" not in said
+    code, said = invoke("train", "--resume", "--overwrite", "--out", out, "--json")
+    assert (code, "got both: leave one out" in said["error"]) == (1, True)
     code, _ = invoke(*arguments, "--overwrite", "--plain")
     assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--router", "softmax", "--tau", 0.3), "--tau must be left out with --router softmax"),
+        (("--router", "sigmoid", "--decay", 0.5), "--decay must be left out with --router sigmoid"),
+        (("--router", "softmax", "--bias-rate", 0.5), "--bias-rate must be left out with --router softmax and --balance aux"),
+        (("--aux-loss-coef", 0.5), "--aux-loss-coef must be left out with --router kmeans"),
+        (("--router-option", "tau=0.3"), "name it as --tau"),
+        (("--router-option", "balanse=sign"), "did you mean 'balance'?"),
+    ],
+)  # fmt: skip
+def test_train_refuses_options_that_would_do_nothing(
+    given: tuple[object, ...], message: str, text: Path, tmp_path: Path
+) -> None:
+    code, said = invoke("train", "--text", text, "--steps", 1, *TINY, "--out", tmp_path / "run", *given, "--json")
+    assert code == 1
+    assert message in said["error"]
 
 
 def test_train_takes_any_option_of_the_router(text: Path, tmp_path: Path) -> None:

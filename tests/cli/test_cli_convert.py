@@ -357,12 +357,15 @@ def test_inspect_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     torch.save({"x": Trainer}, tmp_path / "code.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     (tmp_path / "broken.pt").write_bytes(b"no tensors")
+    torch.save({"a.weight": torch.ones(64, 64)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:10_000])
     for name, message in (
         ("none.pt", "holds no router: looked for NAME.weight"),
         ("list.pt", "must hold a state dict, got list"),
-        ("code.pt", "is no readable state dict"),
+        ("code.pt", "a state dict that torch.save wrote, got a file that holds other things"),
         ("broken.safetensors", "is no readable state dict"),
-        ("broken.pt", "is no readable state dict"),
+        ("broken.pt", "broken.pt must be a .safetensors file or a state dict"),
+        ("cut.pt", "cut.pt is no readable state dict"),
     ):
         code, document = invoke("inspect", tmp_path / name, "--json")
         assert code == 1

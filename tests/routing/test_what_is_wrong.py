@@ -209,7 +209,7 @@ def test_warnings_name_the_router() -> None:
     model(x)
     saved = told(model.state_dict)
     assert saved.startswith("router '1.router' is saved with 8 tokens pending")
-    assert saved.endswith(": save right after an optimizer step")
+    assert saved.endswith(": save right after an optimizer step, or call attachment.commit() before")
     another = torch.optim.SGD(model.parameters(), lr=0.0)
     model(x).sum().backward()
     assert told(lambda: [another.step() for _ in range(5)]).endswith("each update (routers: '1.router')")

@@ -305,7 +305,7 @@ def test_a_state_of_the_paper_s_rule_is_told_of(steps: int) -> None:
     state = committed(steps, directions="centroids").state_dict()
     router = KMeansRouter(D, E, K, name="layers.3")
     with pytest.warns(
-        UserWarning, match="router 'layers.3' must have the rule .* got whitened directions and a weight"
+        UserWarning, match="router 'layers.3' must have the rule .* got directions='whitened' and a weight"
     ):
         router.load_state_dict(state)
     assert_same_bits(router.weight, state["weight"])
@@ -315,6 +315,14 @@ def test_a_state_of_the_paper_s_rule_is_told_of(steps: int) -> None:
         router.load_state_dict({name: value for name, value in state.items() if name != "weight"}, strict=False)
     want = whitened_reference(state["centroids"].double(), state["weight"].double())
     torch.testing.assert_close(router.weight.double(), want, rtol=0, atol=1e-5)
+
+
+def test_a_whitened_state_is_told_of_where_plain_directions_go_on() -> None:
+    state = committed(4).state_dict()
+    router = KMeansRouter(D, E, 1, name="layers.3")  # whose default is "centroids"
+    with pytest.warns(UserWarning, match="got directions='centroids' and a weight that directions='whitened' has"):
+        router.load_state_dict(state)
+    assert_same_bits(router.weight, state["weight"])
 
 
 def given_rows(averages: bool) -> KMeansRouter:
