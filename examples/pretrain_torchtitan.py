@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 1 examples/pretrain_torchtitan.py
 
+It needs a GPU, as torchtitan's Trainer does, and what examples/requirements.txt lists.
+
 One line asks for K-Means: kmeans_routing. The rest lets the Trainer read bytes of Python's standard library without a
 tokenizer or a data set.
 """

@@ -143,8 +143,15 @@ def test_summary_names_what_was_swapped() -> None:
     text = str(apply_kmeans_routing(tiny_model("deepseek_v3"), layers=[1], tau=0.1))
     assert text == (
         "1 router swapped\n"
-        "model.layers.1.mlp.gate  DeepseekV3TopkRouter  E=8 D=32 K=2 gate=softmax tau=0.1 scaling=2.5 groups=2/4"
+        "model.layers.1.mlp.gate  DeepseekV3TopkRouter  E=8 D=32 K=2 gate=softmax tau=0.1 directions=whitened "
+        "scaling=2.5 groups=2/4"
     )
+
+
+@pytest.mark.parametrize("layers", [1, "model.layers.0.mlp.gate"])
+def test_one_layer_alone_is_answered_with_its_list(layers: Any) -> None:
+    with pytest.raises(TypeError, match="must be a list .*: write \\["):
+        apply_kmeans_routing(tiny_model("mixtral"), layers)
 
 
 @pytest.mark.parametrize("layers", [[0], ["model.layers.0.mlp.gate"], lambda path: ".0." in path])

@@ -524,6 +524,15 @@ def test_copies_and_pickles_work_on_their_own() -> None:
     assert len(routers_of(model)) == 2
 
 
+def test_revert_refuses_a_model_around_the_one_that_was_swapped() -> None:
+    model = tiny_model("mixtral")
+    swaps = apply_kmeans_routing(model.model)
+    with pytest.raises(ValueError, match="called with, got MixtralForCausalLM around it: pass that one"):
+        revert(model)
+    assert revert(model.model) == [swap.path for swap in swaps]
+    apply_kmeans_routing(model)
+
+
 def test_revert_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     with pytest.raises(ValueError, match="nothing to revert"):

@@ -54,7 +54,7 @@ class Swap(NamedTuple):
         normalize = "" if o.normalize else " not normalised"
         return (
             f"{self.path}  {self.old_class}  E={r.num_experts} D={r.hidden_size} K={r.top_k} gate={o.gate} "
-            f"tau={o.tau:g}{normalize}{scaling}{groups}"
+            f"tau={o.tau:g} directions={r.commit_options.directions}{normalize}{scaling}{groups}"
         )
 
 
@@ -117,9 +117,14 @@ def revert(model: Any) -> list[str]:
         The paths of the routers.
 
     Raises:
-        ValueError: nothing was swapped. RuntimeError: a router is attached, or was never given its weights.
+        ValueError: nothing was swapped, or a model inside this one. RuntimeError: a router is attached, or was never given its weights.
     """
     swapped = swapped_routers(model, "revert")
+    if not hasattr(model.config, "kmeans_route"):
+        raise ValueError(
+            f"model must be the one that apply_kmeans_routing was called with, got {type(model).__name__} around it: "
+            "pass that one"
+        )
     for path, router in swapped.items():
         if router.attached:
             raise RuntimeError(f"{path} must not be attached, got an attached router: call remove() on the attachment")
@@ -194,6 +199,10 @@ def _select(model: Any, layers: Layers) -> dict[str, nn.Module]:
         if not chosen:
             raise ValueError(f"layers must take at least one router, got none of {list(known)}: mend the predicate")
         return {path: known[path] for path in chosen}
+    if isinstance(layers, str | int):
+        raise TypeError(
+            f"layers must be a list of paths or indices, a predicate or None, got {layers!r}: write [{layers!r}]"
+        )
     chosen = []
     for wanted in layers:
         matches = [path for path in known if wanted in (path, _layer_index(path))]
@@ -347,7 +356,7 @@ def saved_routers(model: Any, section: dict[str, Any]) -> dict[str, Transformers
             if entry[name] != getattr(contract, name):
                 raise ValueError(
                     f"{name} of {inner} in the kmeans_route section must be {getattr(contract, name)} as in the "
-                    f"model, got {entry[name]}: the config has been changed since it was saved"
+                    f"model, got {entry[name]}: one of the two was changed, before the model was saved or since"
                 )
         # Sections once held the backend too.
         made[path] = _make(old, contract, {"directions": "centroids", **_saved_options(entry["options"])}, False)
