@@ -150,7 +150,7 @@ def test_summary_names_what_was_swapped() -> None:
 
 @pytest.mark.parametrize("layers", [1, "model.layers.0.mlp.gate"])
 def test_one_layer_alone_is_answered_with_its_list(layers: Any) -> None:
-    with pytest.raises(TypeError, match="must be a list .*: write \\["):
+    with pytest.raises(TypeError, match=r"must be a list .*: write \["):
         apply_kmeans_routing(tiny_model("mixtral"), layers)
 
 

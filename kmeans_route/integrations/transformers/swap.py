@@ -117,7 +117,8 @@ def revert(model: Any) -> list[str]:
         The paths of the routers.
 
     Raises:
-        ValueError: nothing was swapped, or a model inside this one. RuntimeError: a router is attached, or was never given its weights.
+        ValueError: nothing was swapped, or a model inside this one.
+        RuntimeError: a router is attached, or was never given its weights.
     """
     swapped = swapped_routers(model, "revert")
     if not hasattr(model.config, "kmeans_route"):
