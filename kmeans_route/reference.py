@@ -348,7 +348,8 @@ def whitened_reference(centroids: Tensor, weight: Tensor) -> Tensor:
     Symmetric decorrelation (Hyvarinen and Oja 2000), in fp64 by eigenvalues. An expert without a centroid is in neither
     mean nor A, and keeps its direction; exact copies stay copies; one expert alone keeps its own direction.
     """
-    here = torch.linalg.vector_norm(centroids, dim=1) >= MIN_CENTROID_NORM
+    norm = torch.linalg.vector_norm(centroids, dim=1)
+    here = (norm >= MIN_CENTROID_NORM) & (norm < math.inf)
     if not bool(here.any()):
         return weight
     c = centroids[here].double()

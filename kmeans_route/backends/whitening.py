@@ -10,7 +10,6 @@ definition. Legend: L layers, E experts, D hidden size.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,25 +19,36 @@ from kmeans_route.reference import MIN_CENTROID_NORM, WHITENING_EPS, rounds_fp32
 LARGEST_SCALE = 1.6  # sqrt(3) would grow small eigenvalues quickest, and take the largest to nearly 0
 
 
-@lru_cache
-def newton_schulz_scales(num_experts: int) -> list[float]:
+def newton_schulz_scales(num_experts: int) -> tuple[float, ...]:
     """The scale of each step, until the square root of the smallest eigenvalue that A can have has come to 1.
 
     A step takes x in (0, 1] to f(x) = a x (3 - a^2 x^2) / 2. With a^2 = 3 / (1 + l + l^2) the least x, l, and the
     largest, 1, have one image, than which no other is less.
     """
-    least, scales = math.sqrt(WHITENING_EPS / (1 + WHITENING_EPS) / num_experts), []
+    least, scales = math.sqrt(WHITENING_EPS / (1 + WHITENING_EPS) / num_experts), list[float]()
     while least < 1 - 1e-7:
         scales.append(min(LARGEST_SCALE, math.sqrt(3 / (1 + least + least**2))))
         least = min(scales[-1] * x * (3 - (scales[-1] * x) ** 2) / 2 for x in (least, 1.0))
-    return scales
+    return tuple(scales)
+
+
+SCALES = tuple(newton_schulz_scales(1 << bits) for bits in range(21))
+"""Of 1, 2, 4, ... experts: made once, since a compiler to which E is a symbol would do the loop above with symbols."""
+
+
+def scales_for(num_experts: int) -> tuple[float, ...]:
+    """`newton_schulz_scales` of the next power of two: it is enough for fewer experts."""
+    bits = 0
+    while 1 << bits < num_experts:
+        bits += 1
+    return SCALES[bits]
 
 
 def inverse_root(a: Tensor) -> Tensor:
-    """a^(-1/2) of symmetric positive definite (L, E, E) with eigenvalues in (0, 1]."""
+    """a^(-1/2) of symmetric (L, E, E) with eigenvalues from WHITENING_EPS / (1 + WHITENING_EPS) / E to 1."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     y, z = a, eye.expand_as(a)
-    for scale in newton_schulz_scales(a.shape[-1]):
+    for scale in scales_for(a.shape[-1]):
         t = torch.baddbmm(eye, z, y, beta=1.5 * scale, alpha=-0.5 * scale**3)
         y, z = torch.bmm(y, t), torch.bmm(t, z)
     return z

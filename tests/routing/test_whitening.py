@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kmeans_route import KMeansRouter, MoE, attach, metrics
-from kmeans_route.backends.whitening import inverse_root, newton_schulz_scales, whitened
+from kmeans_route.backends.whitening import inverse_root, scales_for, whitened
 from kmeans_route.reference import whitened_reference
 from tests.helpers.compare import assert_same_bits, generator
 from tests.helpers.ranks import run_on_ranks
@@ -89,13 +89,37 @@ def test_neither_scale_nor_order_of_experts_matters() -> None:
         assert_same_bits(whitened(centroids[None], weight[None])[0], want)
 
 
-@pytest.mark.parametrize("num_experts", [1, 16, 256, 1024])
+@pytest.mark.parametrize("num_experts", [1, 16, 17, 256, 1024])
 def test_enough_steps_for_every_eigenvalue(num_experts: int) -> None:
     x = torch.logspace(math.log10(0.01 / num_experts / 1.01), 0, 1000, dtype=torch.float64)  # eigenvalues of Z Y
-    for scale in newton_schulz_scales(num_experts):
+    for scale in scales_for(num_experts):
         x = scale**2 * x * (3 - scale**2 * x) ** 2 / 4
         assert 0.05 < x[-1] <= 1  # rounding of the largest must not be all that is left of it
     torch.testing.assert_close(x, torch.ones_like(x), rtol=0, atol=1e-7)
+
+
+def test_a_compiler_that_knows_no_size_meets_no_loop_over_symbols() -> None:
+    def step(router: KMeansRouter, x: Tensor) -> Tensor:
+        weights = router(x).weights
+        router.commit()
+        return weights
+
+    torch.compiler.reset()
+    compiled, routers = torch.compile(step, backend="eager", dynamic=True), [KMeansRouter(16, 6, 2) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*lru_cache")
+        for seed in range(2):
+            x = torch.randn(60, 16, generator=generator(seed))
+            torch.testing.assert_close(compiled(routers[0], x), step(routers[1], x))
+    torch.testing.assert_close(routers[0].weight, routers[1].weight, rtol=0, atol=1e-5)
+
+
+def test_a_centroid_that_is_not_finite_counts_as_none_in_the_definition_too() -> None:
+    centroids, weight = some_centroids(6, 20)
+    centroids[1, 3] = math.inf
+    want = whitened(centroids[None], weight[None])[0]
+    torch.testing.assert_close(whitened_reference(centroids, weight), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(want[1], weight[1])
 
 
 @pytest.mark.parametrize("average", ["ema", "cumulative"])
