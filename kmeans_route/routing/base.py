@@ -52,10 +52,10 @@ def _when_to(act: str, router: "StatefulRouter") -> str:
         return COMMIT_REMEDY
     every = getattr(router.attachment, "every_n_steps", 1)
     after = "an optimizer step" if every == 1 else f"a commit, every {every} optimizer steps"
-    state = " with attachment.state_dict()" if every > 1 and act == "save" else ""
+    state = ", with attachment.state_dict()" if every > 1 and act == "save" else ""
     # A step that a gradient scaler has skipped commits nothing.
     own = "router" if router.attachment is None else "attachment"
-    return f"{act}{state} right after {after}, or call {own}.commit() before"
+    return f"{act} right after {after}{state}, or call {own}.commit() before"
 
 
 def _num_pending(router: "StatefulRouter") -> int:
