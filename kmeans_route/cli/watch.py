@@ -73,7 +73,7 @@ def drawn(line: dict[str, Any]) -> str:
         dead = sum(load == 0 for load in loads)
         told = f"  {dead} dead" if dead else ""
         rows.append(f"layer {number:>2} |{bars}| MaxVio {max(loads) - 1:.2f}{told}")
-    told = f"loads of the last {LOG_EVERY} steps together; a bar at half is a fair share, full two or more, blank none"
+    told = f"loads of up to {LOG_EVERY} steps together; a bar at half is a fair share, full two or more, blank none"
     return "\n".join([*rows, told])
 
 
